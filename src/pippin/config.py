@@ -1,0 +1,95 @@
+"""Start-up options, resolved once and then frozen.
+
+Field names are SGLang's flag names with underscores; ``help`` is what the command line prints. The command
+line is made from these classes, so an option exists exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pippin.errors import ConfigError
+
+
+def option(default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a command-line option; ``flag`` adds a second spelling."""
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the model is loaded and run."""
+
+    model_path: str | None = option(None, "Local directory or hub id; the shipped demo model if left out.", "--model")
+    tokenizer_path: str | None = option(None, "Tokenizer's directory or hub id, if it is not the model's.")
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint. Off: such a checkpoint is refused.")
+    dtype: str = option(
+        "auto",
+        "Weights and activations; auto keeps the checkpoint's on a GPU and takes float32 on a CPU.",
+        choices=("auto", "float32", "float16", "bfloat16"),
+    )
+    quantization: str | None = option(
+        None, "Quantize while loading.", choices=("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
+    )
+    context_length: int | None = option(None, "Most tokens a request may have; the model's own maximum if left out.")
+    attention_backend: str = option("mlx", "mlx chooses at load what is exact for the model; or a backend's name.")
+    device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "gpu"))
+    mem_fraction_static: float | None = option(
+        None, "Share of the device's memory for weights and KV slots together (0.8 on a GPU)."
+    )
+    max_total_tokens: int | None = option(None, "KV slots, instead of sizing them from memory.")
+    max_running_requests: int | None = option(None, "Most requests in one step (256 on a GPU, 32 on a CPU).")
+    chunked_prefill_size: int | None = option(
+        None, "Most prompt tokens in one step (2048 on a GPU, 512 on a CPU); longer prompts go in chunks."
+    )
+    page_size: int = option(1, "Slots allocated, shared and evicted together.")
+    schedule_policy: str = option(
+        "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")
+    )
+    disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
+    disable_overlap_schedule: bool = option(False, "Finish each step before the next is built.")
+    random_seed: int | None = option(None, "Seed for requests that bring none.")
+
+    def __post_init__(self) -> None:
+        for name, ok, need in (
+            ("mem_fraction_static", self.mem_fraction_static is None or 0 < self.mem_fraction_static < 1, "between 0 and 1"),
+            ("max_total_tokens", self.max_total_tokens is None or self.max_total_tokens >= 16, "at least 16"),
+            ("max_running_requests", self.max_running_requests is None or self.max_running_requests >= 1, "at least 1"),
+            ("chunked_prefill_size", self.chunked_prefill_size is None or self.chunked_prefill_size >= 1, "at least 1"),
+            ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
+            ("page_size", self.page_size >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))
+        for name, options in (
+            ("dtype", ("auto", "float32", "float16", "bfloat16")),
+            ("quantization", (None, "mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")),
+            ("schedule_policy", ("fcfs", "lpm")),
+            ("device", ("auto", "cpu", "gpu")),
+        ):
+            if getattr(self, name) not in options:
+                raise ConfigError(f"must be one of {', '.join(map(str, options))}, not {getattr(self, name)!r}", flag_of(name))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where and how the server listens."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(30000, "Port to listen on.")
+    api_key: str | None = option(None, "Required as `Authorization: Bearer KEY`, if set.")
+    served_model_name: str | None = option(None, "Name in answers and /v1/models; the model's path if left out.")
+    strict_model_name: bool = option(False, "Refuse requests whose `model` is another name.")
+    log_level: str = option("info", "Least severe messages to log.", choices=("debug", "info", "warning", "error"))
+    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,285 @@
+"""The nouns of a request's way: what is asked, what runs in a step, what comes back.
+
+Imports nothing of ours but the errors. ``msgspec`` structs cross the process boundary; dataclasses stay
+inside the engine.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from pippin.errors import RequestError
+
+Token = int
+Slot = int
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one answer is sampled. Names and defaults are SGLang's ``sampling_params``.
+
+    ``temperature`` 0 is greedy. ``top_k`` -1 is off. ``seed`` None draws one when the request is made.
+    ``n`` asks for that many answers; the engine itself sees ``n`` requests of one answer each.
+    ``stop`` strings are found in the text, outside of the engine process; ``stop_token_ids`` in it.
+    ``top_logprobs`` counts the alternatives reported beside each token when ``logprobs`` is set.
+    ``prompt_logprobs`` reports each prompt token's logprob too, and so recomputes the whole prompt.
+
+    Raises RequestError naming the field that is out of range.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        for name, ok, need in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "above 0 and at most 2"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits"),
+            ("n", 1 <= self.n <= 128, "between 1 and 128"),
+            ("top_logprobs", 0 <= self.top_logprobs <= 100, "between 0 and 100"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids of 0 or above"),
+            ("logit_bias", all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "between -100 and 100"),
+        ):
+            if not ok:
+                raise RequestError(f"{name} must be {need}, not {getattr(self, name)!r}", name)
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """Why a request ended. ``matched`` is the token id or the string that stopped it, if one did."""
+
+    reason: FinishReason
+    matched: int | str | None = None
+    message: str = ""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token's natural-log probability under the model itself, before penalties, bias and temperature.
+
+    ``logprob`` is None for a prompt's first token. ``top`` lists the likeliest alternatives, best first.
+    """
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]] = []
+
+
+# --- inside the engine ---
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One answer in the making. Only the scheduler writes it.
+
+    Positions: ``tokens`` are those that the host has seen, prompt first. ``length`` counts tokens that exist,
+    so ``length - len(tokens)`` are still on the device (0 or 1, in the row of the runner's ``last_token``).
+    ``computed`` counts tokens whose K and V are in their slots once the steps queued so far have run.
+    ``slots[i]`` is the slot of token i; there are always at least ``computed`` of them.
+    ``shared`` counts leading slots that the radix tree owns; the rest are this request's own.
+    ``row`` is its line in the device tables while it runs, -1 otherwise.
+    """
+
+    id: str
+    tokens: list[Token]
+    num_prompt: int
+    params: SamplingParams
+    priority: int = 0
+    arrival: float = 0.0
+    eos: frozenset[int] = frozenset()
+    length: int = 0
+    computed: int = 0
+    slots: array[int] = field(default_factory=lambda: array("i"))
+    shared: int = 0
+    row: int = -1
+    num_cached: int = 0
+    pin: object | None = None
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.length = len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute tokens[start:end] of a request in this step; if ``samples``, draw token ``end`` from the last.
+
+    A whole prompt, a chunk of one, a resumed request and a decode differ only in their bounds.
+    ``logprobs_from``: also report the logprobs of prompt tokens from this index (< end) on; None for none.
+    """
+
+    request: Request
+    start: int
+    end: int
+    samples: bool
+    logprobs_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work; decodes first, then prefills, no request twice."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(w.end - w.start for w in self.works)
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What a step computed for one Work: the token it drew, if it samples, and logprobs if asked for."""
+
+    token: Token | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+
+
+# --- between the HTTP process and the engine process ---
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A request. ``tokens`` may already hold generated ones (a resumed stream): ``num_prompt`` says which."""
+
+    id: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Ends a request; the answer is an Output with finish reason ``abort``. Unknown ids are ignored."""
+
+    id: str
+
+
+class Flush(msgspec.Struct, frozen=True, tag=True):
+    """Empties the prefix cache; the answer is a Flushed. Refused while requests run."""
+
+    id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Ends the engine process after the step in flight."""
+
+
+Command = Submit | Abort | Flush | Shutdown
+
+
+class Output(msgspec.Struct, frozen=True):
+    """What a step added to one request. ``tokens`` are new ones only; the last Output has ``finish``."""
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
+    num_cached: int = 0
+    finish: Finish | None = None
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Counts of the engine now (first four lines) and since its start (the rest)."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    slots_total: int = 0
+    slots_free: int = 0
+    slots_cached: int = 0
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    retractions: int = 0
+    overlapped_steps: int = 0
+    step_seconds: float = 0.0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """One message a step, for all requests that it touched."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class Flushed(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    ok: bool
+    message: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Loading goes on: ``stage`` is one of download, load, quantize, probe, warm-up; 0 <= done <= total."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is served, for /get_model_info, /get_server_info and the text layer."""
+
+    model_path: str
+    tokenizer_path: str
+    model_type: str
+    dtype: str
+    quantization: str | None
+    vocab_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    attention_backend: str
+    attention_reason: str
+    max_total_tokens: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    page_size: int
+    weight_bytes: int
+    pool_bytes: int
+    device: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: ModelInfo
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine can't start or go on. ``kind`` is the error's class name (ModelError, ConfigError, …)."""
+
+    kind: str
+    message: str
+
+
+Event = StepOutput | Flushed | Progress | Ready | Fatal
