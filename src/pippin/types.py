@@ -79,11 +79,17 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """Why a request ended. ``matched`` is the token id or the string that stopped it, if one did."""
+    """Why a request ended. ``matched`` is the token id or the string that stopped it, if one did.
+
+    With ``error``: ``message`` says what went wrong, ``field`` names the request's field at fault (if one is),
+    and ``status`` is the HTTP status, below 500 if another request would be fine.
+    """
 
     reason: FinishReason
     matched: int | str | None = None
     message: str = ""
+    field: str | None = None
+    status: int = 500
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -160,11 +166,15 @@ class Batch:
 
 @dataclass(slots=True)
 class RowResult:
-    """What a step computed for one Work: the token it drew, if it samples, and logprobs if asked for."""
+    """What a step computed for one Work: the token it drew, if it samples, and logprobs if asked for.
+
+    ``finite`` is False where the logits held no finite maximum: the token means nothing then.
+    """
 
     token: Token | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: Sequence[TokenLogprob] = ()
+    finite: bool = True
 
 
 # --- between the HTTP process and the engine process ---
