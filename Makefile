@@ -1,0 +1,64 @@
+# Each chore is one command, and sets up what it needs. CI calls the same ones.
+#
+#   make serve [MODEL=… PORT=… ARGS="…"]   an OpenAI-compatible server, of the shipped model if MODEL is left out
+#   make test                             linters, types, tests; no torch
+#   make parity                           logits against transformers (installs torch)
+#   make bench-cpu                        against mlx-lm on this CPU, in one run
+#   make sweep                            the property tests with many more examples
+#   make lint   make format   make docs   make wheel   make clean
+#
+# PYTHON=/path/to/python chooses the interpreter the first time.
+
+MODEL ?=
+PORT ?= 30000
+ARGS ?=
+TESTS ?=
+BIN := .venv/bin
+export PYTHON
+
+.PHONY: help serve test lint format parity bench-cpu sweep docs wheel clean setup dev
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup:
+	@scripts/setup.sh serve
+
+dev:
+	@scripts/setup.sh dev
+
+serve: setup
+	$(BIN)/pippin serve $(if $(MODEL),--model-path $(MODEL)) --port $(PORT) $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest $(TESTS)
+
+parity:
+	@scripts/setup.sh parity
+	.venv-parity/bin/python -m pytest -o addopts= -q --strict-markers --strict-config tests/parity
+
+bench-cpu: dev
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+sweep: dev
+	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
+
+docs: dev
+	$(BIN)/python scripts/cli_docs.py
+
+wheel: dev
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	@ls -l dist
+
+clean:
+	rm -rf .venv .venv-parity build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
