@@ -1,0 +1,56 @@
+"""Attention backends: ways to run one forward over works of many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from pippin.attention.padded import Padded
+from pippin.attention.rows import Rows
+from pippin.cache.pool import KVPool
+from pippin.errors import ConfigError
+from pippin.inputs import Step
+from pippin.models.seam import Seam
+from pippin.types import Work
+
+
+class AttentionBackend(Protocol):
+    """What a backend provides; ``name`` is its spelling for ``--attention-backend``."""
+
+    @property
+    def name(self) -> str: ...
+
+    def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
+        """Splits a step's works, in order, over forwards; most backends need one."""
+        ...
+
+    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
+        """Lays one forward's works out as arrays."""
+        ...
+
+    def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
+        """The cache objects for the model's layers, in the order of its own ``make_cache()``."""
+        ...
+
+
+_BACKENDS: dict[str, AttentionBackend] = {
+    backend.name: backend
+    for backend in (Rows(), Padded("padded", grouped=False), Padded("padded_grouped", grouped=True))
+}
+
+
+def register_attention_backend(backend: AttentionBackend) -> None:
+    """Adds a backend, or replaces the one of that name; when choosing, the newest is tried last."""
+    _BACKENDS[backend.name] = backend
+
+
+def backends_to_try(name: str) -> list[AttentionBackend]:
+    """The backends that ``--attention-backend`` allows: all for ``mlx``, else the named one."""
+    if name == "mlx":
+        return list(_BACKENDS.values())
+    if name not in _BACKENDS:
+        known = ", ".join(["mlx", *_BACKENDS])
+        raise ConfigError(f"must be one of {known}, not {name!r}", "--attention-backend")
+    return [_BACKENDS[name]]

@@ -1,0 +1,80 @@
+"""Backend ``rows``: every token is a batch row with a position of its own, and only attention knows of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from pippin.attention.plain import group_attention
+from pippin.cache.pool import KVPool
+from pippin.errors import ModelError
+from pippin.inputs import Step, row_step
+from pippin.models.seam import Seam
+from pippin.types import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The mask that a model asks its cache for and passes on to attention: here, only how far back to look."""
+
+    size: int | None
+
+
+class RowLayer:
+    """The cache object that one layer gets for one forward."""
+
+    def __init__(self, layer: int, step: Step, pool: KVPool, seam: Seam) -> None:
+        self.offset = step.positions
+        self._layer = layer
+        self._step = step
+        self._pool = pool
+        self._seam = seam
+        shape = pool.shapes[layer]
+        self._window = shape.window if shape else None
+        self._stored: tuple[mx.array, mx.array] | None = None
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window:
+        """mlx-lm's call for a mask; ``window_size`` is in tokens, the newest included."""
+        return Window(window_size or self._window)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Stores keys and values [T, kv_heads, 1, …]; returns them as they are, since attention reads the pool."""
+        self._pool.write(self._layer, self._step.write_slots, keys[:, :, 0], values[:, :, 0])
+        self._seam.own(keys, self)
+        self._stored = keys, values
+        return self._stored
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What this layer stored, for layers that share it (Gemma 3n)."""
+        if self._stored is None:
+            raise LookupError("a layer asked for shared K and V before they were stored")
+        return self._stored
+
+    def attend(self, q: mx.array, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
+        """Attention of all rows, group by group; see ``seam.LayerAttention``."""
+        if mask is not None and not isinstance(mask, Window):
+            raise ModelError("it computes with its attention mask")
+        window = mask.size if mask is not None else self._window
+        parts = []
+        for group in self._step.groups:
+            keys, values = self._pool.gather(self._layer, group.slots)
+            rows = q[group.first : group.first + group.count * group.rows]
+            parts.append(group_attention(rows, keys, values, group, scale, window, sinks))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+
+
+class Rows:
+    """See the module; ``attention.AttentionBackend`` says what each method owes."""
+
+    name = "rows"
+
+    def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
+        return [works]
+
+    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
+        return row_step(works, last_token)
+
+    def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
+        return [RowLayer(i, step, pool, seam) for i in range(len(pool.shapes))]

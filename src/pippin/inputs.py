@@ -1,0 +1,172 @@
+"""From works to arrays: everything that a layer may know of a step, laid out once on the host.
+
+Two layouts. **Rows**: every token is a row of its own, ``[T, 1]``, with its own position, whoever it belongs to.
+**Padded**: every work is a row, ``[B, L]``, filled up on the right; padding is written to scratch slot 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pippin.types import Work
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """``count`` works of ``rows`` tokens each that lie one after the other and attend together.
+
+    ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32 is
+    the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
+    """
+
+    first: int
+    count: int
+    rows: int
+    context: int
+    ragged: bool
+    slots: mx.array
+    starts: mx.array
+
+    @property
+    def positions(self) -> mx.array:
+        """Positions of the group's tokens, [count, rows] int32."""
+        return self.starts[:, None] + mx.arange(self.rows, dtype=mx.int32)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward of the model.
+
+    ``tokens`` int32: [T, 1] or [B, L], as the layout has it. ``positions`` int32: [T] each token's, or [B] each
+    work's first. ``write_slots`` int32 [T] or [B, L]. ``lasts`` says where each work's last token lies in the flattened
+    tokens, in the order in which the works were given.
+    """
+
+    tokens: mx.array
+    positions: mx.array
+    write_slots: mx.array
+    groups: tuple[Group, ...]
+    lasts: tuple[int, ...]
+
+
+def row_step(works: Sequence[Work], last_token: mx.array) -> Step:
+    """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet."""
+    order = sorted(range(len(works)), key=lambda i: _group_key(works[i]))
+    starts, total = [0] * len(works), 0
+    for i in order:
+        starts[i] = total
+        total += works[i].end - works[i].start
+    tokens, positions, slots = (np.zeros(total, np.int32) for _ in range(3))
+    unseen = np.zeros(total, np.int32)
+    for i in order:
+        work, at = works[i], starts[i]
+        here = slice(at, at + work.end - work.start)
+        tokens[here] = _known_tokens(work)
+        positions[here] = np.arange(work.start, work.end)
+        slots[here] = _slots_of(work)[work.start :]
+        if work.end > len(work.request.tokens):
+            unseen[at + work.end - work.start - 1] = work.request.row
+    return Step(
+        tokens=_with_unseen(tokens, unseen, last_token)[:, None],
+        positions=mx.array(positions),
+        write_slots=mx.array(slots),
+        groups=tuple(_groups([works[i] for i in order])),
+        lasts=tuple(starts[i] + w.end - w.start - 1 for i, w in enumerate(works)),
+    )
+
+
+def padded_step(works: Sequence[Work], last_token: mx.array) -> Step:
+    """The step in the padded layout, one group for all works."""
+    rows = max(w.end - w.start for w in works)
+    shape = (len(works), rows)
+    tokens, slots, unseen = (np.zeros(shape, np.int32) for _ in range(3))
+    for i, work in enumerate(works):
+        n = work.end - work.start
+        tokens[i, :n] = _known_tokens(work)
+        slots[i, :n] = _slots_of(work)[work.start :]
+        if work.end > len(work.request.tokens):
+            unseen[i, n - 1] = work.request.row
+    return Step(
+        tokens=_with_unseen(tokens, unseen, last_token),
+        positions=mx.array(np.array([w.start for w in works], np.int32)),
+        write_slots=mx.array(slots),
+        groups=(_group(works, 0, rows),),
+        lasts=tuple(i * rows + w.end - w.start - 1 for i, w in enumerate(works)),
+    )
+
+
+def _group_key(work: Work) -> tuple[bool, int]:
+    """Single tokens first, shortest context first, so that neighbours pad little; the rest as scheduled."""
+    single = work.end - work.start == 1
+    return (not single, work.end if single else 0)
+
+
+def _groups(works: Sequence[Work]) -> list[Group]:
+    """Cuts works (singles by length, then the rest) into runs that can attend together.
+
+    Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
+    works attend together only where both their rows and their contexts are equal, which needs no mask.
+    """
+    groups: list[Group] = []
+    first = at = 0
+    while at < len(works):
+        head = works[at]
+        rows, stop = head.end - head.start, at + 1
+        while stop < len(works) and _fits(head, works[stop]):
+            stop += 1
+        groups.append(_group(works[at:stop], first, rows))
+        first += rows * (stop - at)
+        at = stop
+    return groups
+
+
+def _fits(head: Work, work: Work) -> bool:
+    if work.end - work.start != head.end - head.start:
+        return False
+    if head.end - head.start == 1:
+        return work.end <= max(2 * head.end, 256)
+    return work.end == head.end
+
+
+def _group(works: Sequence[Work], first: int, rows: int) -> Group:
+    context = max(w.end for w in works)
+    slots = np.zeros((len(works), context), np.int32)
+    for i, work in enumerate(works):
+        slots[i, : work.end] = _slots_of(work)
+    return Group(
+        first=first,
+        count=len(works),
+        rows=rows,
+        context=context,
+        ragged=any(w.end != context for w in works),
+        slots=mx.array(slots),
+        starts=mx.array(np.array([w.start for w in works], np.int32)),
+    )
+
+
+def _known_tokens(work: Work) -> Ints:
+    """tokens[start:end], 0 where the host has not seen the last one."""
+    known = np.zeros(work.end - work.start, np.int32)
+    seen = work.request.tokens[work.start : work.end]
+    known[: len(seen)] = seen
+    return known
+
+
+def _slots_of(work: Work) -> Ints:
+    """Slots of tokens 0 … end-1: a view, to be copied before the request goes on."""
+    return np.frombuffer(work.request.slots, np.int32)[: work.end]
+
+
+def _with_unseen(tokens: Ints, rows: Ints, last_token: mx.array) -> mx.array:
+    """``tokens``, with ``last_token[rows]`` wherever ``rows`` is not 0 (row 0 is scratch)."""
+    if not rows.any():
+        return mx.array(tokens)
+    where = mx.array(rows)
+    return mx.where(where > 0, last_token[where], mx.array(tokens))

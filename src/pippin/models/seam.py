@@ -1,0 +1,115 @@
+"""Where Pippin meets mlx-lm's model classes, which run unmodified.
+
+A model hands a cache object to every layer, calls ``scaled_dot_product_attention``, and ends in a head as wide as the
+vocabulary. These three are all that is replaced: caches of ours go in, the attention function looks whether the
+keys come from one of them, and the head is given only the rows whose logits somebody wants.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from pippin.errors import ModelError
+
+
+class LayerAttention(Protocol):
+    """Attends for the layer that stored the keys: q [T, heads, 1, dim] to [T, heads, 1, value_dim]."""
+
+    def attend(self, q: mx.array, scale: float, mask: object, sinks: mx.array | None) -> mx.array: ...
+
+
+class Seam:
+    """What the hooks know of the forward under way.
+
+    ``owners`` maps the identity of a keys array to the layer that stored it: layers that share another's K and V pass
+    that layer's arrays and, some of them, no cache. ``selected`` [n] int32 are the flattened rows for the head.
+    """
+
+    def __init__(self, selected: mx.array | None) -> None:
+        self.owners: dict[int, tuple[mx.array, LayerAttention]] = {}
+        self.selected = selected
+
+    def own(self, keys: mx.array, layer: LayerAttention) -> None:
+        """Claims ``keys``; holds the array too, so that its identity stays its own."""
+        self.owners[id(keys)] = (keys, layer)
+
+    def take(self, x: mx.array) -> mx.array:
+        """Rows that the head is to see: [.., hidden] to [n, 1, hidden]."""
+        if self.selected is None:
+            return x
+        return x.reshape(-1, 1, x.shape[-1])[self.selected]
+
+
+_active: ContextVar[Seam | None] = ContextVar("pippin_seam", default=None)
+_original = base.scaled_dot_product_attention
+
+
+@contextmanager
+def active(seam: Seam) -> Iterator[None]:
+    """Sends the attention and the head of any model called inside through ``seam``."""
+    token = _active.set(seam)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: object = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Stands in for mlx-lm's ``scaled_dot_product_attention``, with its arguments."""
+    seam = _active.get()
+    owned = seam.owners.get(id(keys)) if seam is not None else None
+    if owned is not None:
+        return owned[1].attend(queries, scale, mask, sinks)
+    if seam is not None and seam.owners:
+        raise ModelError("its keys are changed between the cache and the attention call")
+    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def install(model: nn.Module, vocab_size: int) -> None:
+    """Hooks a loaded model: attention in every mlx-lm module that is imported by now, and the model's head.
+
+    Without an active seam, both do exactly what they did. Installing twice changes nothing.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models."):
+            for key, value in list(vars(module).items()):
+                if value is _original:
+                    setattr(module, key, attention)
+    for _, module in model.named_modules():
+        if _is_head(module, vocab_size) and not isinstance(module, _Selecting):
+            module.__class__ = type(f"{type(module).__name__}OfRows", (_Selecting, type(module)), {})
+
+
+def _is_head(module: nn.Module, vocab_size: int) -> bool:
+    weight = module.get("weight")
+    return isinstance(weight, mx.array) and weight.ndim == 2 and weight.shape[0] == vocab_size
+
+
+class _Selecting(nn.Module):
+    """Put before a head's own class: a projection to the vocabulary computes the selected rows only."""
+
+    def __call__(self, x: Any) -> Any:
+        seam = _active.get()
+        if seam is not None and mx.issubdtype(x.dtype, mx.floating):
+            x = seam.take(x)
+        return super().__call__(x)
+
+    def as_linear(self, x: Any) -> Any:
+        seam = _active.get()
+        return super().as_linear(seam.take(x) if seam is not None else x)

@@ -1,0 +1,172 @@
+"""What a loaded model needs, found out by running it: what its layers store, and which backend serves it exactly."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from pippin.attention import AttentionBackend, backends_to_try
+from pippin.cache.pool import KVPool, LayerShape, bytes_per_slot
+from pippin.errors import ModelError
+from pippin.models.seam import install
+from pippin.runner import MlxModelRunner
+from pippin.types import Batch, Request, SamplingParams, Work
+
+# Contexts of the probe's sequences before and after it; a chunk behind a prefix, a prompt, a decode and a short chunk.
+_PROBE = ((7, 12), (0, 5), (9, 10), (3, 5))
+# How far logits may lie from the model's own, as a share of their largest: rounding, and no more.
+_TOLERANCE = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend for a model, why it, and what each of the model's caches stores (None: nothing)."""
+
+    backend: AttentionBackend
+    reason: str
+    shapes: tuple[LayerShape | None, ...]
+
+
+def choose_attention(model: nn.Module, name: str, vocab_size: int) -> Choice:
+    """Finds the first backend that ``name`` allows and whose logits are the model's own.
+
+    Hooks the model (``seam.install``). Raises ModelError with every backend's reason if none serves it.
+    """
+    shapes = measure_layers(model)
+    install(model, vocab_size)
+    tokens = _probe_tokens(vocab_size)
+    expected = _alone(model, tokens)
+    refused = []
+    for backend in backends_to_try(name):
+        reason = _differs(model, backend, shapes, tokens, expected, vocab_size)
+        if reason is None:
+            reason = "exact in the probe" + "".join(f"; not {r}" for r in refused)
+            return Choice(backend, reason, shapes)
+        refused.append(f"{backend.name}: {reason}")
+    raise ModelError("no attention backend serves this model exactly: " + "; ".join(refused))
+
+
+def measure_layers(model: nn.Module) -> tuple[LayerShape | None, ...]:
+    """Runs one token through the model with its own caches, and looks at what they hold.
+
+    Raises ModelError for caches that are not a K and a V a token (recurrent state, chunked or nested ones).
+    """
+    caches = make_prompt_cache(model)
+    for cache in caches:
+        if type(cache) not in (KVCache, RotatingKVCache):
+            raise ModelError(f"its layers keep {type(cache).__name__}, which no attention backend serves yet")
+    mx.eval(model(mx.array([[1]]), cache=caches))
+    return tuple(_shape_of(cache) for cache in caches)
+
+
+def _shape_of(cache: KVCache | RotatingKVCache) -> LayerShape | None:
+    window = None
+    if isinstance(cache, RotatingKVCache):
+        if cache.keep:
+            raise ModelError("it keeps the first tokens beside a sliding window, which no backend serves yet")
+        window = int(cache.max_size)
+    if cache.keys is None:
+        return None
+    (_, heads, _, key_dim), value_dim = cache.keys.shape, cache.values.shape[-1]
+    return LayerShape(heads, key_dim, value_dim, cache.keys.dtype, window)
+
+
+def _probe_tokens(vocab_size: int) -> list[list[int]]:
+    """Tokens spread over the vocabulary, the same on every run."""
+    top = max(2, vocab_size)
+    return [[(7919 * (i * 31 + j) + 1) % top for j in range(end)] for i, (_, end) in enumerate(_PROBE)]
+
+
+def _alone(model: nn.Module, tokens: Sequence[Sequence[int]]) -> mx.array:
+    """The model's own logits for each sequence's last token, [n, vocab] float32."""
+    found = []
+    for (start, _), row in zip(_PROBE, tokens, strict=True):
+        caches = make_prompt_cache(model)
+        if start:
+            model(mx.array([row[:start]]), cache=caches)
+        found.append(model(mx.array([row[start:]]), cache=caches)[0, -1].astype(mx.float32))
+    out = mx.stack(found)
+    mx.eval(out)
+    return out
+
+
+def _differs(
+    model: nn.Module,
+    backend: AttentionBackend,
+    shapes: tuple[LayerShape | None, ...],
+    tokens: Sequence[Sequence[int]],
+    expected: mx.array,
+    vocab_size: int,
+) -> str | None:
+    """Why ``backend`` doesn't serve the model, or None: a ragged batch against each sequence alone."""
+    pool = KVPool(shapes, 1 + sum(map(len, tokens)))
+    runner = MlxModelRunner(model, backend, pool, max_running=len(tokens), vocab_size=vocab_size)
+    requests = [_request(i, row) for i, row in enumerate(tokens)]
+    _scatter_slots(requests)
+    try:
+        prefixes = [Work(r, 0, s, True) for r, (s, _) in zip(requests, _PROBE, strict=True) if s]
+        runner.logits(Batch(tuple(prefixes)))
+        works = [Work(r, s, e, True) for r, (s, e) in zip(requests, _PROBE, strict=True)]
+        logits = runner.logits(Batch(tuple(works)))
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # a model's own code met our caches: whatever it raised is the reason
+        return f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'})"
+    scale = mx.abs(expected).max().item()
+    worst = mx.abs(logits - expected).max().item()
+    tolerance = _TOLERANCE[next((s.dtype for s in shapes if s), mx.float32)]
+    if not worst <= tolerance * scale:
+        return f"logits differ by {worst:.2g} of {scale:.2g}"
+    return None
+
+
+def _request(index: int, tokens: Sequence[int]) -> Request:
+    return Request(f"probe-{index}", list(tokens), len(tokens), SamplingParams(), row=index + 1)
+
+
+def _scatter_slots(requests: Sequence[Request]) -> None:
+    """Deals slots out in turn, so that no request's are neighbours."""
+    slot = 1
+    for at in range(max(len(r.tokens) for r in requests)):
+        for request in requests:
+            if at < len(request.tokens):
+                request.slots.append(slot)
+                slot += 1
+
+
+def measure_activations(
+    model: nn.Module, choice: Choice, *, chunk: int, max_running: int, vocab_size: int, context_length: int
+) -> int:
+    """Bytes that the largest step needs beside weights and pool: a full chunk, and a full batch that samples.
+
+    The chunk runs against itself only; what a longer context adds (one layer's gathered K and V) is computed.
+    """
+    count = max(1, min(max_running, chunk))
+    rows = [chunk // count + (i < chunk % count) for i in range(count)]
+    pool = KVPool(choice.shapes, 1 + chunk)
+    runner = MlxModelRunner(model, choice.backend, pool, max_running=count, vocab_size=vocab_size)
+    requests = [_request(i, [1] * n) for i, n in enumerate(rows)]
+    for request in requests:
+        request.slots = array("i", range(1, 1 + len(request.tokens)))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    runner.logits(Batch(tuple(Work(r, 0, len(r.tokens), True) for r in requests)))
+    whole = _request(0, [1] * chunk)
+    whole.slots = array("i", range(1, 1 + chunk))
+    runner.logits(Batch((Work(whole, 0, chunk, True),)))
+    measured = mx.get_peak_memory() - before
+    layer = max((s.bytes_per_slot for s in choice.shapes if s), default=0)
+    return int(measured + 2 * layer * context_length)
+
+
+def pool_slots(
+    choice: Choice, budget: int, *, page_size: int, most: int
+) -> int:
+    """How many slots fit in ``budget`` bytes, in whole pages and at most ``most``, scratch page not counted."""
+    fit = budget // bytes_per_slot(choice.shapes)
+    return max(0, min(fit, most) // page_size) * page_size

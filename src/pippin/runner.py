@@ -1,0 +1,228 @@
+"""Runs batches on MLX: the only place where requests become arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from pippin.attention import AttentionBackend
+from pippin.cache.pool import KVPool
+from pippin.inputs import Step
+from pippin.models.seam import Seam, active
+from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
+from pippin.types import Batch, RowResult, TokenLogprob, Work
+
+
+class Flight(Protocol):
+    """A step that is queued on the device."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+    def read(self) -> list[RowResult]:
+        """Waits for the step; a result for each work, in order. Call once."""
+        ...
+
+
+class ModelRunner(Protocol):
+    """What the engine needs of a model: queue a batch now, read it later."""
+
+    def launch(self, batch: Batch) -> Flight: ...
+
+    def reset(self) -> None:
+        """After a step that failed: forget what is stored and what is queued."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Logprobs of prompt tokens ``first`` … ``first + count - 1`` of work ``work``; arrays cover all works of a step."""
+
+    work: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A queued step of MlxModelRunner. Holds only small arrays: a reference to the pool would force its copy."""
+
+    batch: Batch
+    sampled: Sampled | None
+    prompts: tuple[PromptRows, ...]
+    prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
+
+    def read(self) -> list[RowResult]:
+        results = [RowResult() for _ in self.batch.works]
+        if self.sampled is not None:
+            self._read_samples(self.sampled, [i for i, w in enumerate(self.batch.works) if w.samples], results)
+        if self.prompt_values is not None:
+            self._read_prompts(self.prompt_values, results)
+        return results
+
+    def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:
+        tokens: list[int] = sampled.tokens.tolist()
+        finite = sampled.finite.tolist()
+        logprobs = sampled.logprob.tolist() if sampled.logprob is not None else None
+        tops = _tops(sampled.top_ids, sampled.top_logprobs)
+        for row, i in enumerate(works):
+            results[i].token = tokens[row]
+            results[i].finite = finite[row]
+            params = self.batch.works[i].request.params
+            if logprobs is not None and params.logprobs:
+                top = tops[row][: params.top_logprobs] if tops else []
+                results[i].logprob = TokenLogprob(tokens[row], logprobs[row], top)
+
+    def _read_prompts(
+        self, values: tuple[mx.array, mx.array | None, mx.array | None], results: list[RowResult]
+    ) -> None:
+        logprobs, tops = values[0].tolist(), _tops(values[1], values[2])
+        at = 0
+        for rows in self.prompts:
+            request = self.batch.works[rows.work].request
+            found = []
+            for i in range(rows.count):
+                top = tops[at + i][: request.params.top_logprobs] if tops else []
+                found.append(TokenLogprob(request.tokens[rows.first + i], logprobs[at + i], top))
+            results[rows.work].prompt_logprobs = found
+            at += rows.count
+
+
+class MlxModelRunner:
+    """Queues batches for one model on one device.
+
+    ``last_token`` [max_running + 1] int32 holds each row's newest token, perhaps not computed yet: step n+1 reads it there,
+    and so is queued before the host has seen step n. Row 0 is scratch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: AttentionBackend,
+        pool: KVPool,
+        *,
+        max_running: int,
+        vocab_size: int,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self.pool = pool
+        self._vocab_size = vocab_size
+        self._last_token = mx.zeros((max_running + 1,), dtype=mx.int32)
+        mx.eval(self._last_token)
+
+    def launch(self, batch: Batch) -> InFlight:
+        """Queues a step; returns before it has run.
+
+        Where writes to the pool are MLX's own indexed updates, they are in place only if no step in flight
+        still holds the pool. So the graph is built while the step before runs, but queued only after it.
+        """
+        samples = [i for i, w in enumerate(batch.works) if w.samples]
+        prompts = tuple(_prompt_rows(batch.works))
+        logits, step_tokens = self._forward(batch.works, samples, prompts)
+        sampled, values = None, None
+        if samples:
+            works = [batch.works[i] for i in samples]
+            plan, inputs = sampling_inputs(works, self._vocab_size)
+            sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
+            rows = mx.array([w.request.row for w in works], dtype=mx.int32)
+            self._last_token[rows] = sampled.tokens
+        if prompts:
+            values = self._prompt_logprobs(batch.works, prompts, logits[len(samples) :])
+        mx.synchronize()
+        mx.async_eval(self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values))
+        return InFlight(batch, sampled, prompts, values)
+
+    def logits(self, batch: Batch) -> mx.array:
+        """Runs a batch to the logits of its sampling works, [n, vocab] float32, and draws nothing."""
+        samples = [i for i, w in enumerate(batch.works) if w.samples]
+        logits, _ = self._forward(batch.works, samples, ())
+        logits = logits.astype(mx.float32)
+        mx.eval(logits, self.pool.arrays)
+        return logits
+
+    def reset(self) -> None:
+        """Starts over with an empty pool and no tokens in flight."""
+        self.pool = KVPool(self.pool.shapes, self.pool.num_slots)
+        self._last_token = mx.zeros_like(self._last_token)
+        mx.eval(self._last_token)
+
+    def _forward(
+        self, works: Sequence[Work], samples: Sequence[int], prompts: Sequence[PromptRows]
+    ) -> tuple[mx.array, mx.array]:
+        """Logits [samples + prompt rows, vocab], lazy, and the input token [samples] int32 of each sampling row."""
+        for work in works:
+            if len(work.request.slots) < work.end or work.request.row < 0:
+                raise AssertionError(f"{work.request.id} was scheduled without slots or row")
+        heads: list[mx.array] = []
+        tails: list[mx.array] = []
+        tokens: list[mx.array] = []
+        first = 0
+        forwards = self.backend.forwards(works)
+        for part in forwards:
+            step = self.backend.step(part, self._last_token)
+            mine = [i - first for i in samples if first <= i < first + len(part)]
+            rows = [step.lasts[i] for i in mine]
+            more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
+            logits = self._run(step, rows + more)
+            heads.append(logits[: len(rows)])
+            tails.append(logits[len(rows) :])
+            tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
+            first += len(part)
+            if len(forwards) > 1:
+                # A pool array that is written twice in one graph would be copied.
+                mx.eval(logits, self.pool.arrays)
+        return mx.concatenate(heads + tails), mx.concatenate(tokens)
+
+    def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
+        """Logits [rows, vocab] of the flattened rows; at least one is computed, since a step must have an output."""
+        seam = Seam(mx.array(rows or [0], dtype=mx.int32))
+        with active(seam):
+            logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
+        return logits.reshape(-1, logits.shape[-1])[: len(rows)]
+
+    def _prompt_logprobs(
+        self, works: Sequence[Work], prompts: Sequence[PromptRows], logits: mx.array
+    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        targets: list[int] = []
+        for p in prompts:
+            targets += works[p.work].request.tokens[p.first : p.first + p.count]
+        top = max(works[p.work].request.params.top_logprobs for p in prompts)
+        return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top)
+
+
+def _prompt_rows(works: Sequence[Work]) -> list[PromptRows]:
+    """Which prompt tokens' logprobs each work yields: its rows predict tokens start+1 … end, if the prompt has them."""
+    found = []
+    for i, work in enumerate(works):
+        if work.logprobs_from is not None:
+            first = max(work.start + 1, work.logprobs_from)
+            count = min(work.end, work.request.num_prompt - 1) - first + 1
+            if count > 0:
+                found.append(PromptRows(i, first, count))
+    return found
+
+
+def _rows_of(step: Step, works: Sequence[Work], prompts: Sequence[PromptRows], first: int) -> list[int]:
+    """Flattened rows that predict the prompt tokens: token t of a work is predicted at t - 1."""
+    rows: list[int] = []
+    for p in prompts:
+        work, last = works[p.work - first], step.lasts[p.work - first]
+        rows += [last - (work.end - t) for t in range(p.first, p.first + p.count)]
+    return rows
+
+
+def _tops(ids: mx.array | None, logprobs: mx.array | None) -> list[list[tuple[int, float]]]:
+    if ids is None or logprobs is None:
+        return []
+    return [
+        list(zip(i, p, strict=True)) for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)
+    ]
+
+
+def _arrays(values: Sequence[mx.array | None] | None) -> list[mx.array]:
+    return [v for v in values or () if isinstance(v, mx.array)]
