@@ -1,0 +1,205 @@
+"""From a directory or hub id to a model that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten
+
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, ModelError
+from pippin.models.download import find_checkpoint, one_line
+from pippin.models.quantize import BITS, Form, materialize, quantization_of, weight_bytes
+from pippin.types import Progress
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_LENGTH_NAMES = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "model_max_length",
+    "max_seq_len",
+    "seq_length",
+    "n_positions",
+    "n_ctx",
+)
+DEFAULT_CONTEXT_LENGTH = 32768
+"""For models that name none, as recurrent ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory and what its files say of it.
+
+    ``config`` is config.json as mlx-lm reads it (eos ids of generation_config.json included), ``path`` the
+    directory, also of a hub id. ``dtype`` is that of activations, K and V; ``quantization`` says how most
+    weights are quantized (None: not). ``eos_token_ids`` may be empty: then only the tokenizer knows.
+    ``context_length`` is the most tokens of a request, ``weight_bytes`` the parameters' size in memory.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    path: Path
+    model_type: str
+    dtype: mx.Dtype
+    quantization: str | None
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    context_length: int
+    weight_bytes: int
+
+
+def load_mlx_model(
+    path: str | None, config: EngineConfig, progress: Callable[[Progress], None] | None = None
+) -> LoadedModel:
+    """Load whatever mlx-lm loads, in the form that ``config`` asks for; ``path`` None is the demo model.
+
+    ``progress`` is called in this thread, with bytes, for the stages ``download`` and ``load`` or
+    ``quantize``. The model belongs to the calling thread, as MLX's arrays do until they are evaluated.
+
+    Raises ModelError if the model can't be found, downloaded, read or run by mlx-lm, or brings code that
+    ``config.trust_remote_code`` does not allow; ConfigError if ``--quantization`` is asked of a quantized one.
+    """
+    found = _find(path, config, progress)
+    model, facts = _build(found, config.trust_remote_code)
+    if config.quantization and (kind := quantization_of(model)):
+        raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
+    form = Form(_wanted_dtype(config), BITS[config.quantization] if config.quantization else None)
+    try:
+        materialize(model, form, progress)
+    except Exception as error:
+        raise ModelError(f"Could not read the weights of {found}: {one_line(error)}") from error
+    return _described(model, facts, found, config)
+
+
+def _find(path: str | None, config: EngineConfig, progress: Callable[[Progress], None] | None) -> Path:
+    if path is None:
+        from pippin.demo import demo_model_path
+
+        return Path(demo_model_path())
+    return find_checkpoint(path, config.revision, mlx_lm.utils.DEFAULT_ALLOW_PATTERNS, progress)
+
+
+def _build(path: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with lazy weights, and its configuration; whatever mlx-lm raises becomes a ModelError."""
+    facts = _read_config(path)
+    if (code := facts.get("model_file")) is not None and not trusted:
+        raise ModelError(
+            f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
+        )
+    if not any(path.glob("model*.safetensors")):
+        raise ModelError(f"{path} has no model*.safetensors: other formats need converting with mlx_lm.convert.")
+    try:
+        model, facts = mlx_lm.utils.load_model(path, lazy=True, trust_remote_code=trusted)
+    except Exception as error:
+        kind = facts["model_type"]
+        raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}): {one_line(error)}") from error
+    return model, facts
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        facts = mlx_lm.utils.load_config(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} has no config.json, so it is not a model's directory.") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path / 'config.json'} can't be read: {one_line(error)}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
+        raise ModelError(f"{path / 'config.json'} names no model_type, so there is no telling what it is.")
+    return facts
+
+
+def _wanted_dtype(config: EngineConfig) -> mx.Dtype | None:
+    """None keeps the checkpoint's. MLX's CPU backend multiplies float16 and bfloat16 ten times slower."""
+    if config.dtype != "auto":
+        dtype: mx.Dtype = getattr(mx, config.dtype)
+        return dtype
+    on_cpu = config.device == "cpu" or (config.device == "auto" and mx.default_device() == mx.cpu)
+    return mx.float32 if on_cpu else None
+
+
+def _described(model: nn.Module, facts: dict[str, Any], path: Path, config: EngineConfig) -> LoadedModel:
+    return LoadedModel(
+        model=model,
+        config=facts,
+        path=path,
+        model_type=facts["model_type"],
+        dtype=_dtype_of(model),
+        quantization=quantization_of(model),
+        eos_token_ids=_eos_token_ids(facts),
+        vocab_size=_vocab_size(model, facts, path),
+        context_length=_context_length(model, facts, config.context_length),
+        weight_bytes=weight_bytes(model),
+    )
+
+
+def _dtype_of(model: nn.Module) -> mx.Dtype:
+    """The dtype of most floating parameters (by bytes), which activations follow."""
+    sizes: Counter[mx.Dtype] = Counter()
+    for _, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[array.dtype] += array.nbytes
+    return sizes.most_common(1)[0][0] if sizes else mx.float32
+
+
+def _stated(model: nn.Module, facts: dict[str, Any], names: Iterable[str]) -> int | None:
+    """The first positive integer under one of ``names``: of the text model, of the whole, of its class's defaults."""
+    defaults = vars(model.args) if hasattr(model, "args") else {}
+    for source in (_text_config(facts), facts, defaults):
+        for name in names:
+            value = source.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def _text_config(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a multimodal model says of its language part; nothing if it has no such part."""
+    text = facts.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def _eos_token_ids(facts: dict[str, Any]) -> tuple[int, ...]:
+    """generation_config.json's ids or else config.json's (mlx-lm merges the two), or else the text model's."""
+    for source in (facts, _text_config(facts)):
+        value = source.get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if known := tuple(i for i in ids if isinstance(i, int)):
+            return known
+    return ()
+
+
+def _vocab_size(model: nn.Module, facts: dict[str, Any], path: Path) -> int:
+    size = _stated(model, facts, ("vocab_size", "padded_vocab_size", "n_vocab"))
+    if size is None:
+        raise ModelError(f"{path / 'config.json'} names no vocab_size.")
+    return size
+
+
+def _context_length(model: nn.Module, facts: dict[str, Any], asked: int | None) -> int:
+    """The model's own limit, unless another was asked for; beyond its own it may well answer nonsense."""
+    own = _stated(model, facts, CONTEXT_LENGTH_NAMES)
+    if asked is None:
+        return _yarn_length(facts, own or DEFAULT_CONTEXT_LENGTH)
+    if own is not None and asked > _yarn_length(facts, own):
+        logger.warning("--context-length %d is beyond the %d tokens that the model was made for.", asked, own)
+    return asked
+
+
+def _yarn_length(facts: dict[str, Any], own: int) -> int:
+    """YaRN's original length times its factor, where config.json still states the length before scaling."""
+    rope = _text_config(facts).get("rope_scaling") or facts.get("rope_scaling")
+    if not isinstance(rope, dict) or "yarn" not in (rope.get("rope_type"), rope.get("type")):
+        return own
+    try:
+        return max(own, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    except (KeyError, TypeError):
+        return own
