@@ -24,7 +24,9 @@ class EngineConfig:
     model_path: str | None = option(None, "Local directory or hub id; the shipped demo model if left out.", "--model")
     tokenizer_path: str | None = option(None, "Tokenizer's directory or hub id, if it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
-    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint. Off: such a checkpoint is refused.")
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the checkpoint. Off: such a checkpoint is refused."
+    )
     dtype: str = option(
         "auto",
         "Weights and activations; auto keeps the checkpoint's on a GPU and takes float32 on a CPU.",
@@ -54,10 +56,22 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, ok, need in (
-            ("mem_fraction_static", self.mem_fraction_static is None or 0 < self.mem_fraction_static < 1, "between 0 and 1"),
+            (
+                "mem_fraction_static",
+                self.mem_fraction_static is None or 0 < self.mem_fraction_static < 1,
+                "between 0 and 1",
+            ),
             ("max_total_tokens", self.max_total_tokens is None or self.max_total_tokens >= 16, "at least 16"),
-            ("max_running_requests", self.max_running_requests is None or self.max_running_requests >= 1, "at least 1"),
-            ("chunked_prefill_size", self.chunked_prefill_size is None or self.chunked_prefill_size >= 1, "at least 1"),
+            (
+                "max_running_requests",
+                self.max_running_requests is None or self.max_running_requests >= 1,
+                "at least 1",
+            ),
+            (
+                "chunked_prefill_size",
+                self.chunked_prefill_size is None or self.chunked_prefill_size >= 1,
+                "at least 1",
+            ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("page_size", self.page_size >= 1, "at least 1"),
         ):
@@ -70,7 +84,10 @@ class EngineConfig:
             ("device", ("auto", "cpu", "gpu")),
         ):
             if getattr(self, name) not in options:
-                raise ConfigError(f"must be one of {', '.join(map(str, options))}, not {getattr(self, name)!r}", flag_of(name))
+                raise ConfigError(
+                    f"must be one of {', '.join(map(str, options))}, not {getattr(self, name)!r}",
+                    flag_of(name),
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """Everything that Pippin raises on purpose.
 
-    PippinError
-    ├── RequestError    one request asks for what can't be done: HTTP 400, names the field
-    ├── ConfigError     a start-up option is wrong: CLI exit status 2, names the option
-    ├── ModelError      a model can't be loaded or served exactly, and why
-    └── EngineError     the engine failed a request that was fine: HTTP 500 or 503
+PippinError
+├── RequestError    one request asks for what can't be done: HTTP 400, names the field
+├── ConfigError     a start-up option is wrong: CLI exit status 2, names the option
+├── ModelError      a model can't be loaded or served exactly, and why
+└── EngineError     the engine failed a request that was fine: HTTP 500 or 503
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ Ints = npt.NDArray[np.int32]
 class Group:
     """``count`` works of ``rows`` tokens each that lie one after the other and attend together.
 
-    ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32 is
-    the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
+    ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32
+    is the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
     """
 
     first: int

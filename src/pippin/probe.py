@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from pippin.attention import AttentionBackend, backends_to_try
-from pippin.cache.pool import KVPool, LayerShape, bytes_per_slot
+from pippin.cache.pool import KVPool, LayerShape
 from pippin.errors import ModelError
 from pippin.models.seam import install
 from pippin.runner import MlxModelRunner
@@ -41,7 +42,7 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int) -> Choice:
     install(model, vocab_size)
     tokens = _probe_tokens(vocab_size)
     expected = _alone(model, tokens)
-    refused = []
+    refused: list[str] = []
     for backend in backends_to_try(name):
         reason = _differs(model, backend, shapes, tokens, expected, vocab_size)
         if reason is None:
@@ -117,8 +118,9 @@ def _differs(
         return str(error)
     except Exception as error:  # a model's own code met our caches: whatever it raised is the reason
         return f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'})"
-    scale = mx.abs(expected).max().item()
-    worst = mx.abs(logits - expected).max().item()
+    own = np.asarray(expected)
+    scale = float(np.abs(own).max())
+    worst = float(np.abs(np.asarray(logits) - own).max())
     tolerance = _TOLERANCE[next((s.dtype for s in shapes if s), mx.float32)]
     if not worst <= tolerance * scale:
         return f"logits differ by {worst:.2g} of {scale:.2g}"
@@ -162,11 +164,3 @@ def measure_activations(
     measured = mx.get_peak_memory() - before
     layer = max((s.bytes_per_slot for s in choice.shapes if s), default=0)
     return int(measured + 2 * layer * context_length)
-
-
-def pool_slots(
-    choice: Choice, budget: int, *, page_size: int, most: int
-) -> int:
-    """How many slots fit in ``budget`` bytes, in whole pages and at most ``most``, scratch page not counted."""
-    fit = budget // bytes_per_slot(choice.shapes)
-    return max(0, min(fit, most) // page_size) * page_size

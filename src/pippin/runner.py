@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
@@ -40,7 +41,7 @@ class ModelRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Logprobs of prompt tokens ``first`` … ``first + count - 1`` of work ``work``; arrays cover all works of a step."""
+    """Prompt tokens ``first`` … ``first + count - 1`` of the batch's ``work``-th work, whose logprobs are asked for."""
 
     work: int
     first: int
@@ -65,9 +66,9 @@ class InFlight:
         return results
 
     def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:
-        tokens: list[int] = sampled.tokens.tolist()
-        finite = sampled.finite.tolist()
-        logprobs = sampled.logprob.tolist() if sampled.logprob is not None else None
+        tokens = _list(sampled.tokens)
+        finite = _list(sampled.finite)
+        logprobs = _list(sampled.logprob) if sampled.logprob is not None else None
         tops = _tops(sampled.top_ids, sampled.top_logprobs)
         for row, i in enumerate(works):
             results[i].token = tokens[row]
@@ -80,7 +81,7 @@ class InFlight:
     def _read_prompts(
         self, values: tuple[mx.array, mx.array | None, mx.array | None], results: list[RowResult]
     ) -> None:
-        logprobs, tops = values[0].tolist(), _tops(values[1], values[2])
+        logprobs, tops = _list(values[0]), _tops(values[1], values[2])
         at = 0
         for rows in self.prompts:
             request = self.batch.works[rows.work].request
@@ -95,8 +96,8 @@ class InFlight:
 class MlxModelRunner:
     """Queues batches for one model on one device.
 
-    ``last_token`` [max_running + 1] int32 holds each row's newest token, perhaps not computed yet: step n+1 reads it there,
-    and so is queued before the host has seen step n. Row 0 is scratch.
+    ``_last_token`` [max_running + 1] int32 holds each row's newest token, perhaps not computed yet: step n+1 reads it
+    there, and so is built before the host has seen step n. Row 0 is scratch.
     """
 
     def __init__(
@@ -134,7 +135,9 @@ class MlxModelRunner:
         if prompts:
             values = self._prompt_logprobs(batch.works, prompts, logits[len(samples) :])
         mx.synchronize()
-        mx.async_eval(self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values))
+        mx.async_eval(  # type: ignore[no-untyped-call]
+            self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values)
+        )
         return InFlight(batch, sampled, prompts, values)
 
     def logits(self, batch: Batch) -> mx.array:
@@ -180,7 +183,7 @@ class MlxModelRunner:
 
     def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
         """Logits [rows, vocab] of the flattened rows; at least one is computed, since a step must have an output."""
-        seam = Seam(mx.array(rows or [0], dtype=mx.int32))
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32))
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         return logits.reshape(-1, logits.shape[-1])[: len(rows)]
@@ -219,9 +222,13 @@ def _rows_of(step: Step, works: Sequence[Work], prompts: Sequence[PromptRows], f
 def _tops(ids: mx.array | None, logprobs: mx.array | None) -> list[list[tuple[int, float]]]:
     if ids is None or logprobs is None:
         return []
-    return [
-        list(zip(i, p, strict=True)) for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)
-    ]
+    return [list(zip(i, p, strict=True)) for i, p in zip(_list(ids), _list(logprobs), strict=True)]
+
+
+def _list(values: mx.array) -> list[Any]:
+    """Waits for ``values`` and returns them as Python numbers."""
+    found: list[Any] = np.asarray(values).tolist()
+    return found
 
 
 def _arrays(values: Sequence[mx.array | None] | None) -> list[mx.array]:

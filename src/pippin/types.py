@@ -56,7 +56,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         for name, ok, need in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "between 0 and max_new_tokens",
+            ),
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or above"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
@@ -69,7 +73,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("top_logprobs", 0 <= self.top_logprobs <= 100, "between 0 and 100"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids of 0 or above"),
-            ("logit_bias", all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "between -100 and 100"),
+            (
+                "logit_bias",
+                all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()),
+                "between -100 and 100",
+            ),
         ):
             if not ok:
                 raise RequestError(f"{name} must be {need}, not {getattr(self, name)!r}", name)

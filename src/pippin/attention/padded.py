@@ -22,9 +22,7 @@ _MOST_PADDING = 1.5
 class PaddedLayer:
     """The cache object that one layer gets for one forward."""
 
-    def __init__(
-        self, layer: int, step: Step, pool: KVPool, masks: dict[int | None, mx.array], grouped: bool
-    ) -> None:
+    def __init__(self, layer: int, step: Step, pool: KVPool, masks: dict[int | None, mx.array], grouped: bool) -> None:
         self.offset = step.positions
         self._layer = layer
         self._step = step

@@ -32,9 +32,7 @@ def group_attention(
         rows = slice(at, min(at + most, group.rows))
         mask = causal_mask(group, rows, window)
         parts.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, rows], keys, values, scale=scale, mask=mask, sinks=sinks
-            )
+            mx.fast.scaled_dot_product_attention(q[:, :, rows], keys, values, scale=scale, mask=mask, sinks=sinks)
         )
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
     return out.transpose(0, 2, 1, 3).reshape(group.count * group.rows, heads, 1, out.shape[-1])

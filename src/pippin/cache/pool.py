@@ -37,9 +37,7 @@ class KVPool:
     def __init__(self, shapes: Sequence[LayerShape | None], num_slots: int) -> None:
         self.shapes = tuple(shapes)
         self.num_slots = num_slots
-        self.keys = [
-            mx.zeros((num_slots, s.kv_heads, s.key_dim), dtype=s.dtype) if s else None for s in self.shapes
-        ]
+        self.keys = [mx.zeros((num_slots, s.kv_heads, s.key_dim), dtype=s.dtype) if s else None for s in self.shapes]
         self.values = [
             mx.zeros((num_slots, s.kv_heads, s.value_dim), dtype=s.dtype) if s else None for s in self.shapes
         ]

@@ -78,7 +78,8 @@ def attention(
         return owned[1].attend(queries, scale, mask, sinks)
     if seam is not None and seam.owners:
         raise ModelError("its keys are changed between the cache and the attention call")
-    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    out: mx.array = _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    return out
 
 
 def install(model: nn.Module, vocab_size: int) -> None:
@@ -101,7 +102,7 @@ def _is_head(module: nn.Module, vocab_size: int) -> bool:
     return isinstance(weight, mx.array) and weight.ndim == 2 and weight.shape[0] == vocab_size
 
 
-class _Selecting(nn.Module):
+class _Selecting(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """Put before a head's own class: a projection to the vocabulary computes the selected rows only."""
 
     def __call__(self, x: Any) -> Any:

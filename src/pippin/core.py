@@ -1,0 +1,241 @@
+"""The engine's core: schedule a step, queue it, finish the one before.
+
+One thread owns it: MLX's arrays belong to the thread that built them. ``worker`` drives it, in a child process or
+in a thread; nothing below calls upward.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+from tokenizers import Tokenizer
+
+from pippin.cache.pool import KVPool
+from pippin.cache.radix import RadixCache
+from pippin.cache.slots import SlotAllocator
+from pippin.config import EngineConfig
+from pippin.errors import RequestError
+from pippin.memory import Limits, MemoryPlan, limits, plan_memory, use_device
+from pippin.models.load import LoadedModel, load_mlx_model
+from pippin.probe import Choice, choose_attention, measure_activations
+from pippin.runner import Flight, MlxModelRunner, ModelRunner
+from pippin.scheduler import Scheduler
+from pippin.types import Batch, Finish, ModelInfo, Output, Progress, Request, RowResult, Stats, StepOutput, Submit
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Requests in, a StepOutput a step out.
+
+    With ``overlap``, step n+1 is scheduled and built before step n is read, whoever joins, leaves or finishes.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: ModelInfo, *, overlap: bool = True) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._overlap = overlap
+        self._eos = frozenset(info.eos_token_ids)
+        self._in_flight: Flight | None = None
+        self._notices: list[Output] = []
+        self._steps = 0
+        self._overlapped = 0
+        self._seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do or to say."""
+        return self._in_flight is not None or bool(self._notices) or self._scheduler.has_work
+
+    @property
+    def stats(self) -> Stats:
+        return self._scheduler.stats(steps=self._steps, overlapped_steps=self._overlapped, step_seconds=self._seconds)
+
+    def add(self, submit: Submit) -> None:
+        """Queues a request. Raises RequestError if its tokens can't be served."""
+        if not submit.tokens:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        worst = max(submit.tokens) if min(submit.tokens) >= 0 else min(submit.tokens)
+        if not 0 <= worst < self.info.vocab_size:
+            raise RequestError(f"token id {worst} is not in the vocabulary (0 to {self.info.vocab_size - 1})", "prompt")
+        self._scheduler.add(
+            Request(
+                id=submit.id,
+                tokens=list(submit.tokens),
+                num_prompt=submit.num_prompt,
+                params=submit.params,
+                priority=submit.priority,
+                arrival=time.monotonic(),
+                eos=self._eos,
+            )
+        )
+
+    def abort(self, id: str) -> None:
+        """Ends a request now; the next step reports it. Its slots are free at once. Unknown ids are ignored."""
+        request = self._scheduler.abort(id)
+        if request is not None:
+            self._notices.append(Output(id, num_cached=request.num_cached, finish=request.finish))
+
+    def flush(self) -> None:
+        """Empties the prefix cache. Raises RequestError while requests run."""
+        if self.has_work:
+            raise RequestError(
+                "the cache can't be flushed while requests run; try again when they are done", status=409
+            )
+        self._scheduler.flush()
+
+    def step(self) -> StepOutput | None:
+        """One turn: queue the next step, finish the one before. None if there was nothing to do or to say.
+
+        What fails here fails the requests of that step, with a Finish, and does not raise.
+        """
+        began = time.perf_counter()
+        outputs, self._notices = self._notices, []
+        batch = self._scheduler.schedule()
+        launched = self._launch(batch, outputs) if batch is not None else None
+        if self._overlap:
+            previous, self._in_flight = self._in_flight, launched
+            self._overlapped += previous is not None and launched is not None
+        else:
+            previous = launched
+        if previous is not None:
+            self._finish(previous, outputs)
+        if batch is None and previous is None and not outputs:
+            return None
+        self._seconds += time.perf_counter() - began
+        return StepOutput(outputs, self.stats)
+
+    def _launch(self, batch: Batch, outputs: list[Output]) -> Flight | None:
+        self._steps += 1
+        try:
+            return self._runner.launch(batch)
+        except Exception as error:
+            log.exception("a step of %d requests could not be queued", len(batch.works))
+            self._drop(batch, error, outputs)
+            return None
+
+    def _finish(self, flight: Flight, outputs: list[Output]) -> None:
+        try:
+            results = flight.read()
+        except Exception as error:
+            log.exception("a step of %d requests failed", len(flight.batch.works))
+            self._drop(flight.batch, error, outputs)
+            return
+        outputs += self._outputs(flight.batch, results)
+
+    def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:
+        """What the step added to each request that is still wanted."""
+        found = []
+        for update in self._scheduler.finish(batch, results):
+            request, result = update.request, update.result
+            found.append(
+                Output(
+                    request.id,
+                    tokens=[result.token] if result.token is not None else [],
+                    logprobs=[result.logprob] if result.logprob is not None else [],
+                    prompt_logprobs=list(result.prompt_logprobs),
+                    num_cached=request.num_cached,
+                    finish=request.finish,
+                )
+            )
+        return found
+
+    def _drop(self, batch: Batch, error: Exception, outputs: list[Output]) -> None:
+        """Fails a step's requests and starts over with an empty cache: what the step had written is unknown."""
+        message = f"the engine failed on this step ({type(error).__name__})"
+        flight, self._in_flight = self._in_flight, None
+        for part in (batch, flight.batch if flight is not None else None):
+            if part is not None:
+                for request in self._scheduler.drop(part):
+                    outputs.append(Output(request.id, finish=Finish("error", None, message)))
+        self._runner.reset()
+
+
+def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None = None) -> EngineCore:
+    """Loads a model and makes everything that serves it; ``progress`` hears of the stages on the way.
+
+    Raises ModelError if the model can't be loaded or served exactly, ConfigError if an option can't be met.
+    """
+    tell = progress or (lambda _: None)
+    use_device(config.device)
+    loaded = load_mlx_model(config.model_path, config, progress)
+    tell(Progress("probe", 0, 2))
+    choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
+    log.info("attention backend %s: %s", choice.backend.name, choice.reason)
+    tell(Progress("probe", 1, 2))
+    sizes = limits(config)
+    activations = measure_activations(
+        loaded.model,
+        choice,
+        chunk=min(sizes.chunk, loaded.context_length - 1),
+        max_running=sizes.max_running,
+        vocab_size=loaded.vocab_size,
+        context_length=loaded.context_length,
+    )
+    plan = plan_memory(
+        config,
+        choice,
+        weight_bytes=loaded.weight_bytes,
+        activation_bytes=activations,
+        context_length=loaded.context_length,
+        max_running=sizes.max_running,
+    )
+    tell(Progress("probe", 2, 2))
+    pool = KVPool(choice.shapes, plan.slots + config.page_size)
+    runner = MlxModelRunner(
+        loaded.model,
+        choice.backend,
+        pool,
+        max_running=sizes.max_running,
+        vocab_size=min(loaded.vocab_size, _tokenizer_size(loaded) or loaded.vocab_size),
+    )
+    return EngineCore(
+        _scheduler(config, plan.slots, sizes, loaded.context_length),
+        runner,
+        _info(config, loaded, choice, plan, sizes),
+        overlap=not config.disable_overlap_schedule,
+    )
+
+
+def _scheduler(config: EngineConfig, slots: int, sizes: Limits, context_length: int) -> Scheduler:
+    allocator = SlotAllocator(slots // config.page_size + 1, config.page_size)
+    return Scheduler(
+        allocator,
+        RadixCache(allocator, enabled=not config.disable_radix_cache),
+        max_running=sizes.max_running,
+        chunk=sizes.chunk,
+        policy=config.schedule_policy,
+        context_length=context_length,
+    )
+
+
+def _tokenizer_size(loaded: LoadedModel) -> int | None:
+    """How many ids the tokenizer knows, if its file says; the model's vocabulary may be padded beyond."""
+    file = loaded.path / "tokenizer.json"
+    return Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True) if file.exists() else None
+
+
+def _info(config: EngineConfig, loaded: LoadedModel, choice: Choice, plan: MemoryPlan, sizes: Limits) -> ModelInfo:
+    return ModelInfo(
+        model_path=config.model_path or str(loaded.path),
+        tokenizer_path=config.tokenizer_path or str(loaded.path),
+        model_type=loaded.model_type,
+        dtype=str(loaded.dtype).removeprefix("mlx.core."),
+        quantization=loaded.quantization,
+        vocab_size=loaded.vocab_size,
+        context_length=loaded.context_length,
+        eos_token_ids=list(loaded.eos_token_ids),
+        attention_backend=choice.backend.name,
+        attention_reason=choice.reason,
+        max_total_tokens=plan.slots,
+        max_running_requests=sizes.max_running,
+        chunked_prefill_size=sizes.chunk,
+        page_size=config.page_size,
+        weight_bytes=plan.weight_bytes,
+        pool_bytes=plan.pool_bytes,
+        device=str(mx.default_device()),
+    )

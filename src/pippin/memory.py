@@ -1,0 +1,108 @@
+"""The memory budget: what the device may use, and how many slots that leaves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from pippin.cache.pool import bytes_per_slot
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, ModelError
+from pippin.probe import Choice
+
+_GPU_FRACTION = 0.8
+_CPU_FRACTION = 0.5
+# On a CPU the pool competes with everything else in the machine's memory, so by default it is only this long.
+_CPU_SLOTS = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The sizes of a step, defaults filled in for the device."""
+
+    chunk: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by part; ``slots`` is what the pool holds beside its scratch page."""
+
+    device_bytes: int
+    budget_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    pool_bytes: int
+    slots: int
+
+
+def on_gpu() -> bool:
+    return bool(mx.default_device() == mx.gpu)
+
+
+def use_device(name: str) -> None:
+    """Makes ``auto``, ``cpu`` or ``gpu`` MLX's default device; ConfigError if there is none."""
+    if name == "cpu":
+        mx.set_default_device(mx.cpu)
+    elif name == "gpu" and not on_gpu():
+        raise ConfigError("MLX sees no GPU here; install pippin[cuda13] or [cuda12], or use cpu", "--device")
+
+
+def limits(config: EngineConfig) -> Limits:
+    """``--chunked-prefill-size`` and ``--max-running-requests``, with the device's defaults."""
+    gpu = on_gpu()
+    return Limits(
+        chunk=config.chunked_prefill_size or (2048 if gpu else 512),
+        max_running=config.max_running_requests or (256 if gpu else 32),
+    )
+
+
+def device_bytes() -> int:
+    """What the device may use: Metal's recommended working set, a GPU's memory, else the machine's."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if on_gpu() and isinstance(info.get(key), int):
+            return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan_memory(
+    config: EngineConfig,
+    choice: Choice,
+    *,
+    weight_bytes: int,
+    activation_bytes: int,
+    context_length: int,
+    max_running: int,
+) -> MemoryPlan:
+    """Divides the budget. Raises ModelError or ConfigError, with the sizes, if too little is left to serve."""
+    device, gpu = device_bytes(), on_gpu()
+    fraction = config.mem_fraction_static or (_GPU_FRACTION if gpu else _CPU_FRACTION)
+    budget = int(device * fraction)
+    slot, page = bytes_per_slot(choice.shapes), config.page_size
+    fit = max(0, (budget - weight_bytes - activation_bytes) // slot)
+    want = min(fit, max_running * context_length)
+    if not gpu and config.mem_fraction_static is None:
+        want = min(want, max(_CPU_SLOTS, 2 * context_length))
+    if config.max_total_tokens is not None:
+        want = config.max_total_tokens
+        if want > fit:
+            raise ConfigError(
+                f"{want} slots take {_gb(want * slot)}, but weights ({_gb(weight_bytes)}) and activations "
+                f"({_gb(activation_bytes)}) leave room for {fit} of the {_gb(budget)} allowed; "
+                "lower it, or raise --mem-fraction-static",
+                "--max-total-tokens",
+            )
+    slots = want // page * page
+    if slots < max(page, 16):
+        raise ModelError(
+            f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)}) leave no room for KV slots in "
+            f"{_gb(budget)}; use --quantization, a smaller --chunked-prefill-size or a larger --mem-fraction-static"
+        )
+    return MemoryPlan(device, budget, weight_bytes, activation_bytes, (slots + page) * slot, slots)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
