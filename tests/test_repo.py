@@ -1,0 +1,279 @@
+"""What holds of the repository as a whole: which way imports point, names, sizes, docs that tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "pippin"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+# --- imports ---
+
+# Who may import whom: a unit may import whatever stands to its left in a line, and what that may import. A unit is
+# a file or a folder of src/pippin; a folder's own files may import each other.
+CHAINS = """
+errors <- types <- cache <- scheduler <- core <- worker
+errors <- config <- core
+types <- inputs <- kernels <- attention <- models <- runner <- core
+types <- sampler <- runner
+cache <- runner
+config <- models
+types <- transport <- worker
+config <- worker <- client <- completion <- server <- cli
+types <- text <- completion <- engine <- cli
+"""
+
+# Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
+WITHOUT_MLX = (
+    "types", "errors", "config", "scheduler", "cache.radix", "cache.slots",
+    "client", "completion", "engine", "cli", "server", "text", "transport",
+)  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    """``src/pippin/cache/radix.py`` is ``cache.radix``; the package itself is the empty string."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit(module: str) -> str:
+    return module.split(".")[0]
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Every module that a file imports, anywhere in it, by full name."""
+    package = ["pippin", *path.relative_to(PACKAGE).parts[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            outer = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*outer, *([node.module] if node.module else [])])
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return frozenset(found)
+
+
+def our_imports(path: Path) -> Iterator[str]:
+    """Units of ours that a file imports, other than its own."""
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "pippin" and len(parts) > 1 and unit(module_name(path)) != parts[1]:
+            yield parts[1]
+
+
+def below() -> dict[str, set[str]]:
+    """The units that each unit may import: the transitive closure of CHAINS."""
+    graph: dict[str, set[str]] = {}
+    for line in CHAINS.strip().splitlines():
+        names = line.split(" <- ")
+        for lower, upper in pairwise(names):
+            graph.setdefault(upper, set()).add(lower)
+            graph.setdefault(lower, set())
+    while True:
+        grown = {name: seen.union(*(graph[s] for s in seen)) for name, seen in graph.items()}
+        if grown == graph:
+            return graph
+        graph = grown
+
+
+def test_chains_have_no_circle() -> None:
+    assert [name for name, seen in below().items() if name in seen] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: module_name(p) or "pippin")
+def test_imports_point_one_way(path: Path) -> None:
+    allowed = below()
+    name = unit(module_name(path))
+    units = {unit(module_name(p)) for p in SOURCES}
+    if name in ("", "__main__"):
+        return
+    assert name in allowed, f"pippin.{name} is new: say in CHAINS where it stands"
+    wrong = {other for other in our_imports(path) if other in units and other not in allowed[name]}
+    assert not wrong, f"pippin.{name} may not import {sorted(wrong)}"
+
+
+def imports_of(module: str) -> set[str]:
+    files = [p for p in SOURCES if module_name(p) == module or module_name(p).startswith(module + ".")]
+    return {name.split(".")[0] for p in files for name in imports(p)}
+
+
+@pytest.mark.parametrize("module", WITHOUT_MLX)
+def test_runs_without_mlx(module: str) -> None:
+    assert not imports_of(module) & {"mlx", "mlx_lm"}
+
+
+def test_torch_stays_in_its_folder() -> None:
+    importers = [module_name(p) for p in SOURCES if any(i.split(".")[0] == "torch" for i in imports(p))]
+    assert [m for m in importers if unit(m) != "torch"] == []
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules loaded once a fresh interpreter has run the statement."""
+    code = f"import sys\n{statement}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import pippin", "from pippin import SamplingParams"])
+def test_importing_pippin_is_light(statement: str) -> None:
+    assert not loaded_by(statement) & {"mlx", "mlx_lm", "torch", "transformers", "fastapi", "numpy"}
+
+
+# --- names ---
+
+VAGUE = {"Manager", "Mixin", "Base", "Impl", "Helper", "Helpers", "Stub", "Dummy", "Wrapper", "Util", "Utils"}
+
+# Where a value comes from files or objects that are not ours, so that a field may or may not be there.
+READS_FOREIGN_OBJECTS = {
+    "config.py": "validates its own fields by name",
+    "types.py": "validates its own fields by name",
+}
+
+
+def words(name: str) -> set[str]:
+    """The words of a CamelCase or snake_case name, capitalized."""
+    return {w.capitalize() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: module_name(p) or "pippin")
+def test_names_say_something(path: Path) -> None:
+    classes = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert [name for name in [*classes, path.stem] if words(name) & VAGUE] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: module_name(p) or "pippin")
+def test_attributes_are_not_guessed(path: Path) -> None:
+    if path.relative_to(PACKAGE).as_posix() in READS_FOREIGN_OBJECTS:
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    guesses = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("getattr", "hasattr")]
+    assert not guesses, f"getattr or hasattr in lines {guesses}: see READS_FOREIGN_OBJECTS"
+
+
+# --- packaging ---
+
+
+@cache
+def project() -> dict[str, object]:
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_dependency_has_its_reason() -> None:
+    section = re.search(r"^dependencies = \[\n(.*?)^\[project\.scripts", text_of("pyproject.toml"), re.M | re.S)
+    assert section
+    lines = [line for line in section[1].splitlines() if re.match(r'\s*"', line) or ("= [" in line and '"' in line)]
+    assert len(lines) > 15
+    assert [line for line in lines if not re.search(r"# \w+", line) or line.count('"') > 2] == []
+
+
+def test_versions_agree() -> None:
+    import pippin
+
+    assert project()["version"] == pippin.__version__
+    assert f"## {pippin.__version__}" in text_of("CHANGELOG.md")
+
+
+# --- what is committed ---
+
+
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Files of the commit that this checkout has, those that are still there."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return tuple(path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file())
+
+
+def test_no_large_files() -> None:
+    assert [str(p) for p in tracked() if p.stat().st_size > 8 * 2**20] == []
+
+
+# Written so that this file does not hold what it looks for.
+PRIVATE = re.compile("|".join([r"/" + r"(?:work|root|farm|tmp/brief)/", "file:" + "///", "bash_" + "jobs"]))
+
+
+def test_no_paths_of_one_machine() -> None:
+    found = []
+    for path in tracked():
+        if path.suffix in (".safetensors", ".png") or path.name == "tokenizer.json":
+            continue
+        lines = path.read_text(errors="replace").splitlines()
+        found += [f"{path.name}:{n}" for n, line in enumerate(lines, 1) if PRIVATE.search(line)]
+    assert found == []
+
+
+def test_examples_are_short() -> None:
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert examples
+    assert [p.name for p in examples if len(p.read_text().splitlines()) > 40] == []
+
+
+# --- docs ---
+
+
+def code_in(markdown: str) -> list[str]:
+    """The text of code blocks and code spans."""
+    blocks = re.findall(r"^```.*?\n(.*?)^```", markdown, re.M | re.S)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S))
+    return blocks + spans
+
+
+def commands_in(markdown: str, program: str) -> set[str]:
+    """The words that follow a program's name at the start of a line of code: ``make test`` gives ``test``."""
+    pattern = rf"^(?:[$#] )?(?:[A-Z_]+=\S+ )*{program} ([a-z][a-z0-9-]*)"
+    return {m for code in code_in(markdown) for m in re.findall(pattern, code, re.M)}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.M))
+    assert commands_in(path.read_text(), "make") <= targets
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_links_resolve(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(path: Path) -> set[str]:
+    """Ids that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_makefile_lists_its_targets() -> None:
+    makefile = text_of("Makefile")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.M))
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
+    assert phony
+    assert set(phony[1].split()) == targets
