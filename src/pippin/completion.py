@@ -1,0 +1,207 @@
+"""A prompt's tokens to streamed text: the one place between tokens and text.
+
+The server's routes and ``Engine`` both stand on ``complete``. The engine knows neither text nor ``n``: it gets one
+request per answer, and stop strings are found here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from pippin.errors import RequestError
+from pippin.text.detokenizer import TextStream
+from pippin.text.stops import StopAutomaton
+from pippin.text.tokenizer import Tokenizer
+from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
+
+
+class Client(Protocol):
+    """What completion asks of an EngineClient."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def submit(
+        self, tokens: Sequence[int], params: SamplingParams, priority: int = 0, id: str | None = None
+    ) -> AsyncIterator[Output]: ...
+
+    def abort(self, id: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to answer ``index`` of a request.
+
+    ``text`` may be empty while ``tokens`` are not (half a character, or what may become a stop string). Tokens after
+    the one that completed a stop string appear nowhere. ``logprobs`` align with ``tokens`` if they were asked for;
+    ``prompt_logprobs`` come once, with answer 0. The last Delta of each answer has ``finish``.
+    """
+
+    index: int
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_prompt: int = 0
+    num_cached: int = 0
+    finish: Finish | None = None
+
+
+def check_prompt(
+    tokens: Sequence[int], params: SamplingParams, info: ModelInfo, field: str = "prompt"
+) -> SamplingParams:
+    """Raises RequestError for a prompt that can't be served; else params that fit the context.
+
+    ``max_new_tokens`` beyond the room that the prompt leaves is cut to it: the answer then ends with ``length``.
+    """
+    if not tokens:
+        raise RequestError("the prompt is empty", field)
+    if any(not 0 <= t < info.vocab_size for t in tokens):
+        raise RequestError(f"token ids must be between 0 and {info.vocab_size - 1}", field)
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        if any(not 0 <= t < info.vocab_size for t in ids):
+            raise RequestError(f"{name} must name tokens between 0 and {info.vocab_size - 1}", name)
+    most = min(info.context_length, info.max_total_tokens)
+    room = most - len(tokens)
+    if room < 1:
+        limit = "the context" if most == info.context_length else "the KV store (--max-total-tokens)"
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens, but {limit} holds {most} and the answer needs at least one", field
+        )
+    if params.max_new_tokens <= room:
+        return params
+    return msgspec.structs.replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
+
+
+def answer_ids(rid: str, n: int) -> list[str]:
+    """The engine's ids of a request's answers: abort each to abort the request."""
+    return [rid] if n == 1 else [f"{rid}-{i}" for i in range(n)]
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+async def complete(
+    client: Client,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    params: SamplingParams,
+    priority: int = 0,
+    rid: str | None = None,
+    draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+) -> AsyncGenerator[Delta, None]:
+    """Streams ``params.n`` answers to a prompt, as they come, told apart by ``Delta.index``.
+
+    Answer i is drawn with ``seed + i``; without a seed, ``draw_seed`` gives one, so that answers differ and yet each is
+    reproducible. Closing the generator (use ``aclosing``) aborts what is unfinished. Call ``check_prompt`` first.
+    """
+    seed = draw_seed() if params.seed is None else params.seed
+    stops = StopAutomaton(params.stop) if params.stop else None
+    answers = []
+    for i, id in enumerate(answer_ids(rid or new_id(), params.n)):
+        one = msgspec.structs.replace(
+            params, n=1, seed=_nth_seed(seed, i), prompt_logprobs=params.prompt_logprobs and i == 0
+        )
+        stream = TextStream(tokenizer, one, stops)
+        answers.append(_answer(client, stream, i, tokens, one, priority, id))
+    deltas = answers[0] if len(answers) == 1 else _merge(answers)
+    async with aclosing(deltas):
+        async for delta in deltas:
+            yield delta
+
+
+def _nth_seed(seed: int, i: int) -> int:
+    return seed + i if seed + i < 2**64 else seed + i - 2**64
+
+
+async def _answer(
+    client: Client,
+    stream: TextStream,
+    index: int,
+    tokens: Sequence[int],
+    params: SamplingParams,
+    priority: int,
+    id: str,
+) -> AsyncGenerator[Delta, None]:
+    outputs = client.submit(tokens, params, priority=priority, id=id)
+    finished = False
+    try:
+        async for output in outputs:
+            finished = output.finish is not None
+            delta = _delta(stream, index, output, len(tokens), params)
+            if delta.finish is not None and not finished:
+                finished = True
+                client.abort(id)  # a stop string: the engine does not know yet
+            yield delta
+            if finished:
+                return
+    finally:
+        if not finished:
+            client.abort(id)
+        if isinstance(outputs, AsyncGenerator):
+            await outputs.aclose()
+
+
+def _delta(stream: TextStream, index: int, output: Output, num_prompt: int, params: SamplingParams) -> Delta:
+    finish = output.finish
+    tokens = output.tokens
+    # The token that ended the answer is counted and reported, but it is no text.
+    ended = finish is not None and finish.reason == "stop" and bool(tokens) and finish.matched == tokens[-1]
+    piece = stream.push(tokens[:-1] if ended and not params.no_stop_trim else tokens)
+    text, matched = piece.text, piece.matched
+    if matched is not None:
+        tokens = tokens[: piece.num_tokens]
+    elif finish is not None:
+        rest = stream.finish()
+        text, matched = text + rest.text, rest.matched
+    if matched is not None:
+        finish = Finish("stop", matched)
+    return Delta(
+        index,
+        text,
+        tokens,
+        output.logprobs[: len(tokens)],
+        output.prompt_logprobs,
+        num_prompt,
+        output.num_cached,
+        finish,
+    )
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """All streams' items as they come. Closing it, or an error in one, closes all."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+
+    async def drain(stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

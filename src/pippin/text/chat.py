@@ -1,0 +1,161 @@
+"""Messages to the prompt that a model was trained on, by its chat template.
+
+Templates are programs from strangers: they run in Jinja's immutable sandbox (transformers compiles them so), and what
+they raise becomes a RequestError.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pippin.errors import ConfigError, RequestError
+from pippin.text.tokenizer import Tokenizer
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """Renders conversations for one tokenizer.
+
+    ``source`` replaces the tokenizer's own template (Jinja text, see ``read_template``).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        # What chat_template_kwargs may not set: it is either a field of its own or none of the client's business.
+        self._reserved = {*inspect.signature(tokenizer.hf.apply_chat_template).parameters, "messages"}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt's text, special tokens and all: encode it with ``add_special_tokens=False``.
+
+        ``messages`` are OpenAI's: a role of ``ROLES``, content a string or a list of text parts (joined with newlines),
+        an assistant's ``tool_calls`` (their arguments, JSON in a string, reach the template as objects, as templates
+        expect), whatever else they hold is passed on. ``continue_final_message`` leaves the last message open, and
+        needs ``add_generation_prompt`` off. Raises RequestError.
+        """
+        if not messages:
+            raise RequestError("messages must hold at least one message", "messages")
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "continue_final_message needs add_generation_prompt to be false", "continue_final_message"
+            )
+        options = dict(chat_template_kwargs or {})
+        if clash := sorted(self._reserved & options.keys()):
+            raise RequestError(f"{clash[0]} can't be set in chat_template_kwargs", "chat_template_kwargs")
+        chat = [_message(m, i, self._knows_developer(tools)) for i, m in enumerate(messages)]
+        try:
+            return str(
+                self._tokenizer.hf.apply_chat_template(
+                    chat,
+                    tools=[dict(t) for t in tools] if tools else None,
+                    chat_template=self._template(tools),
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **options,
+                )
+            )
+        except RequestError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python can
+            reason = str(error).strip() or type(error).__name__
+            raise RequestError(f"the chat template refused the messages: {reason}", "messages") from error
+
+    def encode(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """``render``'s options; gives the prompt's token ids."""
+        return self._tokenizer.encode(self.render(messages, **options), add_special_tokens=False)
+
+    def source(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The Jinja text in use; a tokenizer may have another one for tools. Raises RequestError if there is none."""
+        return self._template(tools)
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        if self._source is not None:
+            return self._source
+        if not self._tokenizer.has_chat_template:
+            raise RequestError(
+                "this model's tokenizer has no chat template; start the server with --chat-template FILE, "
+                "or send a plain prompt to /v1/completions",
+                "messages",
+            )
+        try:
+            return str(self._tokenizer.hf.get_chat_template(tools=tools or None))
+        except ValueError as error:  # several templates, none of them the default
+            raise RequestError(f"{error}".splitlines()[0], "messages") from error
+
+    def _knows_developer(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        return "developer" in self._template(tools)
+
+
+def read_template(path: str) -> str:
+    """The template in a file: Jinja text, or JSON with a ``chat_template`` field. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} can't be read ({error})", "--chat-template") from error
+    if not path.endswith(".json"):
+        return text
+    try:
+        source = json.loads(text)["chat_template"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no JSON object with a chat_template", "--chat-template") from error
+    return str(source)
+
+
+def _message(message: Message, index: int, knows_developer: bool) -> dict[str, Any]:
+    field = f"messages[{index}]"
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"role must be one of {', '.join(ROLES)}, not {role!r}", f"{field}.role")
+    # OpenAI renamed system to developer; few templates have followed.
+    role = "system" if role == "developer" and not knows_developer else role
+    result = {**message, "role": role, "content": _content(message.get("content"), f"{field}.content")}
+    if message.get("tool_calls") is not None:
+        result["tool_calls"] = [
+            _tool_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
+        ]
+    return result
+
+
+def _content(content: object, field: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise RequestError("content must be a string or a list of text parts", field)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RequestError(f"only text parts are supported, not {kind!r}", f"{field}[{i}].type")
+        if not isinstance(part.get("text"), str):
+            raise RequestError("a text part needs its text, a string", f"{field}[{i}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_call(call: object, field: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise RequestError("a tool call needs a function with name and arguments", f"{field}.function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise RequestError(f"arguments must be JSON: {error}", f"{field}.function.arguments") from error
+    return {**call, "function": {**function, "arguments": arguments}}

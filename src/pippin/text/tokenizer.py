@@ -1,0 +1,210 @@
+"""A checkpoint's tokenizer: text to token ids and back.
+
+Whatever transformers can read is loaded by transformers, without torch; what it returns is untyped and wide, so
+the rest of Pippin sees this small class only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pippin.errors import ModelError, RequestError
+
+# Reading a tokenizer's files needs no torch, so its absence is no news to the user.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time; its thread pool only costs start-up
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
+
+
+class Tokenizer:
+    """Encodes and decodes for one checkpoint. Make one with ``load_tokenizer``.
+
+    ``vocab_size``: ids from 0 up to here (exclusive) may decode to something; a model's logits may be wider.
+    ``eos_ids``, ``bos_id``, ``special_ids``: what the tokenizer itself declares; a model's generation config may
+    add ends (see ``ModelInfo.eos_token_ids``).
+    ``scheme``: how the text of a sequence follows from its tokens, see ``Scheme``.
+    ``hf``: the transformers tokenizer, for chat templates.
+    """
+
+    def __init__(self, hf: Any, path: str = "") -> None:
+        self.hf = hf
+        self.path = path
+        # Python tokenizers (rare, from checkpoints with code) have no `tokenizers` object behind them.
+        self._fast: Any = hf.backend_tokenizer if hf.is_fast else None
+        added: dict[int, Any] = hf.added_tokens_decoder
+        if self._fast is not None:
+            # A saved tokenizer.json may truncate or pad; prompts must not be.
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        self.vocab_size: int = max([len(hf), *(i + 1 for i in added)])
+        self.eos_ids: tuple[int, ...] = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
+        self.bos_id: int | None = hf.bos_token_id
+        self.special_ids = frozenset(
+            {i for i, token in added.items() if token.special} | set(map(int, hf.all_special_ids))
+        )
+        self.scheme = Scheme.of(self._fast)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; special tokens written out in it become those tokens, as everywhere.
+
+        ``add_special_tokens`` puts the tokenizer's BOS and the like round it. Raises RequestError for text that is not
+        valid Unicode (half of a surrogate pair, which JSON can spell).
+        """
+        try:
+            if self._fast is not None:
+                return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+        except (TypeError, UnicodeError) as error:
+            raise RequestError(f"the text is not valid Unicode: {_surrogate(text)}") from error
+
+    def decode(
+        self,
+        ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """Text of a whole sequence. Ids that no token has decode to nothing; negative ones raise RequestError.
+
+        ``spaces_between_special_tokens`` matters only to tokenizers written in Python. Old checkpoints ask to remove
+        spaces before punctuation; that is not done, since it would change what the model wrote.
+        """
+        if any(not 0 <= i < 2**32 for i in ids):
+            raise RequestError("token ids must be 0 or above", "tokens")
+        if self._fast is not None:
+            return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_special_tokens}
+        known = [i for i in ids if i < self.vocab_size]
+        return str(self.hf.decode(known, spaces_between_special_tokens=spaces_between_special_tokens, **options))
+
+    def piece(self, token: int) -> str | None:
+        """The token as the vocabulary spells it (``Ġthe``, ``▁the``, ``<0x0A>``), None if there is none."""
+        if self._fast is not None:
+            spelled = self._fast.id_to_token(token) if token >= 0 else None
+        else:
+            spelled = self.hf.convert_ids_to_tokens(token) if 0 <= token < self.vocab_size else None
+        return None if spelled is None else str(spelled)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to a text, in UTF-8; it may be part of a character. Special tokens give their names."""
+        spelled = self.piece(token)
+        if spelled is None:
+            return b""
+        if self.scheme.kind == "other":
+            return self.decode([token], skip_special_tokens=False).encode()
+        return self.scheme.bytes_of(spelled)
+
+    def token_text(self, token: int) -> str:
+        """One token as text, for logprobs; U+FFFD where it is only part of a character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+
+class Scheme:
+    """How a `tokenizers` decoder makes text out of tokens, as far as streaming needs to know.
+
+    - ``bytes``: each token stands for bytes (GPT-2's byte-level BPE). Text is their UTF-8, errors replaced.
+    - ``fallback``: each token stands for text, ``<0xNN>`` for a byte (SentencePiece with byte fallback). A run of bytes
+      is text if all of it is UTF-8, and one U+FFFD a byte if not. ``strip`` such ``strip_char`` are cut off the front.
+    - ``other``: only the decoder knows.
+    """
+
+    def __init__(
+        self, kind: str, replaces: Iterable[tuple[str, str]] = (), strip_char: str = "", strip: int = 0
+    ) -> None:
+        self.kind = kind
+        self.replaces = tuple(replaces)
+        self.strip_char = strip_char
+        self.strip = strip
+
+    @classmethod
+    def of(cls, fast: Any) -> Scheme:
+        if fast is None or fast.decoder is None:
+            return cls("other")
+        decoder = json.loads(fast.decoder.__getstate__())
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        if [step["type"] for step in steps] == ["ByteLevel"]:
+            return cls("bytes")
+        replaces = []
+        while steps and steps[0]["type"] == "Replace" and "String" in steps[0]["pattern"]:
+            replaces.append((steps[0]["pattern"]["String"], steps[0]["content"]))
+            steps = steps[1:]
+        kinds = [step["type"] for step in steps]
+        if kinds == ["ByteFallback", "Fuse"]:
+            return cls("fallback", replaces)
+        if kinds == ["ByteFallback", "Fuse", "Strip"] and steps[2]["stop"] == 0:
+            return cls("fallback", replaces, steps[2]["content"], steps[2]["start"])
+        return cls("other")
+
+    def bytes_of(self, spelled: str) -> bytes:
+        """A token's bytes; for ``bytes`` and ``fallback`` only."""
+        if self.kind == "bytes":
+            try:
+                return bytes(_BYTE_OF[c] for c in spelled)
+            except KeyError:  # an added token with characters outside of the byte alphabet stands for itself
+                return spelled.encode()
+        byte = self.fallback_byte(spelled)
+        return self.text_of(spelled).encode() if byte is None else bytes([byte])
+
+    def text_of(self, spelled: str) -> str:
+        for old, new in self.replaces:
+            spelled = spelled.replace(old, new)
+        return spelled
+
+    def fallback_byte(self, spelled: str) -> int | None:
+        """The byte that a token ``<0xNN>`` stands for, None for any other token."""
+        match = _BYTE_TOKEN.fullmatch(spelled)
+        return None if match is None else int(match[1], 16)
+
+
+def load_tokenizer(path: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a local directory or hub id; the shipped model's if ``path`` is None.
+
+    Code in a checkpoint runs only with ``trust_remote_code``; without it, a tokenizer that needs its own code is
+    refused before any of it is read. Raises ModelError.
+    """
+    from transformers import AutoTokenizer
+
+    path = demo_path() if path is None else path
+    try:
+        hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly every type there is for a bad file
+        raise ModelError(_load_failure(path, error, trust_remote_code)) from error
+    return Tokenizer(hf, path)
+
+
+def demo_path() -> str:
+    """Where the shipped model lies."""
+    from pippin.demo import demo_model_path
+
+    return str(demo_model_path())
+
+
+def _load_failure(path: str, error: Exception, trusted: bool) -> str:
+    text = str(error)
+    if "trust_remote_code" in text and not trusted:
+        return f"{path}: its tokenizer comes with code of its own; --trust-remote-code would run it"
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return f"{path}: no tokenizer could be loaded ({first}); --tokenizer-path takes another directory or hub id"
+
+
+def _surrogate(text: str) -> str:
+    lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+    return "it can't be encoded" if lone is None else f"a lone surrogate U+{ord(text[lone]):04X} at index {lone}"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: a byte that prints as Latin-1 is itself, the others count up from U+0100."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in itself]
+    return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
