@@ -5,22 +5,11 @@ Runs before any test imports mlx, which is what makes the first of these work.
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from hypothesis import HealthCheck, settings
 
-OPENBLAS = "libopenblas.so.0"
-
-
-def preload_openblas() -> bool:
-    """Puts OpenBLAS in front of the reference BLAS in MLX's CPU build (float32 is 10 to 20 times faster)."""
-    try:
-        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True
-
+from pippin.backend import preload_openblas
 
 preload_openblas()
 

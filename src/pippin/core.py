@@ -10,6 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from pippin.backend import prepare
+
+prepare()  # before any import of MLX: it is what makes that work, and fast
+
 import mlx.core as mx
 from tokenizers import Tokenizer
 

@@ -1,0 +1,59 @@
+"""MLX's native half on this machine: says what to install where there is none, and puts a fast BLAS in front of it.
+
+``prepare`` comes before the first import of ``mlx.core``: a BLAS that is loaded later is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+
+from pippin.errors import EngineError
+
+OPENBLAS = "libopenblas.so.0"
+
+
+class NoBackendError(EngineError, ImportError):
+    """MLX can't be imported here; the message says what would help."""
+
+
+def prepare() -> None:
+    """Makes ``import mlx.core`` work, and fast. Raises NoBackendError where it can't."""
+    preload_openblas()
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise NoBackendError(advice(platform.system(), platform.machine(), str(error))) from error
+
+
+def preload_openblas() -> bool:
+    """Puts OpenBLAS in front of the reference BLAS of MLX's Linux CPU build; False where that isn't to be had.
+
+    Float32 matrix products are 10 to 20 times faster with it. It does nothing for other dtypes, or for a GPU.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return False
+    try:
+        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def advice(system: str, machine: str, error: str) -> str:
+    """What to do where MLX can't be imported; ``system`` and ``machine`` as ``platform`` names them."""
+    match system, machine:
+        case "Darwin", "x86_64":
+            return (
+                "Intel Macs can't run Pippin: MLX needs Apple silicon (M1 or newer). If this Mac has it, "
+                "this Python runs under Rosetta: use an arm64 one."
+            )
+        case "Darwin", _:
+            return f"MLX can't be imported ({error}): it needs macOS 14 or newer; try `pip install --upgrade mlx`."
+        case "Linux", "x86_64" | "aarch64":
+            return (
+                f"MLX has no backend here ({error}): `pip install 'pippin[cpu]'`, or `pippin[cuda13]` or "
+                "`pippin[cuda12]` for an NVIDIA GPU (`nvidia-smi` shows the driver's CUDA version)."
+            )
+    return f"MLX has no build for {system} on {machine}: use Apple silicon, or Linux on x86_64 or aarch64."

@@ -1,0 +1,55 @@
+"""A machine without MLX gets advice by name, and OpenBLAS only counts before MLX is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pippin.backend import advice, preload_openblas
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "says"),
+    [
+        ("Darwin", "x86_64", "Intel Macs"),
+        ("Darwin", "arm64", "macOS 14"),
+        ("Linux", "x86_64", "pippin[cpu]"),
+        ("Linux", "aarch64", "pippin[cuda13]"),
+        ("Linux", "riscv64", "no build for Linux on riscv64"),
+        ("Windows", "AMD64", "no build for Windows"),
+    ],
+)
+def test_advice_names_the_machine(system: str, machine: str, says: str) -> None:
+    assert says in advice(system, machine, "libmlx.so: cannot open shared object file")
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_missing_backend_is_an_import_error_with_advice() -> None:
+    # None in sys.modules is how Python itself says that a module can't be imported.
+    done = run(
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "from pippin.backend import prepare\n"
+        "try: prepare()\n"
+        "except ImportError as error: print(error)"
+    )
+    assert "pip" in done.stdout or "Intel" in done.stdout, done.stderr
+
+
+def test_preloading_after_mlx_is_refused() -> None:
+    import mlx.core  # noqa: F401
+
+    assert not preload_openblas()
+
+
+def test_the_engine_prepares_before_it_imports_mlx() -> None:
+    done = run(
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "try: import pippin.core\n"
+        "except ImportError as error: print(type(error).__name__)"
+    )
+    assert done.stdout.strip() == "NoBackendError", done.stderr
