@@ -27,11 +27,11 @@ CHAINS = """
 errors <- types <- cache <- scheduler <- core <- worker
 errors <- config <- core
 types <- inputs <- kernels <- attention <- models <- runner <- core
-types <- sampler <- runner
+types <- penalties <- sampler <- runner
 cache <- runner
 config <- models
-types <- transport <- worker
-config <- worker <- client <- completion <- server <- cli
+worker <- transport <- client
+config <- worker <- client <- completion <- server <- launch_server <- cli
 types <- text <- completion <- engine <- cli
 """
 

@@ -1,0 +1,216 @@
+"""The asking side of the queue: submit token ids, get token ids back, in one event loop.
+
+Keeps a journal of what every live request asked and has received, so that nothing is lost with a worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
+from pippin.transport import ProcessTransport, ThreadTransport, Transport
+from pippin.types import (
+    Abort,
+    Event,
+    Fatal,
+    Flush,
+    Flushed,
+    ModelInfo,
+    Output,
+    Progress,
+    Ready,
+    SamplingParams,
+    Stats,
+    StepOutput,
+    Submit,
+)
+from pippin.worker import CORE, Load
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request in flight: what was asked, the tokens received since, and those that nobody has read yet."""
+
+    submit: Submit
+    tokens: list[int] = field(default_factory=list)
+    unread: asyncio.Queue[Output | PippinError] = field(default_factory=asyncio.Queue)
+
+
+class EngineClient:
+    """Speaks to one worker. Use it from the event loop that called ``start``.
+
+    ``seed`` makes the seeds of requests that bring none reproducible.
+    """
+
+    def __init__(self, transport: Transport, seed: int | None = None) -> None:
+        self.transport = transport
+        self.stats = Stats()
+        self.progress: Progress | None = None
+        self.failure: PippinError | None = None
+        self.started_at = time.time()
+        self._info: ModelInfo | None = None
+        self._journal: dict[str, Live] = {}
+        self._flushes: dict[str, asyncio.Future[Flushed]] = {}
+        self._ready: asyncio.Future[ModelInfo] | None = None
+        self._random = random.Random(seed)
+
+    @classmethod
+    def spawn(cls, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> EngineClient:
+        """A client of a new child process, not started yet."""
+        return cls(ProcessTransport(config, core, log_level), config.random_seed)
+
+    @classmethod
+    def in_thread(cls, load: Load, seed: int | None = None) -> EngineClient:
+        """A client of a worker in a thread of this process, not started yet."""
+        return cls(ThreadTransport(load), seed)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served. Raises EngineError (503) before the engine is ready."""
+        if self._info is None:
+            raise self.failure or EngineError("the model is still loading", 503)
+        return self._info
+
+    async def start(self) -> ModelInfo:
+        """Start the worker and wait until it is ready.
+
+        Raises ModelError or ConfigError if the worker says so, EngineError if it died.
+        """
+        self._ready = asyncio.get_running_loop().create_future()
+        await self.transport.open(self._on_event, self._on_end)
+        return await self._ready
+
+    async def submit(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        id: str | None = None,
+        num_prompt: int | None = None,
+    ) -> AsyncGenerator[Output, None]:
+        """Yield a request's Outputs as steps produce them; the last has ``finish``.
+
+        ``tokens`` is the prompt, of which all after ``num_prompt`` were generated before. Closing the iterator
+        aborts the request. Raises RequestError if it can't be served as asked, EngineError if the engine failed.
+        """
+        live = self._begin(Submit(id or uuid.uuid4().hex, list(tokens), num_prompt or len(tokens), params, priority))
+        try:
+            while True:
+                output = await live.unread.get()
+                if isinstance(output, PippinError):
+                    raise output
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            if self._journal.pop(live.submit.id, None) is not None:
+                self.transport.send(Abort(live.submit.id))
+
+    def draw_seed(self) -> int:
+        """A seed for a request that brings none, so that its stream can be resumed; 63 bits."""
+        return self._random.getrandbits(63)
+
+    def _begin(self, submit: Submit) -> Live:
+        if self.failure is not None:
+            raise self.failure
+        if submit.id in self._journal:
+            raise RequestError(f"request id {submit.id!r} is in use by a request that has not ended", "rid")
+        if submit.params.seed is None and submit.params.temperature > 0:
+            params = msgspec.structs.replace(submit.params, seed=self.draw_seed())
+            submit = msgspec.structs.replace(submit, params=params)
+        live = self._journal[submit.id] = Live(submit)
+        self.transport.send(submit)
+        return live
+
+    def abort(self, id: str) -> None:
+        """End a request: its iterator gets a last Output with finish reason ``abort``. Unknown ids are ignored."""
+        if id in self._journal:
+            self.transport.send(Abort(id))
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Ids of the requests that have not ended."""
+        return tuple(self._journal)
+
+    async def flush(self) -> Flushed:
+        """Empty the prefix cache; the answer is not ``ok`` while requests run."""
+        if self.failure is not None:
+            raise self.failure
+        id = uuid.uuid4().hex
+        self._flushes[id] = asyncio.get_running_loop().create_future()
+        self.transport.send(Flush(id))
+        return await self._flushes[id]
+
+    async def close(self) -> None:
+        """End the worker; requests still live fail with EngineError."""
+        self._fail(EngineError("the server is shutting down", 503))
+        await self.transport.close()
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case StepOutput(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    self._deliver(output)
+            case Flushed(id):
+                if (waiter := self._flushes.pop(id, None)) is not None and not waiter.done():
+                    waiter.set_result(event)
+            case Progress():
+                self.progress = event
+            case Ready(info):
+                self._info = info
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(info)
+            case Fatal(kind, message):
+                self._fail(failure_of(kind, message))
+
+    def _deliver(self, output: Output) -> None:
+        live = self._journal.get(output.id)
+        if live is None:  # the asker went away
+            return
+        live.tokens += output.tokens
+        live.unread.put_nowait(error_of(output) or output)
+        if output.finish is not None:
+            del self._journal[output.id]
+
+    def _on_end(self, how: str) -> None:
+        self._fail(EngineError(f"{how}; requests in flight are lost", 503))
+
+    def _fail(self, failure: PippinError) -> None:
+        """The worker is gone, or as good as: nothing that waits will get an answer. The first reason stays."""
+        if self.failure is None:
+            self.failure = failure
+        journal, self._journal = self._journal, {}
+        for live in journal.values():
+            live.unread.put_nowait(self.failure)
+        flushes, self._flushes = self._flushes, {}
+        for waiter in [*flushes.values(), self._ready]:
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(self.failure)
+
+
+def error_of(output: Output) -> PippinError | None:
+    """The exception that an Output with finish reason ``error`` stands for."""
+    finish = output.finish
+    if finish is None or finish.reason != "error":
+        return None
+    if finish.status < 500:
+        return RequestError(finish.message, finish.field, finish.status)
+    return EngineError(finish.message, finish.status)
+
+
+def failure_of(kind: str, message: str) -> PippinError:
+    """The exception that a Fatal stands for."""
+    if kind == "ModelError":
+        return ModelError(message)
+    if kind == "ConfigError":
+        return ConfigError(message)
+    return EngineError(f"the engine stopped: {message}", 503)

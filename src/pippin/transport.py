@@ -1,0 +1,176 @@
+"""Two ways to reach a worker, with one face: a child process, or a thread of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pippin.config import EngineConfig
+from pippin.types import Command, Event, Shutdown
+from pippin.worker import CORE, Hello, Load, run
+
+OnEvent = Callable[[Event], None]
+OnEnd = Callable[[str], None]
+"""Called once, when the worker has ended, with how it ended."""
+
+
+class Transport(Protocol):
+    """A way to a worker. All is called, and calls back, in the event loop that called ``open``."""
+
+    async def open(self, on_event: OnEvent, on_end: OnEnd) -> None: ...
+
+    def send(self, command: Command) -> None:
+        """Hand over a command without waiting; dropped if the worker has ended."""
+
+    async def close(self) -> None:
+        """Ask the worker to end, wait a while, and make it end. ``on_end`` is not called after that."""
+
+
+class ThreadTransport:
+    """A worker in a thread of this process, for ``Engine`` and for tests."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
+
+    async def open(self, on_event: OnEvent, on_end: OnEnd) -> None:
+        loop = asyncio.get_running_loop()
+
+        def call(function: Callable[..., None], *arguments: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody listens any more
+                loop.call_soon_threadsafe(function, *arguments)
+
+        def end() -> None:
+            self._ended.set()
+            on_end("the engine's thread ended")
+
+        def work() -> None:
+            run(self._load, self._receive, lambda event: call(on_event, event))
+            call(end)
+
+        self._thread = threading.Thread(target=work, name="pippin-engine", daemon=True)
+        self._thread.start()
+
+    def _receive(self, wait: bool) -> Command | None:
+        try:
+            return self._commands.get(wait)
+        except queue.Empty:
+            return None
+
+    def send(self, command: Command) -> None:
+        self._commands.put(command)
+
+    async def close(self) -> None:
+        if self._thread is not None:
+            self.send(Shutdown())
+            await self._ended.wait()
+            self._thread.join()
+
+
+class ProcessTransport:
+    """A worker in a child process: two ZeroMQ sockets in a directory that only this user can open.
+
+    ``core`` names the engine's loader as ``module:function`` (see ``worker.CORE``).
+    """
+
+    def __init__(self, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> None:
+        self._config, self._core, self._log_level = config, core, log_level
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Event)
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._events = self._context.socket(zmq.PULL)
+        self._directory: Path | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._on_event: OnEvent = lambda event: None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None before ``open``."""
+        return self._process.pid if self._process else None
+
+    async def open(self, on_event: OnEvent, on_end: OnEnd) -> None:
+        self._on_event = on_event
+        commands, events = self._bind()
+        asyncio.get_running_loop().add_reader(self._events.fileno(), self._drain)
+        # -P: a `random.py` in the user's directory must not shadow the library's.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "pippin.worker", stdin=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        hello = Hello(commands, events, self._config, self._core, self._log_level)
+        self._process.stdin.write(msgspec.json.encode(hello) + b"\n")
+        self._watch = asyncio.create_task(self._wait(self._process, on_end))
+
+    def _bind(self) -> tuple[str, str]:
+        directory = tempfile.mkdtemp(prefix="pippin-")  # mode 0700
+        if len(directory) > 80:  # a socket's path may have 103 bytes on macOS
+            shutil.rmtree(directory)
+            directory = tempfile.mkdtemp(prefix="pippin-", dir="/tmp")
+        self._directory = Path(directory)
+        addresses = f"ipc://{directory}/commands", f"ipc://{directory}/events"
+        for socket, address in zip((self._commands, self._events), addresses, strict=True):
+            socket.set_hwm(0)
+            socket.bind(address)
+        return addresses
+
+    def _drain(self) -> None:
+        """Read all there is: the descriptor only wakes us when the queue was empty before."""
+        while True:
+            try:
+                message = self._events.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_event(self._decoder.decode(message))
+
+    async def _wait(self, process: asyncio.subprocess.Process, on_end: OnEnd) -> None:
+        code = await process.wait()
+        await asyncio.sleep(0.05)  # its last words may still be between the kernel and our socket
+        self._drain()
+        on_end(describe_exit(code))
+
+    def send(self, command: Command) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._commands.send(self._encoder.encode(command))
+
+    async def close(self) -> None:
+        if self._watch is not None and self._process is not None:
+            self._watch.cancel()
+            self.send(Shutdown())
+            await self._end(self._process)
+            asyncio.get_running_loop().remove_reader(self._events.fileno())
+        self._commands.close(linger=0)
+        self._events.close(linger=0)
+        self._context.term()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            await asyncio.wait_for(process.wait(), 5)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, in words: its exit status, or the signal that killed it."""
+    if code >= 0:
+        return f"the engine process ended with status {code}"
+    name = signal.Signals(-code).name
+    hint = {"SIGKILL": " (out of memory?)", "SIGABRT": " (out of GPU memory?)"}.get(name, "")
+    return f"the engine process was killed by {name}{hint}"

@@ -1,0 +1,205 @@
+"""The engine's side of the queue: commands in, events out, one message a step.
+
+The same loop runs in a child process (``python -m pippin.worker``, over ZeroMQ) and in a thread. Whatever
+touches MLX, loading too, happens in the thread that calls ``run``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import pkgutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pippin.config import EngineConfig
+from pippin.errors import PippinError, RequestError
+from pippin.types import (
+    Abort,
+    Command,
+    Event,
+    Fatal,
+    Finish,
+    Flush,
+    Flushed,
+    ModelInfo,
+    Output,
+    Progress,
+    Ready,
+    Shutdown,
+    Stats,
+    StepOutput,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Core(Protocol):
+    """What the loop needs of an engine; ``core.EngineCore`` is the real one."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do; while it hasn't, the loop sleeps until the next command."""
+
+    def add(self, submit: Submit) -> None:
+        """Queue a request. Raises RequestError if it can't be served as asked."""
+
+    def abort(self, id: str) -> None:
+        """End a request; the next ``step`` reports it. Unknown ids are ignored."""
+
+    def step(self) -> StepOutput | None:
+        """Do one step. What fails there fails requests, with a Finish, and does not raise."""
+
+    def flush(self) -> None:
+        """Empty the prefix cache. Raises RequestError while requests run."""
+
+
+Receive = Callable[[bool], Command | None]
+"""The next command; None if there is none yet and the argument, ``wait``, is False."""
+
+Send = Callable[[Event], None]
+Load = Callable[[Callable[[Progress], None]], Core]
+"""Makes the engine, reporting progress on the way."""
+
+CORE = "pippin.core:load_core"
+"""Where a child finds its engine: a callable of (EngineConfig, progress) -> Core."""
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """What a child reads from its standard input: one line of JSON. The input's end is the parent's end."""
+
+    commands: str
+    events: str
+    config: EngineConfig
+    core: str = CORE
+    log_level: str = "warning"
+
+
+def run(load: Load, receive: Receive, send: Send) -> bool:
+    """Load, say Ready, and serve until Shutdown. False, after a Fatal, if the engine could not start or go on."""
+    try:
+        core = load(send)
+        send(Ready(core.info))
+        serve(core, receive, send)
+    except Exception as error:
+        if not isinstance(error, PippinError):
+            log.exception("the engine stopped")
+        send(Fatal(type(error).__name__, str(error) or type(error).__name__))
+        return False
+    return True
+
+
+def serve(core: Core, receive: Receive, send: Send) -> None:
+    """Obey commands and step while there is work; sleep in ``receive`` while there is none."""
+    while True:
+        while (command := receive(not core.has_work)) is not None:
+            if isinstance(command, Shutdown):
+                return
+            for event in obey(core, command):
+                send(event)
+        if (output := core.step()) is not None:
+            send(output)
+
+
+def obey(core: Core, command: Submit | Abort | Flush) -> Iterator[Event]:
+    """Carry out one command; yields what can't wait for the next step."""
+    match command:
+        case Submit():
+            if (finish := add(core, command)) is not None:
+                yield StepOutput([Output(command.id, finish=finish)], core.stats)
+        case Abort(id):
+            core.abort(id)
+        case Flush(id):
+            try:
+                core.flush()
+            except RequestError as error:
+                yield Flushed(id, False, error.message)
+            else:
+                yield StepOutput([], core.stats)
+                yield Flushed(id, True)
+
+
+def add(core: Core, submit: Submit) -> Finish | None:
+    """Queue a request. One that can't be served ends here, and is no other request's trouble."""
+    try:
+        core.add(submit)
+    except RequestError as error:
+        return Finish("error", None, error.message, error.field, error.status)
+    except Exception as error:
+        log.exception("request %s could not be queued", submit.id)
+        return Finish("error", None, f"the engine could not queue the request ({type(error).__name__})")
+    return None
+
+
+# --- the child process ---
+
+
+def main() -> int:
+    """The child: connect to the parent's two sockets, run, and die with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    with open(0, "rb", buffering=0, closefd=False) as pipe:
+        hello = msgspec.json.decode(pipe.readline(), type=Hello)
+    die_with_parent()
+    logging.basicConfig(level=hello.log_level.upper(), format="%(levelname)s: %(name)s: %(message)s", stream=sys.stderr)
+    context = zmq.Context()
+    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, address in ((commands, hello.commands), (events, hello.events)):
+        socket.set_hwm(0)
+        socket.connect(address)
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Command)
+
+    def receive(wait: bool) -> Command | None:
+        try:
+            message = commands.recv(0 if wait else zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        command: Command = decoder.decode(message)
+        return command
+
+    def send(event: Event) -> None:
+        events.send(encoder.encode(event))
+
+    def load(progress: Callable[[Progress], None]) -> Core:
+        make: Callable[[EngineConfig, Callable[[Progress], None]], Core] = pkgutil.resolve_name(hello.core)
+        return make(hello.config, progress)
+
+    ok = run(load, receive, send)
+    commands.close(linger=0)
+    events.close(linger=2000)
+    context.term()
+    return 0 if ok else 1
+
+
+def die_with_parent() -> None:
+    """Leave no engine behind: the parent holds our standard input open for as long as it lives.
+
+    Linux also kills us if the parent dies while native code keeps the watching thread from running.
+    """
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
