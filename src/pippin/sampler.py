@@ -1,0 +1,343 @@
+"""Logits to tokens, inside MLX's lazy graph: nothing here waits for the device.
+
+``sampling_inputs`` reads requests on the host, ``sample`` builds the graph. Order per row, as in SGLang:
+repetition penalty, frequency and presence penalties, logit_bias, forbidden stop tokens; then temperature;
+then top_k, top_p and min_p, each judged on the temperature-scaled distribution over the whole vocabulary and
+applied together. Among equal probabilities the lower id counts as the likelier token.
+
+Randomness is the Gumbel-max trick: token = argmax(log p + G). The noise G of a row is a function of
+(seed, index of the token being drawn) and covers the whole vocabulary, so a stream does not depend on its
+batch, on padding, on retraction, or on how a filter was computed.
+
+Filters need no sort. With d = (max logit - logit) / temperature >= 0, whose float bits order like the floats,
+the kept set is {d < boundary} and the first few of {d == boundary}; the boundary is found by bisecting 31 bits
+with one masked sum each, or, where every filtered row has a modest top_k, by a partition. Probabilities are
+summed as integers (multiples of 2**-31), so that no order of summation, batch or path can change a decision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pippin.penalties import LogitEdits, edit_logits, logit_edits
+from pippin.types import Work
+
+GREEDY_BELOW = 1e-5  # a temperature under this is 0: dividing by it could only overflow
+SMALLEST_TOP_P = 1e-9  # less would be 0 in float32, and keep nothing
+LARGEST_PARTITION = 1024  # above this top_k, bisecting is as fast as a partition and its sort
+PROBABILITY_1 = float(2**31)  # in the integers that top_p sums
+INTEGER_MAX = 2**31 - 1  # top_k: off
+NO_BOUNDARY = 2**31 - 1  # bits above those of every float
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What a step's sampling has to compute; hashable, so that compiled steps can be kept by it.
+
+    ``vocab_size``: ids from here on do not exist (padding of the embedding). ``tops``: how many alternatives
+    to report, a power of two. ``partition``: length of the partition that finds boundaries, 0 to bisect.
+    """
+
+    vocab_size: int
+    random: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    edits: bool = False
+    unseen: bool = False
+    logprobs: bool = False
+    tops: int = 0
+    partition: int = 0
+
+
+class SamplingInputs(NamedTuple):
+    """The plan's arrays, one line per row; None where the plan has no use for them.
+
+    ``temperature`` float32 [S], 0 for greedy. ``keys`` uint32 [S, 2]: the noise of this row at this position.
+    ``top_k`` int32 [S], ``top_p`` float32 [S] (infinite: off), ``log_min_p`` float32 [S] (-infinite: off).
+    """
+
+    temperature: mx.array | None = None
+    keys: mx.array | None = None
+    top_k: mx.array | None = None
+    top_p: mx.array | None = None
+    log_min_p: mx.array | None = None
+    edits: LogitEdits | None = None
+
+
+class Sampled(NamedTuple):
+    """``tokens`` int32 [S]; ``finite`` bool [S]: the row's largest logit was a number, so the token means something.
+
+    Log probabilities, float32, are the model's own (before edits and temperature), over the ids that exist:
+    ``logprob`` [S] of the token drawn, ``top_logprobs`` [S, tops] and ``top_ids`` int32 [S, tops] best first.
+    """
+
+    tokens: mx.array
+    finite: mx.array
+    logprob: mx.array | None = None
+    top_ids: mx.array | None = None
+    top_logprobs: mx.array | None = None
+
+
+# --- host side ---
+
+
+def sampling_inputs(
+    works: Sequence[Work], vocab_size: int, pad_to: int = 0, partition: bool | None = None
+) -> tuple[SamplingPlan, SamplingInputs]:
+    """The plan and arrays for the rows of those works that sample, in order; padding rows are greedy.
+
+    ``vocab_size`` must not exceed the width of the logits. A row's token ``end - 1`` may be one that the host
+    has not seen; ``sample`` gets it as ``input_tokens``. ``partition`` allows partitions in place of bisection
+    (None: on the CPU, where that is faster, and not on a GPU, where MLX's partition is a full sort).
+    """
+    rows = [w for w in works if w.samples]
+    size = max(len(rows), pad_to)
+    params = [w.request.params for w in rows]
+    edits = logit_edits(rows, vocab_size, size)
+    tops = max((p.top_logprobs for p in params if p.logprobs), default=0)
+    plan = SamplingPlan(
+        vocab_size,
+        edits=edits is not None,
+        unseen=edits is not None and edits.unseen is not None,
+        logprobs=any(p.logprobs for p in params),
+        tops=min(power_of_two(tops), vocab_size) if tops else 0,
+    )
+    inputs = SamplingInputs(edits=edits)
+    if all(p.temperature < GREEDY_BELOW for p in params):
+        return plan, inputs
+    if partition is None:
+        partition = mx.default_device() == mx.Device(mx.cpu)
+    return _random_inputs(rows, size, plan, inputs, partition)
+
+
+def _random_inputs(
+    rows: Sequence[Work], size: int, plan: SamplingPlan, inputs: SamplingInputs, partition: bool
+) -> tuple[SamplingPlan, SamplingInputs]:
+    """Adds what rows with a temperature need; greedy and padding rows get filters that are off."""
+    n = plan.vocab_size
+    temperature, log_min_p = np.zeros(size, np.float32), np.full(size, -np.inf, np.float32)
+    top_k, top_p = np.full(size, INTEGER_MAX, np.int32), np.full(size, np.inf, np.float32)
+    for i, p in enumerate(w.request.params for w in rows):
+        if p.temperature < GREEDY_BELOW:
+            continue
+        temperature[i] = p.temperature
+        if 0 < p.top_k < n:
+            top_k[i] = p.top_k
+        if p.top_p < 1:
+            top_p[i] = max(p.top_p, SMALLEST_TOP_P)
+        if p.min_p > 0:
+            log_min_p[i] = math.log(p.min_p)
+    has_k, has_p, has_min = top_k < INTEGER_MAX, np.isfinite(top_p), np.isfinite(log_min_p)
+    length = power_of_two(int(top_k[has_k].max())) if has_k.any() else 0
+    partition = partition and length <= LARGEST_PARTITION and not (has_p & ~has_k).any()
+    spare = size - len(rows)
+    keys = noise_keys([seed_of(w) for w in rows] + [0] * spare, [w.end for w in rows] + [0] * spare)
+    plan = replace(
+        plan,
+        random=True,
+        top_k=bool(has_k.any()),
+        top_p=bool(has_p.any()),
+        min_p=bool(has_min.any()),
+        partition=min(length, n) if partition else 0,
+    )
+    return plan, inputs._replace(
+        temperature=mx.array(temperature),
+        keys=mx.array(keys),
+        top_k=mx.array(top_k) if plan.top_k else None,
+        top_p=mx.array(top_p) if plan.top_p else None,
+        log_min_p=mx.array(log_min_p) if plan.min_p else None,
+    )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def seed_of(work: Work) -> int:
+    """The request's seed; where it has none, one made of its id, so that a resubmitted request goes on alike."""
+    seed = work.request.params.seed
+    if seed is None:
+        return int.from_bytes(hashlib.blake2b(work.request.id.encode(), digest_size=8).digest(), "little")
+    return seed
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """Keys for mx.random, uint32 [S, 2], of 64-bit seeds and token indices.
+
+    Element ``position`` of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014) started at the mixed seed:
+    neighbouring seeds and positions give unrelated keys.
+    """
+    start = _mix(np.array([s % 2**64 for s in seeds], np.uint64))
+    z = _mix(start + np.array(positions, np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.stack([z >> np.uint64(32), z & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+# --- device side ---
+
+
+def sample(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs, input_tokens: mx.array) -> Sampled:
+    """Draws one token a row: ``logits`` [S, V] of any float type, ``input_tokens`` int [S] what the row last read.
+
+    Raises ValueError if the plan's vocabulary is larger than V.
+    """
+    if plan.vocab_size > logits.shape[-1]:
+        raise ValueError(f"a vocabulary of {plan.vocab_size} ids, but logits of {logits.shape[-1]}")
+    raw = logits[:, : plan.vocab_size].astype(mx.float32)
+    edited = raw if inputs.edits is None else edit_logits(raw, inputs.edits, input_tokens)
+    tokens = mx.argmax(edited, axis=-1)
+    if plan.random:
+        assert inputs.temperature is not None
+        tokens = mx.where(inputs.temperature > 0, _draw(edited, plan, inputs), tokens)
+    tokens = tokens.astype(mx.int32)
+    sampled = Sampled(tokens, mx.isfinite(raw.max(axis=-1)))
+    if not plan.logprobs:
+        return sampled
+    logprob, top_ids, top_logprobs = token_logprobs(raw, tokens, plan.tops)
+    return sampled._replace(logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def prompt_logprobs(
+    logits: mx.array, targets: mx.array, tops: int, vocab_size: int | None = None
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Log probabilities of prompt tokens: ``logits`` [R, V], ``targets`` int [R], the token that followed each row.
+
+    Returns logprob float32 [R] and, if tops > 0, ids int32 [R, tops] and log probabilities [R, tops], best first.
+    A target that is no id of the vocabulary has NaN.
+    """
+    vocab_size = vocab_size or logits.shape[-1]
+    raw = logits[:, :vocab_size].astype(mx.float32)
+    known = (targets >= 0) & (targets < vocab_size)
+    logprob, ids, values = token_logprobs(raw, mx.where(known, targets, 0), min(tops, vocab_size))
+    return mx.where(known, logprob, mx.nan), ids, values
+
+
+def token_logprobs(raw: mx.array, tokens: mx.array, tops: int) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Log probabilities of one token a row and of the ``tops`` likeliest: raw float32 [R, n], tokens int [R]."""
+    norm = mx.logsumexp(raw, axis=-1, keepdims=True)
+    logprob = (mx.take_along_axis(raw, tokens[:, None], axis=-1) - norm)[:, 0]
+    if not tops:
+        return logprob, None, None
+    ids = top_ids(raw, tops)
+    return logprob, ids, mx.take_along_axis(raw, ids, axis=-1) - norm
+
+
+def top_ids(values: mx.array, count: int) -> mx.array:
+    """The ``count`` largest of each row of float32 [R, n], as int32 [R, count]: largest first, then lower ids."""
+    bits = (-values).view(mx.int32)
+    order = mx.where(bits < 0, bits ^ INTEGER_MAX, bits).astype(mx.int64)  # like the floats, as integers
+    keys = order * 2**32 + mx.arange(values.shape[-1])  # distinct, so a partition has one outcome
+    if count < values.shape[-1]:
+        keys = mx.partition(keys, count - 1, axis=-1)[:, :count]
+    return (mx.sort(keys, axis=-1) & (2**32 - 1)).astype(mx.int32)
+
+
+def _draw(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
+    """A token of each row's filtered distribution; rows with temperature 0 get some id."""
+    assert inputs.temperature is not None
+    assert inputs.keys is not None
+    temperature = mx.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+    largest = logits.max(axis=-1, keepdims=True)
+    # A row without any allowed token has every distance infinite; one with a NaN has no number that could be
+    # ordered against others, which a partition might not survive.
+    distance = (mx.where(largest == -math.inf, 0.0, largest) - logits) / temperature
+    scores = gumbel(inputs.keys, logits.shape[-1]) - distance
+    if plan.top_k or plan.top_p:
+        scores = mx.where(_keep(distance, plan, inputs), scores, -math.inf)
+    if inputs.log_min_p is not None:
+        scores = mx.where(-distance >= inputs.log_min_p[:, None], scores, -math.inf)
+    return mx.argmax(scores, axis=-1)
+
+
+def gumbel(keys: mx.array, n: int) -> mx.array:
+    """Standard Gumbel noise, float32 [S, n], of keys uint32 [S, 2]: -log(E) of exponential E = -log(1 - u).
+
+    u comes in steps of 2**-32 near 0, and E keeps them, so that tokens rarer than float32's 6e-8 come up as
+    often as they should.
+    """
+    u = mx.vmap(lambda key: mx.random.uniform(shape=(n,), key=key))(keys)
+    exponential = mx.where(u < 2**-10, u + 0.5 * u * u, -mx.log(1 - u))
+    return -mx.log(mx.maximum(exponential, 2**-33))
+
+
+class _Limits(NamedTuple):
+    """What may lie before a kept token: fewer than ``tokens`` tokens and less than ``mass``; each [S, 1] or None."""
+
+    tokens: mx.array | None
+    mass: mx.array | None
+
+    def allow(self, count: mx.array, mass: mx.array | None) -> mx.array:
+        """Whether a token with this before it is kept; int32 and uint32 of any shape that fits [S, 1]."""
+        allowed = mx.array(True)
+        if self.tokens is not None:
+            allowed = count < self.tokens
+        if self.mass is not None and mass is not None:
+            allowed = allowed & (mass.astype(mx.float32) < self.mass)
+        return allowed
+
+
+def _keep(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
+    """Which tokens top_k and top_p leave, bool [S, n], of distances float32 [S, n]."""
+    scale = mass = target = None
+    if inputs.top_p is not None:
+        weights = mx.exp(-distance)
+        scale = PROBABILITY_1 / weights.sum(axis=-1, keepdims=True)
+        mass = _integers(weights, scale)
+        target = inputs.top_p[:, None] * mass.sum(axis=-1, keepdims=True).astype(mx.float32)
+    limits = _Limits(None if inputs.top_k is None else inputs.top_k[:, None], target)
+    bits = distance.view(mx.uint32)
+    length = plan.partition
+    boundary = _partition(distance, scale, length, limits) if length else _bisect(bits, mass, limits)
+    tied = bits == boundary
+    count, mass_before = _before(bits, mass, boundary)
+    count = count + mx.cumsum(tied.astype(mx.int32), axis=-1, inclusive=False)
+    if mass is not None and mass_before is not None:
+        mass_before = mass_before + mx.cumsum(tied * mass, axis=-1, inclusive=False)
+    return (bits < boundary) | (tied & limits.allow(count, mass_before))
+
+
+def _integers(weights: mx.array, scale: mx.array) -> mx.array:
+    """Probabilities as uint32 multiples of 2**-31; a row's sum stays far under 2**32."""
+    return (weights * scale + 0.5).astype(mx.uint32)
+
+
+def _before(bits: mx.array, mass: mx.array | None, boundary: mx.array) -> tuple[mx.array, mx.array | None]:
+    """How many tokens, and how much mass, are nearer than the boundary uint32 [S, 1]; each [S, 1]."""
+    nearer = bits < boundary
+    count = nearer.sum(axis=-1, keepdims=True)
+    return count, None if mass is None else (nearer * mass).sum(axis=-1, keepdims=True)
+
+
+def _bisect(bits: mx.array, mass: mx.array | None, limits: _Limits) -> mx.array:
+    """The largest boundary, uint32 [S, 1], with no more before it than the limits allow; NO_BOUNDARY where all fits."""
+    boundary = mx.zeros((bits.shape[0], 1), mx.uint32)
+    for bit in range(30, -1, -1):
+        farther = boundary | (1 << bit)
+        boundary = mx.where(limits.allow(*_before(bits, mass, farther)), farther, boundary)
+    return boundary
+
+
+def _partition(distance: mx.array, scale: mx.array | None, length: int, limits: _Limits) -> mx.array:
+    """The same boundary from each row's ``length`` nearest tokens, which is at least its top_k."""
+    assert limits.tokens is not None
+    near = distance if length >= distance.shape[-1] else mx.partition(distance, length - 1, axis=-1)[:, :length]
+    near = mx.sort(near, axis=-1)
+    mass = None if scale is None else mx.cumsum(_integers(mx.exp(-near), scale), axis=-1, inclusive=False)
+    kept = limits.allow(mx.arange(length), mass).sum(axis=-1, keepdims=True)
+    boundary = mx.take_along_axis(near, mx.maximum(kept - 1, 0), axis=-1).view(mx.uint32)
+    return mx.where(limits.tokens < INTEGER_MAX, boundary, NO_BOUNDARY)
