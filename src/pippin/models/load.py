@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
+from pippin.models.corrections import correct, older_names
 from pippin.models.download import find_checkpoint, one_line
 from pippin.models.quantize import BITS, Form, materialize, quantization_of, weight_bytes
 from pippin.types import Progress
@@ -98,7 +99,10 @@ def _build(path: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
     if not any(path.glob("model*.safetensors")):
         raise ModelError(f"{path} has no model*.safetensors: other formats need converting with mlx_lm.convert.")
     try:
-        model, facts = mlx_lm.utils.load_model(path, lazy=True, trust_remote_code=trusted)
+        model, facts = mlx_lm.utils.load_model(
+            path, lazy=True, model_config=older_names(facts), trust_remote_code=trusted
+        )
+        correct(model, facts)
     except Exception as error:
         kind = facts["model_type"]
         raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}): {one_line(error)}") from error

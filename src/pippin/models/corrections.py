@@ -1,0 +1,151 @@
+"""Where mlx-lm would read a checkpoint otherwise than transformers does, without a word: set right here.
+
+Each of these changes what the model computes. transformers 5 nests and renames settings in config.json that mlx-lm
+then takes from its own defaults (a Llama saved today would run with the wrong RoPE base); some classes ignore
+the window of sliding attention; YaRN without truncated bounds (gpt-oss) is read as if truncated; Gemma's GELU is
+taken at its word, which was a slip.
+``tests/parity`` compares the outcome with transformers, family by family.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.rope_utils import YarnRoPE
+
+logger = logging.getLogger(__name__)
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def older_names(facts: dict[str, Any]) -> dict[str, Any]:
+    """Settings that config.json states as transformers 5 writes them, under the names that mlx-lm reads.
+
+    Only names that ``facts`` does not have yet, so what it states itself always counts.
+    """
+    found = _rope_names(facts)
+    if (period := _window_period(facts.get("layer_types"))) is not None:
+        found["sliding_window_pattern"] = period
+    if isinstance(experts := facts.get("num_local_experts"), int):
+        found["num_experts"] = experts
+    new = {name: value for name, value in found.items() if facts.get(name) is None}
+    if isinstance(text := facts.get("text_config"), dict):
+        new["text_config"] = text | older_names(text)
+    return new
+
+
+def _rope_names(facts: dict[str, Any]) -> dict[str, Any]:
+    rope = facts.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    local = rope.get(SLIDING)
+    full = rope.get(FULL) if isinstance(local, dict) else rope
+    if not isinstance(full, dict):
+        return {}
+    found = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
+    if (kind := full.get("rope_type", "default")) != "default":
+        found["rope_scaling"] = full | {"type": kind}
+    if isinstance(local, dict) and "rope_theta" in local:
+        found["rope_local_base_freq"] = local["rope_theta"]
+    return found
+
+
+def _window_period(types: Any) -> int | None:
+    """n if every n-th layer sees everything and the others a window; None for any other arrangement."""
+    if not isinstance(types, list) or FULL not in types or SLIDING not in types:
+        return None
+    period = types.index(FULL) + 1
+    expected = [SLIDING if (i + 1) % period else FULL for i in range(len(types))]
+    return period if types == expected else None
+
+
+_ALL: Callable[[int, dict[str, Any]], bool] = lambda layer, facts: True  # noqa: E731
+_IGNORED_WINDOWS: dict[str, Callable[[int, dict[str, Any]], bool]] = {
+    "mistral": _ALL,
+    "mixtral": _ALL,
+    "phi3": _ALL,
+    "gemma2": lambda layer, facts: layer % 2 == 0,
+    "qwen2": lambda layer, facts: bool(facts.get("use_sliding_window")) and layer >= facts.get("max_window_layers", 28),
+}
+"""Which layers transformers gives a window to, by model type, where mlx-lm gives it to none."""
+
+
+def correct(model: nn.Module, facts: dict[str, Any]) -> None:
+    """Sets right, in a model built by mlx-lm from ``facts``, what can't be set right in ``facts``."""
+    _restore_windows(model, facts)
+    _restore_yarn_bounds(model, facts)
+    _restore_gemma_gelu(model)
+
+
+def _restore_windows(model: nn.Module, facts: dict[str, Any]) -> None:
+    """Makes layers of a class that ignores config.json's sliding window use it."""
+    window, rule = facts.get("sliding_window"), _IGNORED_WINDOWS.get(facts["model_type"])
+    if rule is None or not isinstance(window, int):
+        return
+    types = facts.get("layer_types")
+    slides = [types[i] == SLIDING if isinstance(types, list) else rule(i, facts) for i in range(len(model.layers))]
+    if not any(slides):
+        return
+    logger.info("%d layers get the sliding window of %d tokens, which mlx-lm ignores", sum(slides), window)
+    for layer, windowed in zip(model.layers, slides, strict=True):
+        layer.__class__ = _with_own_mask(type(layer), window if windowed else None)
+    model.make_cache = lambda: [RotatingKVCache(max_size=window) if windowed else KVCache() for windowed in slides]
+
+
+def _with_own_mask(layer: type[nn.Module], window: int | None) -> type[nn.Module]:
+    """A layer class that asks its own cache for a mask of ``window`` tokens: the model gives all layers the first's."""
+
+    def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        array = isinstance(mask, mx.array)
+        own = create_attention_mask(x, cache, window_size=window, return_array=array)
+        out: mx.array = layer.__call__(self, x, own, cache)
+        return out
+
+    return type(f"{layer.__name__}WithOwnMask", (layer,), {"__call__": call})
+
+
+class _TanhGeluMLP(gemma.MLP):  # type: ignore[misc]  # mlx_lm has no types
+    """Gemma's gate with the tanh approximation of GELU: what it was trained with, whatever config.json says."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def _restore_gemma_gelu(model: nn.Module) -> None:
+    for _, module in model.named_modules():
+        if type(module) is gemma.MLP:
+            module.__class__ = _TanhGeluMLP
+
+
+def _restore_yarn_bounds(model: nn.Module, facts: dict[str, Any]) -> None:
+    """YaRN's ramp between the exact bounds where config.json says ``truncate: false``; mlx-lm rounds them."""
+    scaling, base = facts.get("rope_scaling"), facts.get("rope_theta")
+    if not isinstance(scaling, dict) or scaling.get("truncate", True) or not isinstance(base, (int, float)):
+        return
+    for _, module in model.named_modules():
+        if isinstance(module, YarnRoPE):
+            module._freqs = _yarn_frequencies(module.dims, base, scaling)
+
+
+def _yarn_frequencies(dims: int, base: float, scaling: dict[str, Any]) -> mx.array:
+    """Inverse frequencies [dims / 2] float32 (Peng et al. 2023, section 3.2): few turns scaled, many kept."""
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+
+    def dimension(turns: float) -> float:
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(dimension(scaling.get("beta_fast", 32)), 0)
+    high = min(dimension(scaling.get("beta_slow", 1)), dims - 1)
+    ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / max(high - low, 1e-3), 0, 1)
+    kept = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    frequencies: mx.array = 1 / ((1 - ramp) / kept + ramp / (factor * kept))
+    return frequencies

@@ -1,0 +1,126 @@
+"""Tiny random checkpoints of sixteen model families, written to disk without torch.
+
+``FAMILIES`` holds each family's config.json as its makers write it, small, and with what is peculiar to the family
+switched on: windows shorter than the tests' prompts, soft-caps, sinks, shared and routed experts, latent attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 288,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 20000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN: dict[str, Any] = {
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "routed_scaling_factor": 1.5,
+    "attention_bias": False,
+    "rope_scaling": YARN | {"type": "yarn", "mscale": 0.8, "mscale_all_dim": 0.7},
+}
+WINDOW = 8
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+        "rope_local_base_freq": 500.0,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "phi3": {"original_max_position_embeddings": 256, "partial_rotary_factor": 0.5},
+    "cohere2": {
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": YARN | {"rope_type": "yarn", "truncate": False},
+    },
+    "deepseek_v2": MLA
+    | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "scoring_func": "softmax"},
+    "deepseek_v3": MLA
+    | {
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+    },
+    "glm4": {"head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
+}
+
+
+def family_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """config.json of a tiny model of ``family``."""
+    return COMMON | {"model_type": family} | FAMILIES[family] | overrides
