@@ -6,6 +6,7 @@ Keeps a journal of what every live request asked and has received, so that nothi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 import uuid
@@ -61,6 +62,7 @@ class EngineClient:
         self._flushes: dict[str, asyncio.Future[Flushed]] = {}
         self._ready: asyncio.Future[ModelInfo] | None = None
         self._random = random.Random(seed)
+        self._count = itertools.count()
 
     @classmethod
     def spawn(cls, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> EngineClient:
@@ -101,7 +103,8 @@ class EngineClient:
         ``tokens`` is the prompt, of which all after ``num_prompt`` were generated before. Closing the iterator
         aborts the request. Raises RequestError if it can't be served as asked, EngineError if the engine failed.
         """
-        live = self._begin(Submit(id or uuid.uuid4().hex, list(tokens), num_prompt or len(tokens), params, priority))
+        id = id or uuid.uuid4().hex
+        live = self._begin(id, Submit("", list(tokens), num_prompt or len(tokens), params, priority))
         try:
             while True:
                 output = await live.unread.get()
@@ -111,29 +114,32 @@ class EngineClient:
                 if output.finish is not None:
                     return
         finally:
-            if self._journal.pop(live.submit.id, None) is not None:
+            if self._journal.get(id) is live:
+                del self._journal[id]
                 self.transport.send(Abort(live.submit.id))
 
     def draw_seed(self) -> int:
         """A seed for a request that brings none, so that its stream can be resumed; 63 bits."""
         return self._random.getrandbits(63)
 
-    def _begin(self, submit: Submit) -> Live:
+    def _begin(self, id: str, submit: Submit) -> Live:
         if self.failure is not None:
             raise self.failure
-        if submit.id in self._journal:
-            raise RequestError(f"request id {submit.id!r} is in use by a request that has not ended", "rid")
-        if submit.params.seed is None and submit.params.temperature > 0:
-            params = msgspec.structs.replace(submit.params, seed=self.draw_seed())
-            submit = msgspec.structs.replace(submit, params=params)
-        live = self._journal[submit.id] = Live(submit)
+        if id in self._journal:
+            raise RequestError(f"request id {id!r} is in use by a request that has not ended", "rid")
+        params = submit.params
+        if params.seed is None and params.temperature > 0:
+            params = msgspec.structs.replace(params, seed=self.draw_seed())
+        # The engine's id is used once only: an abandoned request's last outputs may still be on their way.
+        submit = msgspec.structs.replace(submit, id=f"{id}:{next(self._count)}", params=params)
+        live = self._journal[id] = Live(submit)
         self.transport.send(submit)
         return live
 
     def abort(self, id: str) -> None:
         """End a request: its iterator gets a last Output with finish reason ``abort``. Unknown ids are ignored."""
-        if id in self._journal:
-            self.transport.send(Abort(id))
+        if (live := self._journal.get(id)) is not None:
+            self.transport.send(Abort(live.submit.id))
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -173,13 +179,14 @@ class EngineClient:
                 self._fail(failure_of(kind, message))
 
     def _deliver(self, output: Output) -> None:
-        live = self._journal.get(output.id)
-        if live is None:  # the asker went away
+        id = output.id.rpartition(":")[0]
+        live = self._journal.get(id)
+        if live is None or live.submit.id != output.id:  # the asker went away
             return
         live.tokens += output.tokens
         live.unread.put_nowait(error_of(output) or output)
         if output.finish is not None:
-            del self._journal[output.id]
+            del self._journal[id]
 
     def _on_end(self, how: str) -> None:
         self._fail(EngineError(f"{how}; requests in flight are lost", 503))

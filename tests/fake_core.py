@@ -1,0 +1,173 @@
+"""An engine without a model: answers are a known function of the prompt, so that everything above can be tested.
+
+Not a mock: it takes requests, steps, aborts and flushes as the real core does, and counts slots.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, ModelError, RequestError
+from pippin.types import Finish, ModelInfo, Output, Progress, Stats, StepOutput, Submit, TokenLogprob
+
+VOCAB = 300
+EOS = 256
+CONTEXT = 4096
+KILL = 299  # a prompt of this token kills the process, as a GPU out of memory does
+RAISE = 298  # a prompt of this token breaks `add` in a way that nobody foresaw
+STEP_SECONDS = 0.001
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    """A printable byte that depends on the whole sequence and the seed."""
+    return 97 + (sum(tokens) * 31 + len(tokens) * 7 + seed) % 26
+
+
+def expected(prompt: list[int], count: int, seed: int = 0) -> list[int]:
+    """The answer that a FakeCore gives."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, seed))
+    return tokens[len(prompt) :]
+
+
+def fake_info(model: str = "fake") -> ModelInfo:
+    return ModelInfo(
+        model_path=model,
+        tokenizer_path=model,
+        model_type="fake",
+        dtype="float32",
+        quantization=None,
+        vocab_size=VOCAB,
+        context_length=CONTEXT,
+        eos_token_ids=[EOS],
+        attention_backend="rows",
+        attention_reason="there is no attention",
+        max_total_tokens=100_000,
+        max_running_requests=32,
+        chunked_prefill_size=512,
+        page_size=1,
+        weight_bytes=0,
+        pool_bytes=0,
+        device="none",
+    )
+
+
+class FakeCore:
+    """Every request gets a token a step until its limit; ``seconds`` is how long a step takes."""
+
+    def __init__(self, seconds: float = STEP_SECONDS, model: str = "fake") -> None:
+        self.info = fake_info(model)
+        self.seconds = seconds
+        self.running: dict[str, tuple[Submit, list[int]]] = {}
+        self.notices: list[Output] = []
+        self.seen: set[tuple[int, ...]] = set()
+        self.steps = 0
+        self.cached_tokens = 0
+        self.prompt_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.notices)
+
+    @property
+    def stats(self) -> Stats:
+        used = sum(len(tokens) for _, tokens in self.running.values())
+        cached = sum(map(len, self.seen))
+        total = self.info.max_total_tokens
+        return Stats(
+            num_running=len(self.running),
+            slots_total=total,
+            slots_free=total - used - cached,
+            slots_cached=cached,
+            steps=self.steps,
+            cached_tokens=self.cached_tokens,
+            prompt_tokens=self.prompt_tokens,
+        )
+
+    def add(self, submit: Submit) -> None:
+        if not submit.tokens:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        if RAISE in submit.tokens:
+            raise ZeroDivisionError("unforeseen")
+        if KILL in submit.tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.running[submit.id] = (submit, list(submit.tokens))
+        self.prompt_tokens += submit.num_prompt
+        self.cached_tokens += self._num_cached(submit)
+
+    def abort(self, id: str) -> None:
+        if self.running.pop(id, None) is not None:
+            self.notices.append(Output(id, finish=Finish("abort")))
+
+    def flush(self) -> None:
+        if self.has_work:
+            raise RequestError("the cache can't be flushed while requests run", status=409)
+        self.seen.clear()
+
+    def step(self) -> StepOutput | None:
+        if not self.has_work:
+            return None
+        time.sleep(self.seconds)
+        self.steps += 1
+        outputs, self.notices = self.notices, []
+        for submit, tokens in list(self.running.values()):
+            outputs.append(self._advance(submit, tokens))
+        return StepOutput(outputs, self.stats)
+
+    def _num_cached(self, submit: Submit) -> int:
+        return submit.num_prompt - 1 if tuple(submit.tokens) in self.seen else 0
+
+    def _advance(self, submit: Submit, tokens: list[int]) -> Output:
+        params = submit.params
+        first = len(tokens) == submit.num_prompt
+        cached = self._num_cached(submit)
+        token = next_token(tokens, params.seed or 0 if params.temperature > 0 else 0)
+        if params.logit_bias:
+            token = max(params.logit_bias, key=lambda t: params.logit_bias[t])
+        tokens.append(token)
+        finish = None
+        if token in params.stop_token_ids or (token == EOS and not params.ignore_eos):
+            finish = Finish("stop", token)
+        elif len(tokens) - submit.num_prompt >= params.max_new_tokens:
+            finish = Finish("length")
+        if finish is not None:
+            del self.running[submit.id]
+            self.seen.add(tuple(submit.tokens))
+        return Output(
+            submit.id,
+            [token],
+            [self._logprob(token, params.top_logprobs)] if params.logprobs else [],
+            self._prompt_logprobs(submit) if first and params.prompt_logprobs else [],
+            cached,
+            finish,
+        )
+
+    def _logprob(self, token: int, top: int) -> TokenLogprob:
+        return TokenLogprob(token, -math.log(2), [(97 + i, -1.0 - i) for i in range(top)])
+
+    def _prompt_logprobs(self, submit: Submit) -> list[TokenLogprob]:
+        found = [self._logprob(t, submit.params.top_logprobs) for t in submit.tokens[: submit.num_prompt]]
+        return [TokenLogprob(submit.tokens[0], None), *found[1:]]
+
+
+def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore:
+    """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, else a number of seconds a step."""
+    what = config.model_path or ""
+    if what == "broken-model":
+        raise ModelError("no such model")
+    if what == "broken-option":
+        raise ConfigError("must be even", "--page-size")
+    if what == "broken-code":
+        raise ZeroDivisionError("unforeseen")
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress(Progress("load", 1, 2))
+    if what == "slow":
+        time.sleep(1.5)
+    return FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, what)

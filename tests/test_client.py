@@ -1,0 +1,334 @@
+"""The asking side: streams, aborts, journal, and what happens when the worker fails; over both transports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pippin.client import EngineClient, failure_of
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
+from pippin.transport import ProcessTransport, describe_exit
+from pippin.types import SamplingParams, Stats
+from tests.fake_core import KILL, FakeCore, expected, load
+
+GREEDY = SamplingParams(max_new_tokens=5, temperature=0)
+LONG = SamplingParams(max_new_tokens=100_000, temperature=0)
+ROOT = Path(__file__).resolve().parent.parent
+
+Make = Callable[[str], EngineClient]
+
+
+def in_thread(model: str) -> EngineClient:
+    return EngineClient.in_thread(lambda progress: load(EngineConfig(model_path=model), progress), seed=0)
+
+
+def spawned(model: str) -> EngineClient:
+    return EngineClient.spawn(EngineConfig(model_path=model, random_seed=0), "tests.fake_core:load", "critical")
+
+
+@pytest.fixture(params=[in_thread, spawned])
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the child finds tests.fake_core
+    made: Make = request.param
+    return made
+
+
+@asynccontextmanager
+async def started(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.close()
+
+
+async def answer(client: EngineClient, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    return [token async for output in client.submit(prompt, params) for token in output.tokens]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.005)
+
+
+def test_streams_are_answered_side_by_side(make: Make) -> None:
+    async def main() -> None:
+        async with started(make("fast")) as client:
+            assert client.info.vocab_size == 300
+            prompts = [[i, i + 1] for i in range(16)]
+            answers = await asyncio.gather(*(answer(client, p) for p in prompts))
+            assert answers == [expected(p, 5) for p in prompts]
+            assert client.live == ()
+            assert client.stats.prompt_tokens == 32
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leave", ["close", "cancel"])
+def test_whoever_goes_away_frees_the_engine_within_a_step(make: Make, leave: str) -> None:
+    async def main() -> None:
+        async with started(make("0.05")) as client:
+            stream = client.submit([1], LONG)
+            await anext(stream)
+            if leave == "close":
+                await stream.aclose()
+            else:
+                reader = asyncio.create_task(anext(stream))
+                await asyncio.sleep(0)
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+            assert client.live == ()
+            steps = client.stats.steps
+            other = asyncio.create_task(answer(client, [2]))  # so that steps go on and report
+            await until(lambda: client.stats.steps > steps and client.stats.num_running <= 1)
+            assert client.stats.steps <= steps + 2  # the step under way, and the next
+            await other
+
+    asyncio.run(main())
+
+
+def test_abort_ends_the_stream_with_its_reason(make: Make) -> None:
+    async def main() -> None:
+        async with started(make("fast")) as client:
+            async with aclosing(client.submit([1], LONG, id="x")) as stream:
+                await anext(stream)
+                client.abort("unknown")
+                client.abort("x")
+                last = [output async for output in stream][-1]
+            assert last.finish is not None
+            assert last.finish.reason == "abort"
+
+    asyncio.run(main())
+
+
+def test_an_id_can_be_used_once_at_a_time(make: Make) -> None:
+    async def main() -> None:
+        async with started(make("fast")) as client:
+            async with aclosing(client.submit([1], LONG, id="x")) as stream:
+                await anext(stream)
+                with pytest.raises(RequestError, match="in use") as caught:
+                    await anext(client.submit([1], GREEDY, id="x"))
+                assert caught.value.field == "rid"
+            assert len([o async for o in client.submit([1], GREEDY, id="x")]) == 5
+
+    asyncio.run(main())
+
+
+def test_a_refused_request_raises_and_names_the_field(make: Make) -> None:
+    async def main() -> None:
+        async with started(make("fast")) as client:
+            with pytest.raises(RequestError) as caught:
+                await answer(client, [])
+            assert (caught.value.field, caught.value.status) == ("prompt", 400)
+            assert await answer(client, [7]) == expected([7], 5)
+
+    asyncio.run(main())
+
+
+def test_flush_answers(make: Make) -> None:
+    async def main() -> None:
+        async with started(make("fast")) as client:
+            await answer(client, [1, 2, 3])
+            assert client.stats.slots_cached == 3
+            assert (await client.flush()).ok
+            assert client.stats.slots_cached == 0
+            async with aclosing(client.submit([1], LONG)) as stream:
+                await anext(stream)
+                refused = await client.flush()
+                assert not refused.ok
+                assert "while requests run" in refused.message
+
+    asyncio.run(main())
+
+
+def test_sampled_requests_get_seeds_and_the_journal_keeps_what_came() -> None:
+    async def main() -> None:
+        async with started(in_thread("fast")) as client:
+            params = SamplingParams(max_new_tokens=50)
+            streams = [client.submit([1], params, id=id) for id in "ab"]
+            for stream in streams:
+                await anext(stream)
+            a, b = client._journal["a"], client._journal["b"]
+            assert None not in (a.submit.params.seed, b.submit.params.seed)
+            assert a.submit.params.seed != b.submit.params.seed
+            await until(lambda: len(a.tokens) == 50)
+            seed = a.submit.params.seed
+            assert seed is not None
+            assert a.tokens == expected([1], 50, seed)
+            for stream in streams:
+                await stream.aclose()
+            async with aclosing(client.submit([1], GREEDY, id="c")) as stream:
+                await anext(stream)
+                assert client._journal["c"].submit.params.seed is None
+
+    asyncio.run(main())
+
+
+def test_the_same_engine_seed_draws_the_same_seeds() -> None:
+    first, second, other = (EngineClient(ProcessTransport(EngineConfig()), seed) for seed in (1, 1, 2))
+    draws = [[client.draw_seed() for _ in range(3)] for client in (first, second, other)]
+    assert draws[0] == draws[1] != draws[2]
+    for client in (first, second, other):
+        asyncio.run(client.close())
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "text"),
+    [
+        ("broken-model", ModelError, "no such model"),
+        ("broken-option", ConfigError, "--page-size: must be even"),
+        ("broken-code", EngineError, "unforeseen"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failed_start_raises_what_the_worker_raised(
+    make: Make, model: str, error: type[PippinError], text: str
+) -> None:
+    async def main() -> None:
+        with pytest.raises(error, match=text):
+            async with started(make(model)):
+                pass
+
+    asyncio.run(main())
+
+
+def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def main() -> None:
+        with pytest.raises(EngineError, match="SIGKILL"):
+            async with started(spawned("killed")):
+                pass
+
+    asyncio.run(main())
+
+
+def test_a_dead_child_fails_every_stream_and_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def main() -> None:
+        async with started(spawned("fast")) as client:
+            streams = [client.submit([i], LONG) for i in range(4)]
+            for stream in streams:
+                await anext(stream)
+            with pytest.raises(EngineError, match=r"SIGKILL.*lost"):
+                await answer(client, [KILL])
+            for stream in streams:
+                with pytest.raises(EngineError) as caught:
+                    async for _ in stream:
+                        pass
+                assert caught.value.status == 503
+            with pytest.raises(EngineError, match="SIGKILL"):
+                await answer(client, [1])
+            with pytest.raises(EngineError, match="SIGKILL"):
+                await client.flush()
+
+    asyncio.run(main())
+
+
+def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> None:
+    async def main() -> None:
+        client = make("fast")
+        async with started(client):
+            stream = client.submit([1], LONG)
+            await anext(stream)
+            transport = client.transport
+        with pytest.raises(EngineError, match="shutting down"):
+            async for _ in stream:
+                pass
+        if isinstance(transport, ProcessTransport):
+            assert transport.pid is not None
+            with pytest.raises(ProcessLookupError):
+                os.kill(transport.pid, 0)
+            assert transport._directory is not None
+            assert not transport._directory.exists()
+
+    asyncio.run(main())
+
+
+def test_the_sockets_are_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def main() -> None:
+        async with started(spawned("fast")) as client:
+            assert isinstance(client.transport, ProcessTransport)
+            assert client.transport._directory is not None
+            assert client.transport._directory.stat().st_mode & 0o777 == 0o700
+
+    asyncio.run(main())
+
+
+def test_a_long_temporary_directory_is_left_for_a_shorter_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+
+    async def main() -> None:
+        async with started(spawned("fast")) as client:
+            assert await answer(client, [3]) == expected([3], 5)
+
+    asyncio.run(main())
+
+
+def test_files_of_the_working_directory_do_not_shadow_the_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "random.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+
+    async def main() -> None:
+        async with started(spawned("fast")) as client:
+            assert await answer(client, [3]) == expected([3], 5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_child_ignores_an_interrupt_and_idles_without_turning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    async def main() -> None:
+        async with started(spawned("fast")) as client:
+            assert isinstance(client.transport, ProcessTransport)
+            pid = client.transport.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGINT)
+            await answer(client, [1])
+
+            def ticks() -> int:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                return int(fields[11]) + int(fields[12])
+
+            before = ticks()
+            await asyncio.sleep(0.5)
+            assert ticks() - before <= 5  # of 50: a busy wait would take them all
+            assert await answer(client, [2]) == expected([2], 5)
+
+    asyncio.run(main())
+
+
+def test_before_the_start_there_is_no_info() -> None:
+    client = EngineClient.in_thread(lambda progress: FakeCore())
+    with pytest.raises(EngineError, match="loading") as caught:
+        _ = client.info
+    assert caught.value.status == 503
+    assert client.stats == Stats()
+
+
+def test_ends_are_told_in_words() -> None:
+    assert describe_exit(3) == "the engine process ended with status 3"
+    assert describe_exit(-6) == "the engine process was killed by SIGABRT (out of GPU memory?)"
+    assert str(failure_of("MemoryError", "no")) == "the engine stopped: no"
