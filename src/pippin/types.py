@@ -124,6 +124,8 @@ class Request:
     ``slots[i]`` is the slot of token i; there are always at least ``computed`` of them.
     ``shared`` counts leading slots that the radix tree owns; the rest are this request's own.
     ``row`` is its line in the device tables while it runs, -1 otherwise.
+    ``seq`` numbers requests as they are added; ``retractions`` counts how often this one lost its slots;
+    ``scored`` prompt tokens have had their rows' logprobs asked for (``prompt_logprobs``).
     """
 
     id: str
@@ -141,6 +143,9 @@ class Request:
     num_cached: int = 0
     pin: object | None = None
     finish: Finish | None = None
+    seq: int = 0
+    retractions: int = 0
+    scored: int = 0
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -151,7 +156,7 @@ class Work:
     """Compute tokens[start:end] of a request in this step; if ``samples``, draw token ``end`` from the last.
 
     A whole prompt, a chunk of one, a resumed request and a decode differ only in their bounds.
-    ``logprobs_from``: also report the logprobs of prompt tokens from this index (< end) on; None for none.
+    ``logprobs_from``: also report the logprobs of prompt tokens from this index (<= end) on; None for none.
     """
 
     request: Request

@@ -1,0 +1,217 @@
+"""The radix tree of prefixes whose K and V are in the pool.
+
+Each node is an edge of whole pages: its tokens, their slots, and children keyed by the tokens of their first
+page. A pin is a node: it holds the path from the root to it, by a count in each node of the path. A node's
+count is never below a child's, so what no one holds are whole subtrees, and they can be evicted leaf by leaf.
+
+The recency of a node is the time of its last release: until then it can't be evicted anyway.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+
+from pippin.cache.slots import SlotAllocator
+
+_BLOCK = 1024  # tokens compared at a time: bounds what a long edge with a short match costs
+
+
+def _tokens(values: Sequence[int] = ()) -> array[int]:
+    return array("i", values)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """``tokens[i]`` has its K and V in ``slots[i]``; ``end`` is the length of the path down to here."""
+
+    parent: Node | None = None
+    end: int = 0
+    tokens: array[int] = field(default_factory=_tokens)
+    slots: array[int] = field(default_factory=_tokens)
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    refs: int = 0
+    used: int = 0
+    queued: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Slots that follow the pin which was given, and the pin that holds them now instead of it."""
+
+    slots: array[int]
+    pin: Node
+
+
+class RadixCache:
+    """Owns pages whose tokens are known. ``enabled`` False finds and keeps nothing.
+
+    ``tokens`` are always a request's whole sequence, and ``pin`` says how much of it is held already (None:
+    nothing), so that going on with a long prompt costs what is new.
+    """
+
+    def __init__(self, allocator: SlotAllocator, enabled: bool = True) -> None:
+        self.num_cached = 0
+        """Pages in the tree."""
+        self.num_evictable = 0
+        """Pages in the tree that no pin holds."""
+        self.enabled = enabled
+        self.root = Node()
+        self._allocator = allocator
+        self._page = allocator.page_size
+        self._heap: list[tuple[int, int, Node]] = []  # candidates, by recency; checked when popped
+        self._clock = count(1)
+        self._ties = count()
+
+    def peek(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
+        """How many tokens ``match`` would find; holds nothing and leaves the order of eviction alone."""
+        return sum(same for _, same in self._path(self._node(pin), tokens, end))
+
+    def match(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> Match:
+        """The longest cached run of tokens[:end] after the pin, in whole pages; the pin moves there."""
+        node, slots = self._node(pin), _tokens()
+        for child, same in self._path(node, tokens, end):
+            node = child if same == len(child.tokens) else self._split(child, same)
+            if not node.refs:
+                self.num_evictable -= len(node.slots) // self._page
+            node.refs += 1
+            slots.extend(node.slots)
+        return Match(slots, node)
+
+    def insert(self, tokens: Sequence[int], slots: array[int], end: int, pin: object | None = None) -> Match:
+        """Takes tokens[:end] in slots[:end] from the pin on, in whole pages; the pin moves there.
+
+        The caller's pages of tokens that the tree already has are freed; the tree's slots come back in their
+        place. Nothing is taken, and none come back, if the cache is disabled.
+        """
+        node = self._node(pin)
+        begin, end = node.end, end - end % self._page
+        if not self.enabled or end <= begin:
+            return Match(_tokens(), node)
+        found = self.match(tokens, end, node)
+        done = begin + len(found.slots)
+        self._allocator.free(self._allocator.pages_of(slots[begin:done]))
+        if done == end:
+            return found
+        grown = self._append(found.pin, _tokens(tokens[done:end]), slots[done:end])
+        return Match(found.slots + slots[done:end], grown)
+
+    def release(self, pin: object | None) -> None:
+        """Gives up a pin. Raises ValueError if it is not held."""
+        leaf = node = self._node(pin)
+        now = next(self._clock)
+        while node.parent is not None:
+            if node.refs < 1:
+                raise ValueError("a pin was released twice")
+            node.refs -= 1
+            node.used = now
+            if not node.refs:
+                self.num_evictable += len(node.slots) // self._page
+            node = node.parent
+        self._enqueue(leaf)
+
+    def evict(self, num_pages: int) -> int:
+        """Frees up to ``num_pages`` pages that no one holds, longest unused first; says how many.
+
+        A leaf gives its last pages first, so a long prompt shrinks before it vanishes.
+        """
+        freed: list[int] = []
+        while len(freed) < num_pages and self._heap:
+            used, _, node = heappop(self._heap)
+            node.queued = False
+            if node.refs or node.children:
+                continue  # comes back when it is released, or its last child is evicted
+            if node.used == used:
+                freed += self._trim(node, num_pages - len(freed))
+            self._enqueue(node)
+        self._allocator.free(freed)
+        self.num_cached -= len(freed)
+        self.num_evictable -= len(freed)
+        return len(freed)
+
+    def flush(self) -> int:
+        """Frees every page that no one holds; says how many."""
+        freed = self.evict(self.num_evictable)
+        self._allocator.sort()
+        return freed
+
+    def _node(self, pin: object | None) -> Node:
+        if pin is None:
+            return self.root
+        if not isinstance(pin, Node):
+            raise TypeError(f"not a pin: {pin!r}")
+        return pin
+
+    def _path(self, node: Node, tokens: Sequence[int], end: int | None) -> list[tuple[Node, int]]:
+        """The nodes below ``node`` that go on spelling tokens[:end], each with how many tokens it shares."""
+        end = len(tokens) if end is None else min(end, len(tokens))
+        at, path = node.end, []
+        while end - at >= self._page:
+            child = node.children.get(tuple(tokens[at : at + self._page]))
+            if child is None:
+                break
+            same = self._common(child.tokens, tokens, at, end)
+            path.append((child, same))
+            if same < len(child.tokens):
+                break
+            at, node = at + same, child
+        return path
+
+    def _common(self, edge: array[int], tokens: Sequence[int], at: int, end: int) -> int:
+        """How long ``edge`` and tokens[at:end] agree, in whole pages; arrays compare at the speed of memory."""
+        size = min(len(edge), end - at)
+        for low in range(0, size, _BLOCK):
+            high = min(low + _BLOCK, size)
+            mine, theirs = edge[low:high], _tokens(tokens[at + low : at + high])
+            if mine != theirs:
+                size = low + next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+                break
+        return size - size % self._page
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cuts an edge; returns the new upper half. The node stays the lower one, so pins on it hold both."""
+        assert node.parent is not None
+        upper = Node(node.parent, node.end - len(node.tokens) + at, node.tokens[:at], node.slots[:at])
+        upper.refs, upper.used = node.refs, node.used
+        node.parent.children[self._key(node)] = upper
+        del node.tokens[:at], node.slots[:at]
+        node.parent = upper
+        upper.children[self._key(node)] = node
+        return upper
+
+    def _append(self, node: Node, tokens: array[int], slots: array[int]) -> Node:
+        """Adds an edge below a pin and moves the pin to its end."""
+        self.num_cached += len(slots) // self._page
+        if node.refs == 1 and not node.children:  # held by this pin alone: one longer edge instead of two
+            node.tokens.extend(tokens)
+            node.slots.extend(slots)
+            node.end += len(slots)
+            return node
+        child = Node(node, node.end + len(slots), tokens, slots, refs=1)
+        node.children[self._key(child)] = child
+        return child
+
+    def _trim(self, node: Node, num_pages: int) -> list[int]:
+        """Cuts up to ``num_pages`` pages off a leaf's end, and the leaf off the tree if none are left."""
+        size = min(num_pages * self._page, len(node.slots))
+        keep = len(node.slots) - size
+        pages = self._allocator.pages_of(node.slots[keep:])
+        if not keep:
+            assert node.parent is not None
+            del node.parent.children[self._key(node)]
+            self._enqueue(node.parent)
+        del node.tokens[keep:], node.slots[keep:]
+        node.end -= size
+        return pages
+
+    def _enqueue(self, node: Node) -> None:
+        """Makes a node a candidate for eviction, if it is an unheld leaf and not one already."""
+        if node.slots and not (node.refs or node.children or node.queued):
+            node.queued = True
+            heappush(self._heap, (node.used, next(self._ties), node))
+
+    def _key(self, node: Node) -> tuple[int, ...]:
+        return tuple(node.tokens[: self._page])

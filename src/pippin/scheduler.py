@@ -1,0 +1,417 @@
+"""Who runs next, in which slots. Plain Python.
+
+Requests are ranked by priority, then arrival. Running ones are served in that order, each with its next token or
+the next chunk of its prompt; whoever finds no slot takes them from the lowest rank. So the highest rank always
+moves, and no one who has a Work in the batch being built can lose his slots.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pippin.cache.radix import RadixCache
+from pippin.cache.slots import SlotAllocator
+from pippin.errors import RequestError
+from pippin.types import Batch, Finish, Request, RowResult, Stats, Work
+
+HEADROOM = 16
+"""Tokens that each running request can still draw, by count, when another is admitted: fewer retractions."""
+
+_SCORED_CHUNK = 256  # prompt_logprobs needs a row of logits for every token of a chunk
+_LPM_WINDOW = 128  # waiting requests whose cached prefix is measured, a step
+_LPM_TURNS = 4  # every fourth admission is by arrival, so that a prompt with no cached prefix has its turn
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a step brought one request; ``request.finish`` is set if it ended with this."""
+
+    request: Request
+    result: RowResult
+
+
+class Scheduler:
+    """Spends a step's budget of ``chunk`` prompt tokens and at most ``max_running`` rows.
+
+    A step is scheduled before the one before is read: ``Request.length`` runs ahead of ``tokens`` by one. What is
+    freed here may still be in use by a step that is queued, since whoever gets it next runs after that step.
+    For the same reason prompt pages are in the tree as soon as the Work that fills them is scheduled.
+    """
+
+    def __init__(
+        self,
+        allocator: SlotAllocator,
+        radix: RadixCache,
+        *,
+        max_running: int,
+        chunk: int,
+        policy: str,
+        context_length: int,
+    ) -> None:
+        self._allocator = allocator
+        self._radix = radix
+        self._chunk = chunk
+        self._policy = policy
+        self._context_length = context_length
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []  # by rank
+        self._waiting: list[Request] = []  # by rank, retracted ones first
+        self._rows = list(range(max_running, 0, -1))  # row 0 is scratch
+        self._added = 0
+        self._lpm_turn = 0
+        self._retractions = 0
+        self._prefilled = 0
+        self._decoded = 0
+        self._cached_tokens = 0
+        self._prompt_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._requests)
+
+    def stats(self, *, steps: int = 0, overlapped_steps: int = 0, step_seconds: float = 0.0) -> Stats:
+        """Counts now and since the start; the caller's own are passed through."""
+        size = self._allocator.page_size
+        return Stats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            slots_total=self._allocator.capacity,
+            slots_free=self._allocator.num_free * size,
+            slots_cached=self._radix.num_cached * size,
+            steps=steps,
+            prefill_tokens=self._prefilled,
+            decode_tokens=self._decoded,
+            cached_tokens=self._cached_tokens,
+            prompt_tokens=self._prompt_tokens,
+            retractions=self._retractions,
+            overlapped_steps=overlapped_steps,
+            step_seconds=step_seconds,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queues a request. If its tokens have reached its limit already, ``finish`` is set instead.
+
+        Raises RequestError if its prompt can't be served at this context length and pool, or its id is in use.
+        """
+        self._check(request)
+        if request.length >= self._limit(request):
+            request.finish = Finish("length")
+            return
+        if request.length > request.num_prompt:
+            request.scored = request.num_prompt  # a resumed stream has been sent those
+        self._added += 1
+        request.seq = self._added
+        self._requests[request.id] = request
+        self._prompt_tokens += request.num_prompt
+        insort(self._waiting, request, key=_queue_rank)
+
+    def abort(self, id: str) -> Request | None:
+        """Ends a request at any moment between steps, and frees what it holds; None if there is no such one."""
+        request = self._requests.get(id)
+        if request is not None:
+            self._end(request, Finish("abort"))
+        return request
+
+    def flush(self) -> int:
+        """Empties the cache of what no running request holds; returns the slots freed."""
+        return self._radix.flush() * self._allocator.page_size
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if no one can run before a step in flight is read.
+
+        While someone may be admitted, prompts in progress get half of the budget first, newcomers the other half;
+        what they leave goes back to the prompts in progress.
+        """
+        plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
+        before = self._retractions
+        kept = self._chunk // 2 if self._waiting and self._rows else 0
+        left = self._chunk - kept
+        for request in tuple(self._running):
+            if request.row >= 0:  # not retracted by one before it
+                left -= self._advance(request, left, plan)
+        left += kept
+        if self._retractions == before:
+            left = self._admit(left, plan)
+        for request in self._running:
+            if left and _is_prefill(request):
+                left -= self._compute(request, left, plan)
+        return self._batch(plan) if plan else None
+
+    def finish(self, batch: Batch, results: Sequence[RowResult]) -> list[Update]:
+        """Takes in what a step drew; ends requests that are done, and frees what they hold.
+
+        What a step brings for a request that has ended meanwhile is ignored.
+        """
+        updates = []
+        for work, result in zip(batch.works, results, strict=True):
+            request = work.request
+            if request.finish is not None:
+                continue
+            if work.samples:
+                self._take(request, result)
+            if work.samples or result.prompt_logprobs:
+                updates.append(Update(request, result))
+        return updates
+
+    def drop(self, batch: Batch) -> list[Request]:
+        """Undoes a step that raised; call it for every step in flight. Returns the requests that it failed.
+
+        Nothing in the pool is trusted after that: the step's requests end, all others are retracted and start
+        over, and so nothing is pinned and the tree is emptied.
+        """
+        failed = [w.request for w in batch.works if w.request.finish is None]
+        for request in failed:
+            self._end(request, Finish("error"))
+        for request in tuple(self._running):
+            self._retract(request)
+        self._radix.flush()
+        return failed
+
+    # --- limits ---
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise RequestError(f"a request with id {request.id!r} is running already", "rid")
+        if not 1 <= request.num_prompt <= len(request.tokens):
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        if request.num_prompt >= self._context_length:
+            raise RequestError(
+                f"the prompt has {request.num_prompt} tokens, and the context length is {self._context_length}, "
+                "with at least one for the answer; shorten the prompt",
+                "prompt",
+            )
+        if request.num_prompt > self._allocator.capacity:
+            raise RequestError(
+                f"the prompt has {request.num_prompt} tokens, and the KV cache has room for "
+                f"{self._allocator.capacity}; shorten the prompt, or start with a larger --max-total-tokens",
+                "prompt",
+            )
+
+    def _limit(self, request: Request) -> int:
+        """Tokens at which a request ends. The last one needs no slot: nothing is drawn from it."""
+        asked = request.num_prompt + request.params.max_new_tokens
+        return min(asked, self._context_length, self._allocator.capacity + 1)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self._allocator.page_size)
+
+    def _claim(self, request: Request) -> int:
+        """Pages that a request is to hold for the tokens that it has and its next few."""
+        return self._pages(min(request.length + HEADROOM, self._limit(request) - 1))
+
+    def _room(self) -> int:
+        """Pages that can be had without taking them from a running request."""
+        return self._allocator.num_free + self._radix.num_evictable
+
+    # --- building a step ---
+
+    def _advance(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
+        """Plans the next token or chunk of a running request; the lowest ranks make room if there is none.
+
+        Returns what it cost of the budget: a decode costs nothing.
+        """
+        prefill = _is_prefill(request)
+        if not (budget if prefill else request.length < self._limit(request)):
+            return 0
+        while request.row >= 0:
+            taken = self._compute(request, budget if prefill else 1, plan)
+            if taken:
+                return taken if prefill else 0
+            self._retract(self._running[-1])
+        return 0
+
+    def _admit(self, left: int, plan: dict[Request, int]) -> int:
+        """Starts waiting requests, in order, until one finds no row, room or budget; returns the budget left."""
+        busy = any(map(_is_prefill, self._running))
+        claimed = sum(self._claim(r) - self._pages(len(r.slots)) for r in self._running)
+        admitted = 0
+        for request in self._order():
+            # While others prefill, a prompt that the rest of the budget would cut does better first in the next step.
+            whole = left if busy and admitted else None
+            if not left or request.length > len(request.tokens) or not self._enter(request, claimed, whole):
+                break
+            left -= self._compute(request, left, plan)
+            claimed += self._claim(request) - self._pages(len(request.slots))
+            admitted += 1
+        self._lpm_turn += bool(admitted)
+        return left
+
+    def _order(self) -> list[Request]:
+        """Those waiting, best first, as many as there are rows."""
+        if self._policy == "lpm" and self._lpm_turn % _LPM_TURNS and self._rows:
+            return sorted(
+                self._waiting[:_LPM_WINDOW],
+                key=lambda r: (-r.priority, not r.retractions, -self._radix.peek(r.tokens, self._reusable(r)), r.seq),
+            )[: len(self._rows)]
+        return self._waiting[: len(self._rows)]
+
+    def _enter(self, request: Request, claimed: int, whole: int | None) -> bool:
+        """Gives a waiting request a row and its cached prefix, if there is room for it beside what others claim.
+
+        ``whole``: only if no more tokens than that are left to compute.
+        """
+        found = self._radix.match(request.tokens, self._reusable(request))
+        cached = len(found.slots)
+        wanted = self._claim(request) - self._pages(cached)
+        if wanted + claimed > self._room() or (whole is not None and request.length - cached > whole):
+            self._radix.release(found.pin)
+            return False
+        self._waiting.remove(request)
+        insort(self._running, request, key=_rank)
+        request.row = self._rows.pop()
+        request.pin = found.pin
+        self._reuse(request, found.slots)
+        return True
+
+    def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
+        """Plans up to ``budget`` more tokens of a request, as far as pages go; returns how many."""
+        prefill = _is_prefill(request)
+        if prefill and request not in plan:
+            self._rematch(request)
+        begin = request.computed
+        end = min(request.length, begin + budget)
+        if request.scored < request.num_prompt and request.params.prompt_logprobs:
+            end = min(end, plan.get(request, begin) + _SCORED_CHUNK)
+        end = self._reach(request, end)
+        if end <= begin:
+            return 0
+        plan.setdefault(request, begin)
+        request.computed = end
+        if prefill:
+            self._publish(request)
+        return end - begin
+
+    def _reach(self, request: Request, end: int) -> int:
+        """Gives a request slots up to ``end``, or as far as pages go; returns how far."""
+        missing = self._pages(end) - self._pages(len(request.slots))
+        if missing > 0:
+            missing = min(missing, self._room())
+            self._radix.evict(missing - self._allocator.num_free)
+            request.slots.extend(self._allocator.slots_of(self._allocator.allocate(missing) or ()))
+        return min(end, len(request.slots))
+
+    def _batch(self, plan: dict[Request, int]) -> Batch:
+        works = [self._work(request, start) for request, start in plan.items()]
+        works.sort(key=lambda work: work.end - work.start > 1)
+        return Batch(tuple(works))
+
+    def _work(self, request: Request, start: int) -> Work:
+        end, samples, scores = request.computed, request.computed == request.length, None
+        if start < request.num_prompt or end - start > 1:
+            self._prefilled += end - start
+        else:
+            self._decoded += 1
+        if request.params.prompt_logprobs and request.scored < min(end, request.num_prompt):
+            scores = request.scored + 1
+            request.scored = min(end, request.num_prompt)
+        request.length += samples
+        return Work(request, start, end, samples, scores)
+
+    # --- the tree ---
+
+    def _reusable(self, request: Request) -> int:
+        """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs."""
+        limit = request.length - 1
+        return min(limit, request.scored) if request.params.prompt_logprobs else limit
+
+    def _rematch(self, request: Request) -> None:
+        """Skips what others have computed of this prompt since its last chunk."""
+        found = self._radix.match(request.tokens, self._reusable(request), request.pin)
+        request.pin = found.pin
+        own = request.slots[request.shared : request.shared + len(found.slots)]
+        self._allocator.free(self._allocator.pages_of(own))
+        self._reuse(request, found.slots)
+
+    def _reuse(self, request: Request, slots: array[int]) -> None:
+        """Puts the tree's slots after those that are shared already, and skips what they hold."""
+        self._share(request, slots)
+        skipped = request.shared - request.computed
+        if skipped > 0:
+            request.computed = request.shared
+            if not request.retractions:
+                skipped = min(skipped, request.num_prompt - request.num_cached)
+                request.num_cached += skipped
+                self._cached_tokens += skipped
+
+    def _publish(self, request: Request) -> None:
+        """Gives the tree the prompt pages that this step fills.
+
+        Pages that it has already stay private until the end: the step writes them, and must not write the tree's.
+        """
+        end = request.computed
+        if not self._radix.peek(request.tokens, end, request.pin):
+            self._insert(request, end)
+
+    def _insert(self, request: Request, end: int) -> None:
+        found = self._radix.insert(request.tokens, request.slots, end, request.pin)
+        request.pin = found.pin
+        self._share(request, found.slots)
+
+    def _share(self, request: Request, slots: array[int]) -> None:
+        end = request.shared + len(slots)
+        request.slots[request.shared : end] = slots
+        request.shared = end
+
+    # --- ends ---
+
+    def _take(self, request: Request, result: RowResult) -> None:
+        """Appends a token that was drawn; ends the request if it is its last."""
+        if not result.finite or result.token is None:
+            message = "the model's logits hold no finite number" if not result.finite else "no token was drawn"
+            self._end(request, Finish("error", message=message))
+            self._radix.flush()  # what was computed on the way may be the cause
+            return
+        request.tokens.append(result.token)
+        finish = self._stop(request, result.token)
+        if finish is not None:
+            self._end(request, finish)
+
+    def _stop(self, request: Request, token: int) -> Finish | None:
+        params, generated = request.params, len(request.tokens) - request.num_prompt
+        stops = token in params.stop_token_ids or (token in request.eos and not params.ignore_eos)
+        if stops and generated >= params.min_new_tokens:
+            return Finish("stop", token)
+        return Finish("length") if len(request.tokens) >= self._limit(request) else None
+
+    def _end(self, request: Request, finish: Finish) -> None:
+        request.finish = finish
+        del self._requests[request.id]
+        if request.row < 0:
+            self._waiting.remove(request)
+        else:
+            self._leave(request)
+
+    def _retract(self, request: Request) -> None:
+        """Takes a running request's slots; it waits at the front of its priority, and starts over when resumed."""
+        self._leave(request)
+        self._retractions += 1
+        request.retractions += 1
+        insort(self._waiting, request, key=_queue_rank)
+
+    def _leave(self, request: Request) -> None:
+        """Ends a request's run: what it computed goes to the tree, unpinned; the rest is free."""
+        self._insert(request, min(len(request.tokens), request.computed))
+        self._radix.release(request.pin)
+        self._allocator.free(self._allocator.pages_of(request.slots[request.shared :]))
+        self._running.remove(request)
+        self._rows.append(request.row)
+        request.row, request.pin = -1, None
+        request.slots = request.slots[:0]
+        request.shared = request.computed = 0
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return -request.priority, request.seq
+
+
+def _queue_rank(request: Request) -> tuple[int, bool, int]:
+    return -request.priority, not request.retractions, request.seq
+
+
+def _is_prefill(request: Request) -> bool:
+    """Whether more than the newest token is left to compute, or a prompt token."""
+    return request.length - request.computed > 1 or request.computed < request.num_prompt
