@@ -125,10 +125,11 @@ def _message(message: Message, index: int, knows_developer: bool) -> dict[str, A
     # OpenAI renamed system to developer; few templates have followed.
     role = "system" if role == "developer" and not knows_developer else role
     result = {**message, "role": role, "content": _content(message.get("content"), f"{field}.content")}
-    if message.get("tool_calls") is not None:
-        result["tool_calls"] = [
-            _tool_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
-        ]
+    calls = message.get("tool_calls")
+    if calls is not None:
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise RequestError("tool_calls must be a list", f"{field}.tool_calls")
+        result["tool_calls"] = [_tool_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return result
 
 
