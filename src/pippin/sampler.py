@@ -258,7 +258,7 @@ def _draw(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.ar
     distance = (mx.where(largest == -math.inf, 0.0, largest) - logits) / temperature
     scores = gumbel(inputs.keys, logits.shape[-1]) - distance
     if plan.top_k or plan.top_p:
-        scores = mx.where(_keep(distance, plan, inputs), scores, -math.inf)
+        scores = mx.where(kept_tokens(distance, plan, inputs), scores, -math.inf)
     if inputs.log_min_p is not None:
         scores = mx.where(-distance >= inputs.log_min_p[:, None], scores, -math.inf)
     return mx.argmax(scores, axis=-1)
@@ -291,7 +291,7 @@ class _Limits(NamedTuple):
         return allowed
 
 
-def _keep(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
+def kept_tokens(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
     """Which tokens top_k and top_p leave, bool [S, n], of distances float32 [S, n]."""
     scale = mass = target = None
     if inputs.top_p is not None:
