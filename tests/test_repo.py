@@ -8,11 +8,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from pippin.config import EngineConfig, ServerConfig, flag_of
+from scripts import cli_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "pippin"
@@ -284,3 +288,9 @@ def test_makefile_lists_its_targets() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
     assert phony
     assert set(phony[1].split()) == targets
+
+
+def test_option_tables_are_current() -> None:
+    page = text_of("docs/cli.md")
+    assert cli_docs.render(page) == page, "run `make docs`"
+    assert all(f"`{flag_of(f.name)}`" in page for c in (EngineConfig, ServerConfig) for f in fields(c))
