@@ -132,8 +132,8 @@ class EngineClient:
             params = msgspec.structs.replace(params, seed=self.draw_seed())
         # The engine's id is used once only: an abandoned request's last outputs may still be on their way.
         submit = msgspec.structs.replace(submit, id=f"{id}:{next(self._count)}", params=params)
-        live = self._journal[id] = Live(submit)
         self.transport.send(submit)
+        live = self._journal[id] = Live(submit)
         return live
 
     def abort(self, id: str) -> None:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ from pippin.text.detokenizer import TextStream
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
+
+T = TypeVar("T")
 
 
 class Client(Protocol):
@@ -113,7 +115,7 @@ async def complete(
         )
         stream = TextStream(tokenizer, one, stops)
         answers.append(_answer(client, stream, i, tokens, one, priority, id))
-    deltas = answers[0] if len(answers) == 1 else _merge(answers)
+    deltas = answers[0] if len(answers) == 1 else merge(answers)
     async with aclosing(deltas):
         async for delta in deltas:
             yield delta
@@ -177,11 +179,11 @@ def _delta(stream: TextStream, index: int, output: Output, num_prompt: int, para
     )
 
 
-async def _merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """All streams' items as they come. Closing it, or an error in one, closes all."""
-    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
 
-    async def drain(stream: AsyncGenerator[Delta, None]) -> None:
+    async def drain(stream: AsyncGenerator[T, None]) -> None:
         try:
             async with aclosing(stream):
                 async for delta in stream:
