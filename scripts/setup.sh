@@ -4,6 +4,7 @@
 #   scripts/setup.sh serve   .venv: Pippin with MLX's build for this machine
 #   scripts/setup.sh dev     .venv: the same, and what the tests and linters need
 #   scripts/setup.sh parity  .venv-parity: the same, and torch, which only the parity tests use
+#   scripts/setup.sh extra   prints which extra of pyproject.toml brings MLX's build for this machine
 #
 # PYTHON=/path/to/python chooses the interpreter. Works with bash 3.2, as macOS has it.
 set -euo pipefail
@@ -32,7 +33,7 @@ platform_extra() {
     Darwin/arm64) echo '' ;;
     Darwin/x86_64)
       if [ "$(sysctl -n hw.optional.arm64 2>/dev/null)" = 1 ]; then
-        die "this shell runs under Rosetta, so Python would get no MLX. Start it as: arch -arm64 $SHELL"
+        die "this shell runs under Rosetta, so Python would get no MLX. Start it as: arch -arm64 ${SHELL:-zsh}"
       fi
       die "Intel Macs can't run Pippin: MLX's Metal backend needs Apple silicon (M1 or newer)." ;;
     Linux/x86_64 | Linux/aarch64) nvidia_extra ;;
@@ -129,13 +130,13 @@ install() {
 
 main() {
   local mode=${1:-serve} venv=.venv extra extras python='' stamp want
-  case "$mode" in serve | dev | parity) ;; *) die "usage: scripts/setup.sh serve|dev|parity" ;; esac
-  [ "$mode" = parity ] && venv=.venv-parity
   extra=$(platform_extra)
   case "$mode" in
     serve) extras=$extra ;;
     dev) extras=${extra:+$extra,}dev ;;
-    parity) extras=${extra:+$extra,}dev,torch ;;
+    parity) extras=${extra:+$extra,}dev,torch venv=.venv-parity ;;
+    extra) echo "$extra" && return 0 ;;
+    *) die "usage: scripts/setup.sh serve|dev|parity|extra" ;;
   esac
   stamp=$venv/.pippin-$mode
   # What the environment was made from: when any of it changes, pip looks again.

@@ -33,7 +33,7 @@ errors <- config <- core
 errors <- backend <- core
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention
-kernels <- attention
+errors <- kernels <- attention
 config <- models <- attention
 types <- penalties <- sampler <- runner
 demo <- models
