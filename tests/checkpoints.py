@@ -6,7 +6,15 @@ switched on: windows shorter than the tests' prompts, soft-caps, sinks, shared a
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -124,3 +132,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def family_config(family: str, **overrides: Any) -> dict[str, Any]:
     """config.json of a tiny model of ``family``."""
     return COMMON | {"model_type": family} | FAMILIES[family] | overrides
+
+
+def make_checkpoint(
+    path: Path,
+    family: str,
+    *,
+    dtype: mx.Dtype = mx.float32,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    **overrides: Any,
+) -> Path:
+    """Writes a random model of ``family`` under ``path``, which is returned, in the layout that mlx-lm saves.
+
+    ``overrides`` are settings of config.json; ``tokenizer`` is a directory whose tokenizer files are copied.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    config = family_config(family, **overrides)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    weights = {name: value.astype(dtype) for name, value in random_weights(build_model(config), seed).items()}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    if tokenizer is not None:
+        for file in tokenizer.glob("*token*"):
+            shutil.copy(file, path)
+    return path
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """A model of mlx-lm's own class, as config.json describes it."""
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    return model_class(args_class.from_dict(config))
+
+
+def random_weights(model: nn.Module, seed: int) -> dict[str, mx.array]:
+    """Weights under which activations stay near 1 and no norm, bias or sink is at its default."""
+    weights: dict[str, mx.array] = {}
+    for name, value in tree_flatten(model.parameters()):
+        noise = mx.random.normal(value.shape, key=mx.random.key(seed + len(weights)))
+        if value.ndim == 1:
+            weights[name] = value + 0.3 * noise
+        else:
+            weights[name] = noise if "embed" in name else 2.0 * noise / value.shape[-1] ** 0.5
+    return weights

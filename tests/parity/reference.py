@@ -1,0 +1,94 @@
+"""What transformers makes of a tiny random model: a checkpoint on disk and the logits that it should give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from tests.checkpoints import family_config
+
+LENGTH = 48
+SHARED = 20
+"""The second sequence begins with this many tokens of the first."""
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A checkpoint as transformers saved it, token sequences [n, LENGTH], and their logits [n, LENGTH, vocab]."""
+
+    path: Path
+    tokens: list[list[int]]
+    logits: Logits
+
+    @property
+    def scale(self) -> float:
+        return float(np.abs(self.logits).max())
+
+
+def build_reference(path: Path, family: str, **overrides: Any) -> Reference:
+    """Draws a model's weights, saves it under ``path`` as transformers does, and runs it in float32."""
+    settings = family_config(family, **overrides)
+    settings.pop("model_type")
+    generator = torch.Generator().manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **settings), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            _draw(name, parameter, generator)
+    if family == "gpt_oss":
+        _save_packed(model, path)
+    else:
+        model.save_pretrained(path)
+    tokens = torch.randint(3, settings["vocab_size"], (5, LENGTH), generator=generator)
+    tokens[1, :SHARED] = tokens[0, :SHARED]
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    return Reference(path, tokens.tolist(), np.asarray(logits.tolist(), np.float32))
+
+
+def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Weights that keep activations near 1; norms, biases and sinks far enough from their defaults to matter."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if "inv_freq" in name or "embed_scale" in name:
+        return
+    if parameter.ndim == 1:
+        parameter.add_(0.3 * noise)
+    elif "embed" in name:
+        parameter.copy_(noise)
+    else:
+        parameter.copy_(2.0 * noise / parameter.shape[-1] ** 0.5)
+
+
+def _save_packed(model: Any, path: Path) -> None:
+    """Saves a gpt-oss with its experts in mxfp4, as it is published (mlx-lm reads no other form of transformers').
+
+    The model's own experts become what transformers unpacks from that, so that both run the same weights.
+    """
+    packed: dict[str, npt.NDArray[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            # transformers keeps [experts, in, out] in memory, but packs rows of inputs.
+            rows = mx.array(parameter.detach().numpy().swapaxes(1, 2))
+            weight, scales, *_ = mx.quantize(rows, group_size=32, bits=4, mode="mxfp4")
+            packed[f"{name}_blocks"] = np.asarray(weight.view(mx.uint8)).reshape(*scales.shape, 16)
+            packed[f"{name}_scales"] = np.asarray(scales)
+            blocks, exponents = (torch.from_numpy(packed[f"{name}_{part}"]) for part in ("blocks", "scales"))
+            parameter.data.copy_(convert_moe_packed_tensors(blocks, exponents, dtype=torch.float32))
+    model.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model.save_pretrained(path)
+    del model.config.quantization_config
+    file = path / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if f"{name}_blocks" not in packed}
+    save_file(kept | packed, file, metadata={"format": "pt"})

@@ -1,0 +1,81 @@
+"""Logits of tiny random models equal transformers', however the engine cuts and mixes their tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import FAMILIES, WINDOW
+from tests.parity.engine import Engine
+from tests.parity.reference import LENGTH, SHARED, Reference, build_reference
+
+TOLERANCE = 1e-4
+"""Of the largest logit; float32 through three layers stays a hundred times nearer."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": WINDOW},
+    ),
+    "phi3-window": ("phi3", {"sliding_window": WINDOW}),
+    "mixtral-window": ("mixtral", {"sliding_window": WINDOW}),
+}
+Model = tuple[Reference, Engine]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    family, overrides = VARIANTS[request.param]
+    reference = build_reference(tmp_path_factory.mktemp(request.param), family, **overrides)
+    return reference, Engine(reference.path)
+
+
+def assert_equal(model: Model, found: Any, at: list[tuple[int, int]]) -> None:
+    """``found`` [n, vocab] are the logits after token ``length`` of sequence ``i``, for each (i, length)."""
+    reference = model[0]
+    expected = np.stack([reference.logits[i, length - 1] for i, length in at])
+    difference = np.abs(found - expected).max(axis=1) / reference.scale
+    print(f"parity {reference.path.name} {difference.max():.1e}")
+    assert difference.max() <= TOLERANCE, difference
+
+
+def test_one_prompt_alone(model: Model) -> None:
+    reference, engine = model
+    (request,) = engine.requests(reference.tokens[0])
+    assert_equal(model, engine.logits((request, 0, LENGTH)), [(0, LENGTH)])
+
+
+def test_ragged_prompts_and_decodes_in_one_step(model: Model) -> None:
+    reference, engine = model
+    requests = engine.requests(*reference.tokens)
+    lengths = [1, 5, 17, 30, LENGTH - 4]
+    found = engine.logits(*((r, 0, n) for r, n in zip(requests, lengths, strict=True)))
+    assert_equal(model, found, list(enumerate(lengths)))
+    for step in range(3):
+        # Decodes beside a second chunk of the first request.
+        works = [(r, n + step, n + step + 1) for r, n in list(zip(requests, lengths, strict=True))[1:]]
+        chunk = (requests[0], 1 + 13 * step, 14 + 13 * step)
+        found = engine.logits(*works, chunk)
+        assert_equal(model, found, [*((i + 1, w[2]) for i, w in enumerate(works)), (0, chunk[2])])
+
+
+def test_chunks(model: Model) -> None:
+    reference, engine = model
+    first, second = engine.requests(reference.tokens[2], reference.tokens[3])
+    bounds = [0, 7, 8, 9, 22, 39, 40, LENGTH]
+    for start, end in pairwise(bounds):
+        found = engine.logits((first, start, end), (second, start, end))
+        assert_equal(model, found, [(2, end), (3, end)])
+
+
+def test_prefix_hits(model: Model) -> None:
+    reference, engine = model
+    giver, taker = engine.requests(reference.tokens[0], reference.tokens[1], shared=SHARED)
+    # In the same step as the request that fills the shared slots, then behind it.
+    found = engine.logits((giver, 0, LENGTH - 1), (taker, SHARED, SHARED + 9))
+    assert_equal(model, found, [(0, LENGTH - 1), (1, SHARED + 9)])
+    found = engine.logits((taker, SHARED + 9, LENGTH), (giver, LENGTH - 1, LENGTH))
+    assert_equal(model, found, [(1, LENGTH), (0, LENGTH)])
