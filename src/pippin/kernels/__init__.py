@@ -1,0 +1,199 @@
+"""Attention over the KV pool by page, and writes into it: kernels of ours on a GPU, plain MLX elsewhere.
+
+One body per kernel (``bodies``), in the common subset of Metal and CUDA C++, compiled at its first launch; see
+docs/kernels.md. ``reference`` says what each operation computes. Before a kernel's first use on a machine ``verify``
+compares it with the reference, and plain MLX takes the place of one that fails.
+
+**In place.** The pools passed in are changed: on a GPU a kernel writes through its input pointer, which MLX does
+not know of, so order is the caller's business: what reads the pool takes what the write returned as ``after``, and
+what writes takes, as ``after``, something that the last step computed once it had read the pool (its sampled
+tokens). On the CPU the objects passed in are rebound to the updated arrays, as with ``pool[slots] = k``.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Literal
+
+import mlx.core as mx
+
+from pippin.kernels import paged, reference
+from pippin.kernels.launch import Launcher, gpu_launcher
+from pippin.kernels.paged import rows_per_tile, tile_rows
+from pippin.kernels.verify import KernelName, verdicts
+
+__all__ = ["backend", "kv_write", "paged_decode", "paged_extend", "rows_per_tile", "tile_rows", "verify"]
+
+Platform = Literal["metal", "cuda"]
+
+log = logging.getLogger(__name__)
+
+# Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
+_CORES: dict[str, int] = {"metal": 40, "cuda": 132}
+
+
+def backend() -> Platform | None:
+    """The platform that kernels are compiled for, None where plain MLX runs: the one place that decides."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def verify() -> dict[KernelName, bool]:
+    """Which kernels compute what ``reference`` does on this machine; all of those that fail are logged once.
+
+    The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
+    """
+    platform = backend()
+    return {} if platform is None else _verdicts(platform)
+
+
+def kv_write(
+    k_pool: mx.array,
+    v_pool: mx.array,
+    k: mx.array,
+    v: mx.array,
+    slots: mx.array,
+    *,
+    after: mx.array | None = None,
+) -> mx.array:
+    """Stores rows k [R, kv_heads, dim] and v [R, kv_heads, value_dim] at ``slots`` [R] int32, in place.
+
+    Returns a small int32 array to pass on as ``after`` to whatever reads these pools. Padding rows go to slot 0, which
+    nothing reads. ``slots`` are not checked: one outside of the pool corrupts memory.
+    """
+    launch = _launcher("kv_write", k_pool, v_pool)
+    if launch is not None:
+        return paged.kv_write(launch, k_pool, v_pool, k, v, slots, after)
+    reference.kv_write(k_pool, v_pool, k, v, slots)
+    return slots
+
+
+def paged_decode(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    table: mx.array,
+    lengths: mx.array,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    after: mx.array | None = None,
+    new: tuple[mx.array, mx.array] | None = None,
+    longest: int | None = None,
+) -> mx.array:
+    """Attention of one query per row: q [R, heads, dim] to [R, heads, value_dim], in q's dtype.
+
+    ``table`` [R, pages] int32 are page numbers, ``lengths`` [R] int32 how many tokens each row attends to; a row of
+    length 0 is padding and gives zeros. ``new`` = (k [R, kv_heads, dim],
+    v [R, kv_heads, value_dim]) also stores them, as the K and V of token ``lengths[r] - 1``, in the same launch: only
+    where no other row of this step reads that token. ``longest`` is an upper bound of ``lengths`` that decides how far
+    contexts are split; the table's width if left out. The rest as in ``reference``.
+    """
+    form = paged.Form(page_size, scale, window, softcap)
+    launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
+    if launch is not None:
+        _, tiles = paged.head_tiles(q.shape[1] // k_pool.shape[1])
+        tuning = _tuning(q.shape[0] * k_pool.shape[1] * tiles, longest or table.shape[1] * page_size, window)
+        return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, tuning, sinks, after, new)
+    if new is not None:
+        kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
+        return paged_decode(
+            q,
+            k_pool,
+            v_pool,
+            table,
+            lengths,
+            page_size=page_size,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+        )
+    return reference.paged_decode(
+        q,
+        k_pool,
+        v_pool,
+        table,
+        lengths,
+        page_size=page_size,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+    )
+
+
+def paged_extend(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    table: mx.array,
+    lengths: mx.array,
+    tiles: mx.array,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    after: mx.array | None = None,
+    longest: int | None = None,
+) -> mx.array:
+    """Attention of several rows of each sequence, K and V read once for up to ``rows_per_tile`` of them.
+
+    q [T, heads, dim] to [T, heads, value_dim]. ``table`` [S, pages] has a line a sequence, ``lengths`` [T] a number a
+    row (its position plus 1). ``tiles`` [N, 3] int32 as ``tile_rows`` makes them, of at most ``rows_per_tile(heads,
+    kv_heads)`` rows. Rows in no tile give whatever: do not read them.
+    """
+    launch = _launcher("paged_extend", k_pool, v_pool)
+    if launch is None:
+        return reference.paged_extend(
+            q,
+            k_pool,
+            v_pool,
+            table,
+            lengths,
+            tiles,
+            page_size=page_size,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+        )
+    form = paged.Form(page_size, scale, window, softcap)
+    _, parts = paged.head_tiles(q.shape[1] // k_pool.shape[1])
+    blocks = tiles.shape[0] * k_pool.shape[1] * parts
+    tuning = _tuning(blocks, longest or table.shape[1] * page_size, window, unroll=2)
+    return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, tuning, sinks, after)
+
+
+def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher | None:
+    """What runs this kernel for these pools, None for plain MLX."""
+    platform = backend()
+    if platform is None or not paged.supported(k_pool, v_pool) or not _verdicts(platform)[name]:
+        return None
+    return _gpu(platform)
+
+
+def _tuning(blocks: int, longest: int, window: int | None, unroll: int = 4) -> paged.Tuning:
+    seen = longest if window is None else min(window, longest)
+    return paged.Tuning(paged.choose_splits(blocks, seen, _CORES[backend() or "cuda"]), unroll=unroll)
+
+
+@cache
+def _gpu(platform: Platform) -> Launcher:
+    return gpu_launcher(platform)
+
+
+@cache
+def _verdicts(platform: Platform) -> dict[KernelName, bool]:
+    found = verdicts(platform, _gpu(platform))
+    for name, ok in found.items():
+        if not ok:
+            log.warning("kernel %s is not right on this machine; plain MLX takes its place, slower", name)
+    return found

@@ -1,0 +1,82 @@
+// Shared by the bodies, in the common subset of Metal and CUDA C++.
+namespace pippin {
+
+CONSTANT constexpr float NOTHING = -1e30f;  // a logit that no token has; finite, so that differences of two are numbers
+CONSTANT constexpr float LOG2E = 1.4426950408889634f;
+
+INLINE int smaller(int a, int b) { return a < b ? a : b; }
+INLINE int larger(int a, int b) { return a > b ? a : b; }
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+// 16 bytes that are loaded and stored at once.
+template <typename T>
+struct PACK_ALIGN Pack {
+  T v[16 / sizeof(T)];
+};
+
+// The smallest power of 2 that is at least n, at most 32: how many lanes share a vector of n packs.
+INLINE constexpr int lanes_for(int n) { return n > 16 ? 32 : n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n > 1 ? 2 : 1; }
+
+template <int LANES>
+INLINE float sum_lanes(float x) {
+  UNROLL
+  for (int step = LANES / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
+  return x;
+}
+
+// tanh without overflow: 1 - 2 / (e^2x + 1).
+INLINE float tanh_of(float x) { return 1.0f - 2.0f / (exp2_of(2.0f * LOG2E * x) + 1.0f); }
+
+// A lane's share of q . k, where lane l of LANES has packs l, l + LANES, …
+template <typename T, int N, int E>
+INLINE float dot(const THREAD float (&q)[E], const THREAD Pack<T> (&k)[N]) {
+  float x = 0.0f;
+  UNROLL
+  for (int n = 0; n < N; n++) {
+    UNROLL
+    for (int e = 0; e < E / N; e++) x += q[n * (E / N) + e] * float(k[n].v[e]);
+  }
+  return x;
+}
+
+// Online softmax in base 2: takes U logits s with their values v into top, total and acc. NOTHING counts for nothing.
+template <int U, typename T, int N, int E>
+INLINE void absorb(
+    THREAD float& top, THREAD float& total, THREAD float (&acc)[E], const THREAD float (&s)[U],
+    const THREAD Pack<T> (&v)[U][N]) {
+  float next = top;
+  UNROLL
+  for (int u = 0; u < U; u++) next = larger(next, s[u]);
+  const float keep = exp2_of(top - next);
+  total *= keep;
+  UNROLL
+  for (int e = 0; e < E; e++) acc[e] *= keep;
+  UNROLL
+  for (int u = 0; u < U; u++) {
+    const float p = s[u] > NOTHING ? exp2_of(s[u] - next) : 0.0f;
+    total += p;
+    UNROLL
+    for (int n = 0; n < N; n++) {
+      UNROLL
+      for (int e = 0; e < E / N; e++) acc[n * (E / N) + e] += p * float(v[u][n].v[e]);
+    }
+  }
+  top = next;
+}
+
+// Joins what groups of LANES lanes have absorbed; afterwards every group has the whole.
+template <int LANES, int E>
+INLINE void merge_lanes(THREAD float& top, THREAD float& total, THREAD float (&acc)[E]) {
+  UNROLL
+  for (int step = LANES; step < 32; step *= 2) {
+    const float other = shuffle_xor(top, step);
+    const float next = larger(top, other);
+    const float mine = exp2_of(top - next), theirs = exp2_of(other - next);
+    total = total * mine + shuffle_xor(total, step) * theirs;
+    UNROLL
+    for (int e = 0; e < E; e++) acc[e] = acc[e] * mine + shuffle_xor(acc[e], step) * theirs;
+    top = next;
+  }
+}
+
+}  // namespace pippin

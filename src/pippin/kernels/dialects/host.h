@@ -1,0 +1,209 @@
+// The host: every thread of a block is a fiber that runs until its next barrier or shuffle, in an order that the
+// schedule gives, so that a missing barrier shows. Shared memory starts as NaN, as on a GPU it starts as anything.
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#define DEVICE
+#define CONSTANT static
+#define THREAD
+#define INLINE static inline
+#define SHARED(type, name, count) type* name = (type*)pippin::shared_memory(sizeof(type) * (count))
+#define BARRIER() pippin::barrier(__LINE__)
+#define UNROLL
+#define PACK_ALIGN
+
+namespace pippin {
+
+constexpr int MOST_THREADS = 1024, STACK = 1 << 17, MOST_SHARED = 32768;  // Metal's bytes of threadgroup memory
+enum State { READY, AT_SHUFFLE, AT_BARRIER, DONE };
+
+struct Fiber {
+  jmp_buf at;
+  ucontext_t start;
+  State state;
+  bool started;
+  int site;  // the barrier's line, or the shuffle's mask: must agree among those that wait together
+  float value;
+  size_t shared;
+};
+
+static Fiber fibers[MOST_THREADS];
+static char* stacks;
+static jmp_buf scheduler;
+static int self, threads, block_x, block_y, blocks_y;
+static void** arguments;
+static void (*body)();
+alignas(16) static char memory[MOST_SHARED];
+static char failure[256];
+static uint64_t seed;
+
+static void fail(const char* what, int where) {
+  if (!failure[0]) snprintf(failure, sizeof failure, "block (%d, %d): %s %d", block_x, block_y, what, where);
+}
+
+static __attribute__((noinline)) void wait(State state, int site) {
+  fibers[self].state = state;
+  fibers[self].site = site;
+  if (!_setjmp(fibers[self].at)) _longjmp(scheduler, 1);
+}
+
+INLINE void barrier(int line) { wait(AT_BARRIER, line); }
+
+static float shuffle_xor(float x, int mask) {
+  fibers[self].value = x;
+  wait(AT_SHUFFLE, mask);
+  return fibers[self].value;
+}
+
+static void* shared_memory(size_t bytes) {
+  size_t at = fibers[self].shared;
+  fibers[self].shared += (bytes + 15) / 16 * 16;
+  if (fibers[self].shared > MOST_SHARED) fail("bytes of shared memory are too many:", int(fibers[self].shared));
+  return memory + (fibers[self].shared > MOST_SHARED ? 0 : at);
+}
+
+INLINE float exp2_of(float x) { return exp2f(x); }
+
+INLINE uint32_t bits_of(float x) {
+  uint32_t b;
+  memcpy(&b, &x, 4);
+  return b;
+}
+
+INLINE float float_of(uint32_t b) {
+  float x;
+  memcpy(&x, &b, 4);
+  return x;
+}
+
+// Both 16-bit types round to nearest, ties to even, as both GPUs do.
+struct bfloat {
+  uint16_t b;
+  bfloat() = default;
+  explicit bfloat(float x) {
+    uint32_t u = bits_of(x);
+    b = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  }
+  operator float() const { return float_of(uint32_t(b) << 16); }
+};
+
+struct half {
+  uint16_t b;
+  half() = default;
+  explicit half(float x) {
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) {
+      b = 0x7e00;
+    } else if (a >= 0x477ff000) {
+      b = uint16_t(sign | 0x7c00);
+    } else if (a < 0x38800000) {  // subnormal: adding 0.5 leaves the bits, rounded, at the bottom
+      b = uint16_t(sign | (bits_of(float_of(a) + 0.5f) - bits_of(0.5f)));
+    } else {
+      b = uint16_t(sign | ((a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13));
+    }
+  }
+  operator float() const {
+    uint32_t sign = uint32_t(b & 0x8000) << 16, e = b >> 10 & 31, m = b & 1023;
+    if (e == 31) return float_of(sign | 0x7f800000 | m << 13);
+    if (e == 0) return float_of(sign | bits_of(float(m) * 5.9604644775390625e-08f));
+    return float_of(sign | (e + 112) << 23 | m << 13);
+  }
+};
+
+static uint32_t random_bits() {
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t(seed >> 33);
+}
+
+static void enter() {
+  body();
+  fibers[self].state = DONE;
+  _longjmp(scheduler, 1);
+}
+
+static __attribute__((noinline)) void resume(int i) {
+  self = i;
+  Fiber& f = fibers[i];
+  if (_setjmp(scheduler)) return;
+  if (f.started) _longjmp(f.at, 1);
+  f.started = true;
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = stacks + size_t(i) * STACK;
+  f.start.uc_stack.ss_size = STACK;
+  f.start.uc_link = nullptr;
+  makecontext(&f.start, enter, 0);
+  setcontext(&f.start);
+}
+
+// Lets fibers [first, first + count) go on if all of them wait for `state`; true if they did.
+static bool release(int first, int count, State state) {
+  for (int i = first; i < first + count; i++)
+    if (fibers[i].state != state) return false;
+  for (int i = first; i < first + count; i++)
+    if (fibers[i].site != fibers[first].site) fail("threads wait at different places, one of them", fibers[i].site);
+  if (state == AT_SHUFFLE) {
+    float values[32];
+    for (int i = 0; i < 32; i++) values[i] = fibers[first + (i ^ fibers[first].site)].value;
+    for (int i = 0; i < 32; i++) fibers[first + i].value = values[i];
+  }
+  for (int i = first; i < first + count; i++) fibers[i].state = READY;
+  return true;
+}
+
+// One block. Schedule 0 runs threads in order, 1 in reverse, others in a random order with warps held back at random.
+static void run_block(int schedule) {
+  int order[MOST_THREADS], done = 0;
+  memset(memory, 0xff, sizeof memory);
+  for (int i = 0; i < threads; i++) {
+    fibers[i].state = READY;
+    fibers[i].started = false;
+    fibers[i].shared = 0;
+    order[i] = schedule == 1 ? threads - 1 - i : i;
+  }
+  while (done < threads && !failure[0]) {
+    bool moved = false;
+    uint32_t held = 0;
+    if (schedule > 1) {
+      held = random_bits() & random_bits();
+      for (int i = threads - 1; i > 0; i--) {
+        int j = int(random_bits() % uint32_t(i + 1)), t = order[i];
+        order[i] = order[j];
+        order[j] = t;
+      }
+    }
+    for (int i = 0; i < threads && !failure[0]; i++) {
+      int t = order[i], first = t / 32 * 32;
+      if (fibers[t].state != READY) continue;
+      moved = true;
+      if (held >> (t / 32) & 1) continue;
+      resume(t);
+      if (fibers[t].state == DONE) done++;
+      if (fibers[t].state == AT_SHUFFLE) release(first, 32, AT_SHUFFLE);
+    }
+    if (!moved && !release(0, threads, AT_BARRIER)) fail("some threads never come; those that wait are at", fibers[0].site);
+  }
+}
+
+}  // namespace pippin
+
+extern "C" const char* run(int x, int y, int threads, int schedule, uint64_t seed, void** arguments) {
+  using namespace pippin;
+  static char* allocated = (char*)malloc(size_t(MOST_THREADS) * STACK);
+  stacks = allocated;
+  failure[0] = 0;
+  pippin::threads = threads;
+  pippin::seed = seed;
+  pippin::arguments = arguments;
+  blocks_y = y;
+  for (int i = 0; i < x * y && !failure[0]; i++) {
+    block_x = i % x;
+    block_y = i / x;
+    run_block(schedule);
+  }
+  return failure[0] ? failure : nullptr;
+}

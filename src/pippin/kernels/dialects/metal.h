@@ -1,0 +1,16 @@
+// Metal: what the bodies use and CUDA or the host spell differently. A simdgroup has 32 lanes on every Apple GPU.
+#define DEVICE device
+#define CONSTANT constant
+#define THREAD thread
+#define INLINE static inline
+#define SHARED(type, name, count) threadgroup type name[count]
+#define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define PACK_ALIGN alignas(16)
+
+namespace pippin {
+
+INLINE float exp2_of(float x) { return metal::exp2(x); }
+INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
+
+}  // namespace pippin

@@ -1,0 +1,113 @@
+"""From a kernel's body to a launch: which source, which constants, how many blocks. Who runs it is a ``Launcher``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A body with the arrays that it names, in order; ``macros`` select its variant for the preprocessor."""
+
+    name: str
+    body: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    macros: tuple[str, ...] = ()
+
+    def header(self, dialect: str) -> str:
+        """What stands before the kernel: macros, the dialect, and what the bodies share."""
+        known = ("FUSED", "SPLIT")
+        macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
+        return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h")
+
+    def text(self, dialect: str) -> str:
+        """The kernel's own lines: the dialect's names for where a thread is, then the body."""
+        return _text(f"dialects/{dialect}_prologue.h") + _text(f"bodies/{self.body}.h")
+
+    def unique_name(self, dialect: str) -> str:
+        """Differs whenever the source does: MLX keeps compiled CUDA kernels on disk by name alone."""
+        digest = hashlib.sha256((self.header(dialect) + self.text(dialect)).encode()).hexdigest()
+        return f"pippin_{self.name}_{digest[:10]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One run of a kernel.
+
+    ``constants`` are known when it is compiled: ints, bools, and dtypes that the body uses as types. ``blocks`` are
+    (x, y), each of ``threads`` threads. ``outputs`` are (shape, dtype) in the source's order.
+    """
+
+    source: Source
+    constants: tuple[tuple[str, int | bool | mx.Dtype], ...]
+    blocks: tuple[int, int]
+    threads: int
+    outputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
+
+
+Launcher = Callable[[Launch, Sequence[mx.array]], list[mx.array]]
+
+
+def gpu_launcher(platform: str) -> Launcher:
+    """Runs launches on the GPU through MLX; ``platform`` is metal or cuda. Kernels compile at their first launch."""
+
+    def launch(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        constants = list(what.constants)
+        if platform == "metal":
+            constants.append(("SMALL", small_inputs(inputs)))
+        x, y = what.blocks
+        results: list[mx.array] = _gpu_kernel(what.source, platform)(
+            inputs=list(inputs),
+            template=constants,
+            grid=(x * what.threads, y, 1),
+            threadgroup=(what.threads, 1, 1),
+            output_shapes=[shape for shape, _ in what.outputs],
+            output_dtypes=[dtype for _, dtype in what.outputs],
+        )
+        return results
+
+    return launch
+
+
+def small_inputs(inputs: Sequence[mx.array]) -> int:
+    """A bit for each input that Metal puts into the constant address space (under 8 elements).
+
+    The source that MLX generates then differs; as a constant of the kernel, this makes its name differ too, and
+    MLX does not compile the same name anew whenever the number of rows changes.
+    """
+    return sum(1 << i for i, a in enumerate(inputs) if a.size < 8)
+
+
+@cache
+def _gpu_kernel(source: Source, platform: str) -> Callable[..., list[mx.array]]:
+    # cuda_kernel raises where MLX has no CUDA, so neither is called before it is needed.
+    make: Callable[..., Any] = mx.fast.metal_kernel if platform == "metal" else mx.fast.cuda_kernel
+    kernel: Callable[..., list[mx.array]] = make(
+        name=source.unique_name(platform),
+        input_names=list(source.inputs),
+        output_names=list(source.outputs),
+        header=source.header(platform),
+        source=source.text(platform),
+    )
+    return kernel
+
+
+@cache
+def _text(path: str) -> str:
+    return (_HERE / path).read_text(encoding="utf-8")
+
+
+def dialect_digest(dialect: str) -> str:
+    """Of everything that a kernel of this dialect is made of."""
+    files = sorted((*_HERE.glob("bodies/*.h"), *_HERE.glob(f"dialects/{dialect}*.h"), _HERE / "paged.py"))
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()

@@ -1,0 +1,129 @@
+"""What each kernel computes, in plain MLX: the truth that every kernel is compared with, and what runs without a GPU.
+
+Everywhere: ``k_pool`` [slots, kv_heads, dim] and ``v_pool`` [slots, kv_heads, value_dim] share a dtype; token ``t`` of
+a sequence lies in slot ``table[s, t // page_size] * page_size + t % page_size``; a row of length 0 is padding and
+gives zeros. ``window`` counts the latest tokens attended to, the row's own included. ``sinks`` [heads] are logits that
+take part in the softmax and add nothing. ``softcap`` bounds logits: ``softcap * tanh(logit / softcap)``. Sums are in
+float32.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def kv_write(k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slots: mx.array) -> None:
+    """Stores rows k [R, kv_heads, dim] and v [R, kv_heads, value_dim] at ``slots`` [R] int32 of the pools given.
+
+    Rebinds the two pool objects to the updated arrays, in the same buffers where nothing else holds those.
+    """
+    k_pool[slots] = k.astype(k_pool.dtype)
+    v_pool[slots] = v.astype(v_pool.dtype)
+
+
+def slots_of(table: mx.array, page_size: int) -> mx.array:
+    """Slots of tokens 0, 1, … of each row: table [R, pages] of page numbers to [R, pages * page_size] int32."""
+    if page_size == 1:
+        return table
+    within = mx.arange(page_size, dtype=mx.int32)
+    return (table[:, :, None] * page_size + within).reshape(table.shape[0], -1)
+
+
+def newest_slots(table: mx.array, lengths: mx.array, page_size: int) -> mx.array:
+    """The slot of each row's last token, [R] int32; scratch slot 0 for a row of length 0."""
+    last = mx.maximum(lengths - 1, 0)
+    pages = mx.take_along_axis(table, (last // page_size)[:, None], axis=1)[:, 0]
+    return mx.where(lengths > 0, pages * page_size + last % page_size, 0)
+
+
+def paged_decode(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    table: mx.array,
+    lengths: mx.array,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """Attention of one query per row: q [R, heads, dim] to [R, heads, value_dim], in q's dtype.
+
+    ``table`` [R, pages] int32, ``lengths`` [R] int32: row r attends to tokens 0 … lengths[r]-1.
+    """
+    rows, heads, dim = q.shape
+    kv_heads = k_pool.shape[1]
+    slots = slots_of(table, page_size)
+    keys = k_pool[slots].transpose(0, 2, 3, 1).astype(mx.float32)
+    values = v_pool[slots].transpose(0, 2, 1, 3).astype(mx.float32)
+    grouped = q.reshape(rows, kv_heads, heads // kv_heads, dim).astype(mx.float32)
+    logits = (grouped * scale) @ keys
+    if softcap is not None:
+        logits = mx.tanh(logits / softcap) * softcap
+    seen = _seen(lengths, slots.shape[1], window)[:, None, None]
+    weights = _softmax(mx.where(seen, logits, -mx.inf), sinks)
+    # What lies in slots that a row does not see may be anything, NaN too: 0 times it must stay 0.
+    values = mx.where(_seen(lengths, slots.shape[1], window)[:, None, :, None], values, 0.0)
+    return (weights @ values).reshape(rows, heads, -1).astype(q.dtype)
+
+
+def paged_extend(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    table: mx.array,
+    lengths: mx.array,
+    tiles: mx.array,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """Attention of several rows of each sequence: q [T, heads, dim] to [T, heads, value_dim].
+
+    ``table`` [S, pages] has a line a sequence, ``lengths`` [T] a number a row (its position plus 1). ``tiles`` [N, 3]
+    int32 says whose the rows are: (first row, number of rows, sequence); 0 rows is padding. Rows in no tile give
+    whatever: the caller does not read them.
+    """
+    owner = mx.zeros(q.shape[0] + 1, dtype=mx.int32)
+    most = q.shape[0]
+    steps = mx.arange(most, dtype=mx.int32)
+    inside = steps[None] < tiles[:, 1:2]
+    owner[mx.where(inside, tiles[:, :1] + steps[None], most)] = mx.broadcast_to(tiles[:, 2:3], inside.shape)
+    return paged_decode(
+        q,
+        k_pool,
+        v_pool,
+        table[owner[:most]],
+        lengths,
+        page_size=page_size,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+    )
+
+
+def _seen(lengths: mx.array, context: int, window: int | None) -> mx.array:
+    """Which tokens each row attends to, bool [R, context]."""
+    tokens = mx.arange(context, dtype=mx.int32)[None]
+    seen = tokens < lengths[:, None]
+    return seen if window is None else seen & (tokens >= lengths[:, None] - window)
+
+
+def _softmax(logits: mx.array, sinks: mx.array | None) -> mx.array:
+    """Softmax over the last axis of [R, kv_heads, group, context]; zeros where every logit is -inf and no sink is."""
+    top = mx.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(mx.float32).reshape(1, logits.shape[1], logits.shape[2], 1)
+        top = mx.maximum(top, sink)
+    top = mx.where(mx.isinf(top), 0.0, top)
+    weights = mx.exp(logits - top)
+    total = mx.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + mx.exp(sink - top)
+    return weights / mx.where(total > 0, total, 1.0)

@@ -1,0 +1,203 @@
+"""Compares each kernel with ``reference`` on small inputs, once for a machine, since nobody has tried them all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform as system
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+
+from pippin.kernels import paged, reference
+from pippin.kernels.launch import Launcher, dialect_digest
+
+log = logging.getLogger(__name__)
+
+KernelName = Literal["kv_write", "paged_decode", "paged_decode_write", "paged_extend"]
+
+# bfloat16 keeps 8 bits, and both sides round their results once.
+_TOLERANCE = 2e-2
+_PAGE, _SCALE = 4, 0.125
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A small ragged batch: 3 sequences of up to 150 tokens, the middle one empty, in shuffled pages of 4 slots."""
+
+    k_pool: mx.array
+    v_pool: mx.array
+    table: mx.array
+    lengths: mx.array
+    q: mx.array
+    k: mx.array
+    v: mx.array
+
+
+def sample(dtype: mx.Dtype = mx.bfloat16) -> Sample:
+    """The same batch each time; 8 heads over 2 KV heads of 64."""
+    keys = mx.random.split(mx.random.key(7), 6)
+    lengths, pages = (150, 0, 37), 40
+
+    def normal(i: int, *shape: int) -> mx.array:
+        return mx.random.normal(shape, key=keys[i]).astype(dtype)
+
+    table = mx.random.permutation(3 * pages, key=keys[5]).reshape(3, pages).astype(mx.int32) + 1
+    made = Sample(
+        k_pool=normal(0, (3 * pages + 1) * _PAGE, 2, 64),
+        v_pool=normal(1, (3 * pages + 1) * _PAGE, 2, 64),
+        table=table,
+        lengths=mx.array(lengths, dtype=mx.int32),
+        q=normal(2, 3, 8, 64),
+        k=normal(3, 3, 2, 64),
+        v=normal(4, 3, 2, 64),
+    )
+    mx.eval(made.k_pool, made.v_pool, made.table, made.lengths, made.q, made.k, made.v)
+    return made
+
+
+def check_kv_write(launch: Launcher) -> bool:
+    """The rows land in their slots, and nothing else changes."""
+    s = sample()
+    slots = reference.newest_slots(s.table, s.lengths, _PAGE)
+    want_k, want_v = mx.array(s.k_pool), mx.array(s.v_pool)
+    reference.kv_write(want_k, want_v, s.k, s.v, slots)
+    mx.eval(want_k, want_v, slots)
+    mx.eval(paged.kv_write(launch, s.k_pool, s.v_pool, s.k, s.v, slots))
+    return _equal_pools(s, want_k, want_v)
+
+
+def check_paged_decode(launch: Launcher) -> bool:
+    """In one launch, and split in four with a window, sinks and a soft cap."""
+    s, sinks = sample(), mx.arange(8, dtype=mx.bfloat16) / 4
+    plain = paged.Form(_PAGE, _SCALE)
+    rich = paged.Form(_PAGE, _SCALE, window=100, softcap=2.0)
+    whole = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, plain, paged.Tuning(splits=1))
+    split = paged.paged_decode(
+        launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, rich, paged.Tuning(splits=4), sinks=sinks
+    )
+    return _close(whole, _decode(s, plain)) and _close(split, _decode(s, rich, sinks))
+
+
+def check_paged_decode_write(launch: Launcher) -> bool:
+    """Attends to the new K and V, and stores them."""
+    s, form = sample(), paged.Form(_PAGE, _SCALE)
+    want_k, want_v = mx.array(s.k_pool), mx.array(s.v_pool)
+    reference.kv_write(want_k, want_v, s.k, s.v, reference.newest_slots(s.table, s.lengths, _PAGE))
+    mx.eval(want_k, want_v)
+    got = paged.paged_decode(
+        launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, paged.Tuning(splits=1), new=(s.k, s.v)
+    )
+    mx.eval(got)
+    want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, page_size=form.page_size, scale=form.scale)
+    # Padding rows have no slot of their own here; the kernel leaves scratch alone, the reference writes it.
+    return _close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
+
+
+def check_paged_extend(launch: Launcher) -> bool:
+    """Five rows of one sequence and three of another, together."""
+    s, form = sample(), paged.Form(_PAGE, _SCALE, window=60)
+    q = mx.concatenate([s.q, s.q, s.q[:2]])
+    lengths = mx.array([146, 147, 148, 149, 150, 35, 36, 37], dtype=mx.int32)
+    table = mx.stack([s.table[0], s.table[2]])
+    tiles = mx.array(paged.tile_rows((5, 3), paged.rows_per_tile(8, 2), pad_to=4))
+    got = paged.paged_extend(
+        launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, paged.Tuning(splits=1, unroll=2)
+    )
+    want = reference.paged_extend(
+        q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=_PAGE, scale=_SCALE, window=form.window
+    )
+    return _close(got, want)
+
+
+CHECKS: dict[KernelName, Callable[[Launcher], bool]] = {
+    "kv_write": check_kv_write,
+    "paged_decode": check_paged_decode,
+    "paged_decode_write": check_paged_decode_write,
+    "paged_extend": check_paged_extend,
+}
+
+
+def check_all(launch: Launcher) -> dict[KernelName, bool]:
+    """Each kernel's verdict; one that raises (its source may not compile there) has failed."""
+    return {name: _passes(check, launch) for name, check in CHECKS.items()}
+
+
+def verdicts(platform: str, launch: Launcher, folder: Path | None = None) -> dict[KernelName, bool]:
+    """``check_all``, kept in ``folder`` (the user's cache) for this machine and these sources."""
+    path = (folder or cache_folder()) / f"kernels-{fingerprint(platform)}.json"
+    known = _read(path)
+    if known is not None:
+        return known
+    found = check_all(launch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        log.info("kernel verdicts are not kept: %s", error)
+    return found
+
+
+def fingerprint(platform: str) -> str:
+    """Of the chip, the system, MLX's version and the kernels' sources: a verdict holds for these alone."""
+    device = str(sorted((k, str(v)) for k, v in mx.device_info().items() if "memory" not in k))
+    facts = (platform, device, system.platform(), version("mlx"), dialect_digest(platform))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where the system keeps a user's caches, with a folder of ours."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pippin"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin"
+
+
+def _read(path: Path) -> dict[KernelName, bool] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(found, dict) and found.keys() == CHECKS.keys()
+    return {name: found[name] is True for name in CHECKS} if whole else None
+
+
+def _passes(check: Callable[[Launcher], bool], launch: Launcher) -> bool:
+    try:
+        return check(launch)
+    except (RuntimeError, ValueError, TypeError) as error:
+        log.warning("%s: %s", check.__name__, error)
+        return False
+
+
+def _decode(s: Sample, form: paged.Form, sinks: mx.array | None = None) -> mx.array:
+    return reference.paged_decode(
+        s.q,
+        s.k_pool,
+        s.v_pool,
+        s.table,
+        s.lengths,
+        page_size=form.page_size,
+        scale=form.scale,
+        window=form.window,
+        sinks=sinks,
+        softcap=form.softcap,
+    )
+
+
+def _close(got: mx.array, want: mx.array) -> bool:
+    difference = mx.abs(got.astype(mx.float32) - want.astype(mx.float32))
+    return bool(mx.all(difference <= _TOLERANCE).item())
+
+
+def _equal_pools(s: Sample, k_pool: mx.array, v_pool: mx.array, skip: int = 1) -> bool:
+    same = mx.all(s.k_pool[skip:] == k_pool[skip:]) & mx.all(s.v_pool[skip:] == v_pool[skip:])
+    return bool(same.item())
