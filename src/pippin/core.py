@@ -66,17 +66,18 @@ class EngineCore:
         worst = max(submit.tokens) if min(submit.tokens) >= 0 else min(submit.tokens)
         if not 0 <= worst < self.info.vocab_size:
             raise RequestError(f"token id {worst} is not in the vocabulary (0 to {self.info.vocab_size - 1})", "prompt")
-        self._scheduler.add(
-            Request(
-                id=submit.id,
-                tokens=list(submit.tokens),
-                num_prompt=submit.num_prompt,
-                params=submit.params,
-                priority=submit.priority,
-                arrival=time.monotonic(),
-                eos=self._eos,
-            )
+        request = Request(
+            id=submit.id,
+            tokens=list(submit.tokens),
+            num_prompt=submit.num_prompt,
+            params=submit.params,
+            priority=submit.priority,
+            arrival=time.monotonic(),
+            eos=self._eos,
         )
+        self._scheduler.add(request)
+        if request.finish is not None:  # a resumed stream that had reached its end
+            self._notices.append(Output(request.id, finish=request.finish))
 
     def abort(self, id: str) -> None:
         """Ends a request now; the next step reports it. Its slots are free at once. Unknown ids are ignored."""
@@ -149,13 +150,13 @@ class EngineCore:
         return found
 
     def _drop(self, batch: Batch, error: Exception, outputs: list[Output]) -> None:
-        """Fails a step's requests and starts over with an empty cache: what the step had written is unknown."""
+        """Fails the requests of a step, and of the one in flight; all others start over with an empty cache."""
         message = f"the engine failed on this step ({type(error).__name__})"
         flight, self._in_flight = self._in_flight, None
         for part in (batch, flight.batch if flight is not None else None):
             if part is not None:
-                for request in self._scheduler.drop(part):
-                    outputs.append(Output(request.id, finish=Finish("error", None, message)))
+                failed = self._scheduler.drop(part)
+                outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
         self._runner.reset()
 
 

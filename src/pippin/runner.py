@@ -63,6 +63,10 @@ class InFlight:
             self._read_samples(self.sampled, [i for i, w in enumerate(self.batch.works) if w.samples], results)
         if self.prompt_values is not None:
             self._read_prompts(self.prompt_values, results)
+        for work, result in zip(self.batch.works, results, strict=True):
+            if work.logprobs_from is not None and work.start == 0 and work.logprobs_from <= 1:
+                nothing_before = TokenLogprob(work.request.tokens[0], None)
+                result.prompt_logprobs = [nothing_before, *result.prompt_logprobs]
         return results
 
     def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:

@@ -60,6 +60,7 @@ def active(seam: Seam) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+        seam.owners.clear()  # layers and seam refer to each other: K and V would wait for the cycle collector
 
 
 def attention(

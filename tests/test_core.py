@@ -1,0 +1,336 @@
+"""The engine's core on a real model: the same tokens alone, batched, chunked, cached, retracted and overlapped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+from pippin.config import EngineConfig
+from pippin.core import EngineCore, load_core
+from pippin.errors import RequestError
+from pippin.runner import InFlight, MlxModelRunner
+from pippin.types import Batch, Output, SamplingParams, Submit
+from tests.tiny import save_tiny
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model")
+    save_tiny(path, "qwen3", head_dim=32)
+    return path
+
+
+@pytest.fixture
+def core(checkpoint: Path) -> EngineCore:
+    return make_core(checkpoint)
+
+
+def make_core(path: Path, **options: Any) -> EngineCore:
+    return load_core(EngineConfig(model_path=str(path), **{"max_total_tokens": 2000, **options}))
+
+
+def prompts(count: int, longest: int = 60, seed: int = 5) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(3, 280) for _ in range(source.randrange(1, longest))] for _ in range(count)]
+
+
+def run(core: EngineCore, submits: Sequence[Submit]) -> dict[str, list[int]]:
+    """Adds all at once and steps until nothing is left; every request must have ended."""
+    found = collect(core, submits)
+    assert all(outputs[-1].finish is not None for outputs in found.values())
+    return {id: [t for o in outputs for t in o.tokens] for id, outputs in found.items()}
+
+
+def collect(core: EngineCore, submits: Sequence[Submit]) -> dict[str, list[Output]]:
+    found: dict[str, list[Output]] = {s.id: [] for s in submits}
+    for submit in submits:
+        core.add(submit)
+    for output in drain(core):
+        found[output.id].append(output)
+    return found
+
+
+def drain(core: EngineCore) -> Iterator[Output]:
+    for _ in range(5000):
+        if not core.has_work:
+            return
+        step = core.step()
+        yield from step.outputs if step else ()
+    raise AssertionError("the engine never came to rest")
+
+
+def submits(rows: Sequence[Sequence[int]], params: SamplingParams = GREEDY, name: str = "r") -> list[Submit]:
+    return [Submit(f"{name}{i}", list(row), len(row), params) for i, row in enumerate(rows)]
+
+
+def greedy_by_mlx_lm(path: Path, row: Sequence[int], count: int) -> list[int]:
+    model, _ = load_model(path)
+    model.set_dtype(mx.float32)
+    steps = generate_step(mx.array(list(row)), model, max_tokens=count)
+    return [int(token) for token, _ in steps]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"chunked_prefill_size": 7},
+    {"chunked_prefill_size": 1},
+    {"disable_overlap_schedule": True},
+    {"disable_radix_cache": True},
+    {"page_size": 16},
+    {"max_running_requests": 2},
+    {"max_total_tokens": 104},
+    {"max_total_tokens": 104, "page_size": 4, "chunked_prefill_size": 9, "schedule_policy": "lpm"},
+    {"attention_backend": "padded"},
+    {"attention_backend": "padded", "chunked_prefill_size": 7, "disable_overlap_schedule": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default")
+def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoint: Path, options: dict[str, Any]) -> None:
+    small = "max_total_tokens" in options
+    count = 40 if small else 12
+    params = replace_params(GREEDY, max_new_tokens=count)
+    rows = prompts(9)
+    expected = {f"r{i}": greedy_by_mlx_lm(checkpoint, row, count) for i, row in enumerate(rows)}
+    core = make_core(checkpoint, **options)
+    assert run(core, submits(rows, params)) == expected
+    assert run(core, submits(rows, params)) == expected, "the second time, from the cache"
+    if not small and "disable_radix_cache" not in options:
+        assert core.stats.cached_tokens > 0
+    if small:
+        assert core.stats.retractions > 0, "the pool was to be too small for all of them"
+    core.flush()
+    assert core.stats.slots_free == core.stats.slots_total
+
+
+def test_sampled_tokens_do_not_depend_on_company_or_schedule(checkpoint: Path) -> None:
+    rows = prompts(6)
+    params = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, max_new_tokens=10, ignore_eos=True, seed=7)
+    alone: dict[str, list[int]] = {}
+    for submit in submits(rows, params):
+        alone |= run(make_core(checkpoint), [submit])
+    assert run(make_core(checkpoint, chunked_prefill_size=5), submits(rows, params)) == alone
+    assert run(make_core(checkpoint, max_total_tokens=80), submits(rows, params)) == alone
+    assert len({tuple(tokens) for tokens in alone.values()}) > 1
+
+
+def test_a_resumed_stream_goes_on_as_it_would_have(core: EngineCore, checkpoint: Path) -> None:
+    params = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True, seed=3, repetition_penalty=1.3)
+    (row,) = prompts(1)
+    whole = run(core, [Submit("a", row, len(row), params)])["a"]
+    rest = run(make_core(checkpoint), [Submit("b", row + whole[:5], len(row), params)])["b"]
+    assert whole[5:] == rest
+
+
+def test_requests_that_come_and_go_do_not_disturb_others_nor_stop_the_overlap(checkpoint: Path) -> None:
+    rows = prompts(12)
+    expected = {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+    core = make_core(checkpoint, max_running_requests=4)
+    found: dict[str, list[int]] = {f"r{i}": [] for i in range(12)}
+    waiting = submits(rows)
+    steps = 0
+    while core.has_work or waiting:
+        if waiting and steps % 2 == 0:
+            core.add(waiting.pop(0))
+        if steps == 9:
+            core.abort("r2")
+        step = core.step()
+        steps += 1
+        for output in step.outputs if step else ():
+            found[output.id] += output.tokens
+    aborted = found.pop("r2")
+    assert aborted == expected.pop("r2")[: len(aborted)]
+    assert found == expected
+    stats = core.stats
+    assert stats.overlapped_steps >= stats.steps - 2, "someone was running all the time"
+
+
+def test_follow_up_turns_reread_only_what_is_new(core: EngineCore) -> None:
+    history, known = prompts(1)[0], 0
+    for turn in range(5):
+        outputs = collect(core, [Submit(f"t{turn}", history, len(history), GREEDY)])[f"t{turn}"]
+        if turn:
+            assert outputs[-1].num_cached == known - 1, "all but the answer's last token, which nothing was drawn from"
+        history = history + [t for o in outputs for t in o.tokens]
+        known = len(history)
+        history = history + prompts(1, seed=turn)[0]
+
+
+def test_a_shared_prefix_is_computed_once_even_by_those_who_come_together(core: EngineCore) -> None:
+    prefix = prompts(1, 300, seed=1)[0]
+    rows = [[*prefix, 10 + i, 20 + i] for i in range(16)]
+    run(core, submits(rows))
+    assert core.stats.prefill_tokens <= len(prefix) + 2 * 16
+
+
+def test_prompt_and_output_logprobs_are_the_models(core: EngineCore, checkpoint: Path) -> None:
+    params = replace_params(GREEDY, logprobs=True, top_logprobs=3, prompt_logprobs=True)
+    rows = prompts(3, 40)
+    run(core, submits(rows))  # a cached prefix must not hide prompt logprobs
+    found = collect(core, submits(rows, params, "p"))
+    model, _ = load_model(checkpoint)
+    model.set_dtype(mx.float32)
+    for i, row in enumerate(rows):
+        outputs = found[f"p{i}"]
+        reported = [p for o in outputs for p in o.prompt_logprobs] + [p for o in outputs for p in o.logprobs]
+        tokens = row + [t for o in outputs for t in o.tokens]
+        logits = model(mx.array([tokens]))[0].astype(mx.float32)
+        exact = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        assert [p.token for p in reported] == tokens
+        assert reported[0].logprob is None
+        for at, p in enumerate(reported[1:]):
+            assert p.logprob == pytest.approx(exact[at, p.token].item(), abs=2e-4)
+            assert len(p.top) == 3
+            assert p.top[0][1] == pytest.approx(exact[at].max().item(), abs=2e-4)
+
+
+def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
+    import msgspec
+
+    return msgspec.structs.replace(params, **changes)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_stop_tokens_end_a_request_and_its_slots_come_back(checkpoint: Path, overlap: bool) -> None:
+    core = make_core(checkpoint, disable_overlap_schedule=not overlap)
+    row = prompts(1)[0]
+    whole = run(core, [Submit("a", row, len(row), GREEDY)])["a"]
+    stop = whole[4]
+    params = replace_params(GREEDY, stop_token_ids=(stop,))
+    outputs = collect(core, [Submit("b", row, len(row), params)])["b"]
+    finish = outputs[-1].finish
+    assert finish is not None
+    assert (finish.reason, finish.matched) == ("stop", stop)
+    assert [t for o in outputs for t in o.tokens] == whole[: whole.index(stop) + 1]
+    later = replace_params(params, min_new_tokens=9)
+    assert len(run(core, [Submit("c", row, len(row), later)])["c"]) >= 9
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "empty"), ([5, 999], "token id 999 is not in the vocabulary"), ([-1], "-1"), ([5] * 300, "context length")],
+)
+def test_prompts_that_cannot_be_served_are_refused_by_name(core: EngineCore, tokens: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        core.add(Submit("x", tokens, len(tokens), GREEDY))
+    assert caught.value.field == "prompt"
+    assert not core.has_work
+
+
+class FlakyRunner:
+    """A runner whose launches or reads fail when told to."""
+
+    def __init__(self, runner: MlxModelRunner) -> None:
+        self.runner = runner
+        self.fail: set[str] = set()
+
+    def launch(self, batch: Batch) -> FlakyFlight:
+        if "launch" in self.fail:
+            self.fail.clear()
+            raise MemoryError("planted")
+        return FlakyFlight(self.runner.launch(batch), self.fail)
+
+    def reset(self) -> None:
+        self.runner.reset()
+
+
+class FlakyFlight:
+    def __init__(self, flight: InFlight, fail: set[str]) -> None:
+        self._flight = flight
+        self._fail = fail
+        self.batch = flight.batch
+
+    def read(self) -> list[Any]:
+        if "read" in self._fail:
+            self._fail.clear()
+            raise RuntimeError("planted")
+        return self._flight.read()
+
+
+@pytest.mark.parametrize("where", ["launch", "read"])
+def test_a_step_that_fails_ends_its_requests_and_nobody_elses(checkpoint: Path, where: str) -> None:
+    rows = prompts(4)
+    core = make_core(checkpoint, max_running_requests=2)
+    flaky = FlakyRunner(core._runner)  # type: ignore[arg-type]
+    core._runner = flaky
+    for submit in submits(rows):
+        core.add(submit)
+    ended: dict[str, str] = {}
+    tokens: dict[str, list[int]] = {f"r{i}": [] for i in range(4)}
+    for _ in range(4):
+        step = core.step()
+        for output in step.outputs if step else ():
+            tokens[output.id] += output.tokens
+    flaky.fail.add(where)
+    for output in drain(core):
+        tokens[output.id] += output.tokens
+        if output.finish:
+            ended[output.id] = output.finish.reason
+    assert [ended[f"r{i}"] for i in range(4)] == ["error", "error", "length", "length"]
+    for i in (2, 3):
+        assert tokens[f"r{i}"] == greedy_by_mlx_lm(checkpoint, rows[i], 12)
+    assert run(core, submits(rows, name="again"))["again0"] == greedy_by_mlx_lm(checkpoint, rows[0], 12)
+
+
+def test_logits_without_a_finite_number_end_that_request_alone(checkpoint: Path) -> None:
+    core = make_core(checkpoint)
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    embedding = runner.model.model.embed_tokens
+    embedding.weight = mx.where(mx.arange(embedding.weight.shape[0])[:, None] == 77, mx.nan, embedding.weight)
+    mx.eval(embedding.weight)
+    found = collect(core, [Submit("bad", [5, 77, 6], 3, GREEDY), Submit("good", [6, 5, 7], 3, GREEDY)])
+    finish = found["bad"][-1].finish
+    assert finish is not None
+    assert finish.reason == "error"
+    assert "finite" in finish.message
+    good = found["good"][-1].finish
+    assert good is not None
+    assert good.reason == "length"
+
+
+def test_peak_memory_over_200_overlapped_steps_is_less_than_a_pool_array_above_its_start(checkpoint: Path) -> None:
+    core = make_core(checkpoint, max_total_tokens=60_000, max_running_requests=4)
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    array_bytes = min(a.nbytes for a in runner.pool.arrays)
+    params = replace_params(GREEDY, max_new_tokens=200)
+    for submit in submits([[7, 8, 9]] * 4, params):
+        core.add(submit)
+    for _ in range(5):
+        core.step()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in drain(core):
+        pass
+    assert core.stats.overlapped_steps > 190
+    assert mx.get_peak_memory() - before < array_bytes
+
+
+Row = Callable[[int], list[int]]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_distinct_requests_leave_memory_flat(checkpoint: Path, new_tokens: int) -> None:
+    core = make_core(checkpoint)
+    params = replace_params(GREEDY, max_new_tokens=new_tokens)
+
+    def batch(at: int) -> None:
+        rows = [[3 + (at * 8 + i) % 250, 3 + (at * 8 + i) // 250, *range(20, 50)] for i in range(8)]
+        run(core, submits(rows, params))
+
+    for at in range(4):
+        batch(at)
+    before = mx.get_active_memory()
+    for at in range(4, 24):
+        batch(at)
+    assert mx.get_active_memory() <= before * 1.01 + 4096

@@ -1,0 +1,160 @@
+"""The probe at load: exact backends are chosen, wrong ones are found out, and the reason is told."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from pippin.attention import register_attention_backend
+from pippin.attention.rows import RowLayer, Rows, Window
+from pippin.cache.pool import KVPool
+from pippin.errors import ConfigError, ModelError
+from pippin.inputs import Group, Step
+from pippin.models.seam import Seam
+from pippin.probe import choose_attention, measure_activations, measure_layers
+from pippin.types import Work
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+MLA: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def tiny(family: str, **overrides: Any) -> Any:
+    """A tiny random model of a family of mlx-lm's, weights evaluated."""
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    mx.random.seed(3)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": family, **COMMON, **overrides}))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "backend"),
+    [
+        ("qwen3", {}, "rows"),
+        ("llama", {"tie_word_embeddings": False}, "rows"),
+        ("gemma3_text", {"sliding_window": 4, "sliding_window_pattern": 2}, "rows"),
+        ("gpt_oss", {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}, "rows"),
+        ("gemma2", {}, "padded_grouped"),
+        ("deepseek_v3", MLA, "padded"),
+    ],
+)
+def test_each_family_gets_the_backend_that_is_exact(family: str, overrides: dict[str, Any], backend: str) -> None:
+    choice = choose_attention(tiny(family, **overrides), "mlx", 300)
+    assert choice.backend.name == backend
+    assert choice.reason.startswith("exact in the probe")
+    assert all(choice.shapes)
+
+
+def test_windows_are_read_off_the_models_own_caches() -> None:
+    model = tiny("gemma3_text", sliding_window=4, sliding_window_pattern=2)
+    assert [s.window for s in measure_layers(model) if s] == [4, None, 4, None]
+
+
+class _Far(RowLayer):
+    """A layer that forgets how far back it may look."""
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window:
+        return Window(None)
+
+
+class _Wrong(Rows):
+    """Rows with one thing wrong."""
+
+    def __init__(self, fault: str) -> None:
+        self.name = f"wrong-{fault}"
+        self._fault = fault
+
+    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
+        step = super().step(works, last_token)
+        if self._fault == "position":
+            return replace(step, positions=step.positions + 1 * (step.positions > 3))
+        if self._fault == "context":
+            groups = tuple(
+                replace(g, slots=mx.concatenate([g.slots[:, 1:], g.slots[:, :1]], axis=1)) for g in step.groups
+            )
+            return replace(step, groups=groups)
+        return step
+
+    def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
+        kind = _Far if self._fault == "window" else RowLayer
+        return [kind(i, step, pool, seam) for i in range(len(pool.shapes))]
+
+
+def _with_slots(group: Group, slots: mx.array) -> Group:
+    return replace(group, slots=slots)
+
+
+@pytest.mark.parametrize("fault", ["position", "context", "window"])
+def test_a_backend_that_is_wrong_is_refused_with_its_distance(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = _Wrong(fault)
+    monkeypatch.setattr("pippin.attention._BACKENDS", {})
+    register_attention_backend(backend)
+    model = tiny("gemma3_text", sliding_window=4, sliding_window_pattern=2)
+    with pytest.raises(ModelError, match=rf"{backend.name}: logits differ by"):
+        choose_attention(model, backend.name, 300)
+
+
+def test_recurrent_models_are_refused_by_what_they_keep() -> None:
+    with pytest.raises(ModelError, match="ArraysCache"):
+        choose_attention(tiny("mamba2", **MAMBA), "mlx", 300)
+
+
+MAMBA: dict[str, Any] = {
+    "num_heads": 8,
+    "head_dim": 16,
+    "state_size": 16,
+    "conv_kernel": 4,
+    "n_groups": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_limit": (0.0, 1e9),
+    "time_step_rank": "auto",
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": False,
+}
+
+
+def test_an_unknown_backend_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"--attention-backend: must be one of mlx, rows, padded.* 'flash'"):
+        choose_attention(tiny("qwen3"), "flash", 300)
+
+
+def test_activations_grow_with_the_chunk() -> None:
+    model = tiny("qwen3")
+    choice = choose_attention(model, "mlx", 300)
+    small, large = (
+        measure_activations(model, choice, chunk=chunk, max_running=4, vocab_size=300, context_length=512)
+        for chunk in (32, 256)
+    )
+    assert 0 < small < large / 2
