@@ -79,9 +79,8 @@ class ScriptedClient:
         finally:
             self.open.discard(id)
 
-    def abort(self, id: str) -> bool:
+    def abort(self, id: str) -> None:
         self.aborted.append(id)
-        return id in self.open
 
 
 def collect(client: ScriptedClient, params: SamplingParams, tokenizer_name: str = "byte-level") -> list[Delta]:

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pippin.text.tokenizer import Tokenizer
+from pippin.text.tokenizer import BYTE_OF, Tokenizer
 
 CORPUS = [
     "Hello world, this is a test of tokens that are merged.",
@@ -55,6 +55,16 @@ def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 @cache
 def byte_level() -> Tokenizer:
     return Tokenizer(chat_tokenizer())
+
+
+@cache
+def byte_ids() -> Tokenizer:
+    """Each byte is the token of that number, 256 ends an answer: what ``fake_core`` speaks."""
+    fast = FastTokenizer(models.BPE(vocab=dict(BYTE_OF), merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    return Tokenizer(wrap(fast, eos_token="<|im_end|>", chat_template=CHATML))
 
 
 @cache

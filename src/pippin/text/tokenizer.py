@@ -147,7 +147,7 @@ class Scheme:
         """A token's bytes; for ``bytes`` and ``fallback`` only."""
         if self.kind == "bytes":
             try:
-                return bytes(_BYTE_OF[c] for c in spelled)
+                return bytes(BYTE_OF[c] for c in spelled)
             except KeyError:  # an added token with characters outside of the byte alphabet stands for itself
                 return spelled.encode()
         byte = self.fallback_byte(spelled)
@@ -207,4 +207,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()

@@ -1,0 +1,269 @@
+"""``Engine``: generate from Python, without a server. Names and shapes are those of SGLang's offline Engine."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import dataclasses
+import difflib
+import pkgutil
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from random import Random
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from pippin.client import EngineClient
+from pippin.completion import Delta, complete, merge
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError, EngineError
+from pippin.sglang import Answers, Arguments, Asked
+from pippin.text.chat import ChatTemplate, Message, read_template
+from pippin.text.tokenizer import Tokenizer, load_tokenizer
+from pippin.types import ModelInfo
+from pippin.worker import CORE
+
+T = TypeVar("T")
+Answered = dict[str, Any]
+
+
+class Engine:
+    """A model in this process, its engine in a thread of its own.
+
+    ``model_path`` is a directory or hub id, the shipped demo model if None; ``chat_template`` a file for ``chat``; the
+    options are the fields of ``EngineConfig``. Raises ModelError or ConfigError if it can't be served.
+
+    Usable from any thread, and where an event loop runs already (Jupyter). Use it as a context manager, or call
+    ``shutdown``.
+    """
+
+    def __init__(self, model_path: str | None = None, *, chat_template: str | None = None, **options: Any) -> None:
+        config = _config(model_path, options)
+        template = read_template(chat_template) if chat_template is not None else None
+        client = EngineClient.in_thread(
+            lambda progress: pkgutil.resolve_name(CORE)(config, progress), config.random_seed
+        )
+        self._begin(client, config, template)
+
+    @classmethod
+    def over(cls, client: EngineClient, tokenizer: Tokenizer, config: EngineConfig | None = None) -> Self:
+        """An Engine of ready parts; ``client`` is not started yet."""
+        engine = cls.__new__(cls)
+        engine._begin(client, config or EngineConfig(), None, tokenizer)
+        return engine
+
+    def _begin(
+        self, client: EngineClient, config: EngineConfig, template: str | None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.config = config
+        self._client = client
+        self._seeds = Random(config.random_seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pippin-loop", daemon=True)
+        self._thread.start()
+        self._open = True
+        atexit.register(self.shutdown)  # a thread that computes while the interpreter ends would crash it
+        try:
+            self.info: ModelInfo = self._wait(client.start())
+            self.tokenizer = tokenizer or load_tokenizer(
+                self.info.tokenizer_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except BaseException:
+            self.shutdown()
+            raise
+        self._chat = ChatTemplate(self.tokenizer, template)
+
+    # --- generate ---
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool | Sequence[bool] = False,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        rid: str | Sequence[str] | None = None,
+        stream: bool = False,
+        priority: int = 0,
+    ) -> Any:
+        """A dict for one prompt, a list of dicts for a list of them (or ``n`` > 1); with ``stream``, an iterator.
+
+        Each dict is ``{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens",
+        "completion_tokens", "cached_tokens", …}}``. Streamed dicts hold all text so far, and ``index`` (which prompt,
+        times ``n``, plus which answer) if there is more than one. Raises RequestError that names the argument or key.
+        """
+        arguments = Arguments(
+            prompt, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num, rid
+        )
+        asked, single = arguments.resolve(self.tokenizer, self.info)
+        if stream:
+            return self._iterate(self._stream(asked, single, priority))
+        return self._wait(self._collect(asked, single, priority))
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_logprob: bool | Sequence[bool] = False,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        rid: str | Sequence[str] | None = None,
+        stream: bool = False,
+        priority: int = 0,
+    ) -> Any:
+        """``generate`` for a running event loop: awaiting gives the same, or with ``stream`` an async iterator.
+
+        Cancelling the task, or closing the iterator, aborts the request.
+        """
+        arguments = Arguments(
+            prompt, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num, rid
+        )
+        asked, single = arguments.resolve(self.tokenizer, self.info)
+        if stream:
+            return self._iterate_async(self._stream(asked, single, priority))
+        return await asyncio.wrap_future(self._call(self._collect(asked, single, priority)))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: Mapping[str, Any] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """``generate`` for a conversation, rendered with the model's chat template."""
+        tokens = self._chat.encode(messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return self.generate(input_ids=tokens, sampling_params=sampling_params, stream=stream)
+
+    async def _stream(self, asked: list[Asked], single: bool, priority: int) -> AsyncGenerator[Answered, None]:
+        prompts = [self._stream_one(i, one, priority) for i, one in enumerate(asked)]
+        single = single and asked[0].params.n == 1
+        async with aclosing(merge(prompts)) as merged:
+            async for index, answer in merged:
+                yield answer if single else answer | {"index": index}
+
+    async def _stream_one(self, i: int, asked: Asked, priority: int) -> AsyncGenerator[tuple[int, Answered], None]:
+        answers = Answers(asked)
+        async with aclosing(self._complete(asked, priority)) as deltas:
+            async for delta in deltas:
+                yield i * asked.params.n + delta.index, answers.add(delta).as_dict()
+
+    async def _collect(self, asked: list[Asked], single: bool, priority: int) -> Any:
+        tasks = [asyncio.create_task(self._collect_one(one, priority)) for one in asked]
+        try:
+            found = [answer for answers in await asyncio.gather(*tasks) for answer in answers]
+        finally:
+            for task in tasks:
+                task.cancel()
+        return found[0] if single and len(found) == 1 else found
+
+    async def _collect_one(self, asked: Asked, priority: int) -> list[Answered]:
+        answers = Answers(asked)
+        async with aclosing(self._complete(asked, priority)) as deltas:
+            async for delta in deltas:
+                answers.add(delta)
+        return [answer.as_dict() for answer in answers.each]
+
+    def _complete(self, asked: Asked, priority: int) -> AsyncGenerator[Delta, None]:
+        return complete(
+            self._client,
+            self.tokenizer,
+            asked.tokens,
+            asked.params,
+            priority,
+            asked.id,
+            lambda: self._seeds.getrandbits(63),
+        )
+
+    # --- the rest ---
+
+    def flush_cache(self) -> bool:
+        """Empty the prefix cache; False if requests run."""
+        return self._wait(self._client.flush()).ok
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Options, what was loaded, and the engine's counts now, in one dict."""
+        return {
+            **dataclasses.asdict(self.config),
+            **msgspec.structs.asdict(self.info),
+            **msgspec.structs.asdict(self._client.stats),
+        }
+
+    def shutdown(self) -> None:
+        """End the engine; requests that still run fail with EngineError. A second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.shutdown)
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # --- between the caller's thread and the loop's ---
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if not self._open:
+            work.close()
+            raise EngineError("the engine was shut down", 503)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = self._call(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting: the request must not run on
+            raise
+
+    def _iterate(self, stream: AsyncGenerator[Answered, None]) -> Iterator[Answered]:
+        try:
+            while (answer := self._wait(_next(stream))) is not None:
+                yield answer
+        finally:
+            if self._open:
+                self._wait(_close(stream))
+
+    async def _iterate_async(self, stream: AsyncGenerator[Answered, None]) -> AsyncGenerator[Answered, None]:
+        try:
+            while (answer := await asyncio.wrap_future(self._call(_next(stream)))) is not None:
+                yield answer
+        finally:
+            if self._open:
+                await asyncio.wrap_future(self._call(_close(stream)))
+
+
+async def _next(stream: AsyncGenerator[Answered, None]) -> Answered | None:
+    return await anext(stream, None)
+
+
+async def _close(stream: AsyncGenerator[Answered, None]) -> None:
+    await stream.aclose()
+
+
+def _config(model_path: str | None, options: dict[str, Any]) -> EngineConfig:
+    names = [f.name for f in dataclasses.fields(EngineConfig)]
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise ConfigError("there is no such option" + (f"; did you mean {close[0]}?" if close else ""), name)
+    try:
+        return msgspec.convert({"model_path": model_path, **options}, EngineConfig)
+    except msgspec.ValidationError as error:
+        said, _, where = str(error).partition(" - at `$.")
+        raise ConfigError(said, where.rstrip("`") or None) from error
