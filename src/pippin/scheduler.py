@@ -242,7 +242,7 @@ class Scheduler:
 
     def _order(self) -> list[Request]:
         """Those waiting, best first, as many as there are rows."""
-        if self._policy == "lpm" and self._lpm_turn % _LPM_TURNS and self._rows:
+        if self._policy == "lpm" and self._rows and self._lpm_turn % _LPM_TURNS != _LPM_TURNS - 1:
             return sorted(
                 self._waiting[:_LPM_WINDOW],
                 key=lambda r: (-r.priority, not r.retractions, -self._radix.peek(r.tokens, self._reusable(r)), r.seq),
@@ -272,6 +272,8 @@ class Scheduler:
         prefill = _is_prefill(request)
         if prefill and request not in plan:
             self._rematch(request)
+        elif prefill and self._radix.peek(request.tokens, self._reusable(request), request.pin):
+            return 0  # a newcomer computes what comes next
         begin = request.computed
         end = min(request.length, begin + budget)
         if request.scored < request.num_prompt and request.params.prompt_logprobs:

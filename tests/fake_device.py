@@ -1,0 +1,335 @@
+"""A device whose K and V are fingerprints of prefixes, and a loop that drives a scheduler with it.
+
+The "model" draws a token from a hash of the whole prefix, so that a token tells whether everything before it was
+read right; the device also checks each slot that a step reads, and says which was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pippin.cache.radix import Node, RadixCache
+from pippin.cache.slots import SlotAllocator
+from pippin.scheduler import Scheduler, Update
+from pippin.types import Batch, Finish, Request, RowResult, SamplingParams, TokenLogprob, Work
+
+VOCAB = 16
+EOS = 0
+_MASK = 2**61 - 1
+
+
+def draw(fingerprint: int) -> int:
+    """The token that follows a prefix."""
+    return (fingerprint >> 7) % VOCAB
+
+
+def fingerprints(tokens: Sequence[int]) -> list[int]:
+    """For each token, the fingerprint of the prefix that ends with it."""
+    found, last = [], 1
+    for token in tokens:
+        last = (last * 1_000_003 + token * 7919 + 12345) * 2_654_435_761 & _MASK
+        found.append(last)
+    return found
+
+
+@dataclass
+class Story:
+    """What a request's sequence is, however long it gets."""
+
+    tokens: list[int]
+    prints: list[int] = field(default_factory=list)
+
+    def upto(self, end: int) -> None:
+        """Extends it by what the model draws."""
+        if not self.prints:
+            self.prints = fingerprints(self.tokens)
+        while len(self.tokens) < end:
+            self.tokens.append(draw(self.prints[-1]))
+            self.prints.append(((self.prints[-1] * 1_000_003 + self.tokens[-1] * 7919 + 12345) * 2_654_435_761) & _MASK)
+
+
+def alone(tokens: Sequence[int], num_prompt: int, params: SamplingParams, limit: int) -> tuple[list[int], Finish]:
+    """What a request must come to: generated token by token, with no scheduler, no cache and no one else."""
+    story = Story(list(tokens))
+    end = len(tokens)
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    while end < limit:
+        end += 1
+        story.upto(end)
+        token = story.tokens[end - 1]
+        if token in stops and end - num_prompt >= params.min_new_tokens:
+            return story.tokens[:end], Finish("stop", token)
+    return story.tokens[:end], Finish("length")
+
+
+class StepFailed(Exception):
+    """The device gave up on a step."""
+
+
+class FakeDevice:
+    """Slots and ``last_token`` rows. A step runs when it is queued, but is read when the loop chooses.
+
+    It keeps nothing of a Request but what ``launch`` may read: what the scheduler does later is not seen.
+    """
+
+    def __init__(self, num_slots: int, page: int) -> None:
+        self.num_slots = num_slots
+        self.page = page
+        self.slots: dict[int, int] = {}
+        self.last_token: dict[int, int] = {}
+        self.stories: dict[int, Story] = {}
+
+    def launch(self, batch: Batch, broken: bool = False) -> list[RowResult]:
+        """Runs a step: all writes, then all reads, as each layer does. ``broken``: writes garbage and raises."""
+        written = [slot for work in batch.works for slot in work.request.slots[work.start : work.end]]
+        assert len(written) == len(set(written)), "a slot is written twice in a step"
+        assert all(self.page <= slot < self.num_slots for slot in written), "a write outside of the pool"
+        for work in batch.works:
+            self._write(work, broken)
+        if broken:
+            raise StepFailed
+        return [self._read(work) for work in batch.works]
+
+    def _story(self, work: Work) -> Story:
+        story = self.stories.setdefault(work.request.seq, Story(list(work.request.tokens)))
+        story.upto(work.end + 1)
+        return story
+
+    def _write(self, work: Work, broken: bool) -> None:
+        request, story = work.request, self._story(work)
+        assert request.row > 0, "a work without a row"
+        inputs = request.tokens[work.start : work.end]
+        if work.end > len(request.tokens):
+            assert work.end == len(request.tokens) + 1, "a token that no step has drawn"
+            inputs = [*inputs, self.last_token[request.row]]
+        assert inputs == story.tokens[work.start : work.end], f"{request.id}: wrong input tokens"
+        for position in range(work.start, work.end):
+            self.slots[request.slots[position]] = -1 if broken else story.prints[position]
+
+    def _read(self, work: Work) -> RowResult:
+        request, story = work.request, self.stories[work.request.seq]
+        for position, slot in enumerate(request.slots[: work.end]):
+            assert self.slots.get(slot) == story.prints[position], f"{request.id}: slot of token {position} is wrong"
+        result = RowResult()
+        if work.samples:
+            result.token = self.last_token[request.row] = story.tokens[work.end]
+        if work.logprobs_from is not None:
+            last = min(work.end, request.num_prompt - 1)
+            tokens = request.tokens[max(work.start + 1, work.logprobs_from) : last + 1]
+            result.prompt_logprobs = [TokenLogprob(token, -1.0) for token in tokens]
+        return result
+
+
+class WatchedAllocator(SlotAllocator):
+    """Also tells which slots were handed out since ``handed`` was last cleared."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        super().__init__(num_pages, page_size)
+        self.handed: set[int] = set()
+
+    def allocate(self, n: int) -> list[int] | None:
+        pages = super().allocate(n)
+        self.handed.update(self.slots_of(pages or ()))
+        return pages
+
+
+@dataclass
+class Loop:
+    """An engine without a model: schedules, launches, and reads a step at once or one step late."""
+
+    page: int = 1
+    num_pages: int = 64
+    chunk: int = 16
+    max_running: int = 4
+    policy: str = "fcfs"
+    context_length: int = 100_000
+    overlap: bool = True
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        self.allocator = WatchedAllocator(self.num_pages, self.page)
+        self.radix = RadixCache(self.allocator, enabled=self.cache)
+        self.scheduler = Scheduler(
+            self.allocator,
+            self.radix,
+            max_running=self.max_running,
+            chunk=self.chunk,
+            policy=self.policy,
+            context_length=self.context_length,
+        )
+        self.device = FakeDevice(self.num_pages * self.page, self.page)
+        self.flight: tuple[Batch, list[RowResult]] | None = None
+        self.batches: list[Batch] = []
+        self.scored: dict[str, list[int]] = {}
+        self.added = 0
+
+    def add(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        num_prompt: int | None = None,
+        priority: int = 0,
+        id: str | None = None,
+    ) -> Request:
+        self.added += 1
+        request = Request(
+            id or f"r{self.added}",
+            list(tokens),
+            num_prompt or len(tokens),
+            params or SamplingParams(max_new_tokens=8, ignore_eos=True),
+            priority,
+            eos=frozenset({EOS}),
+        )
+        self.scheduler.add(request)
+        return request
+
+    def limit(self, request: Request) -> int:
+        """Tokens at which a request ends, by the rules on the box."""
+        return min(request.num_prompt + request.params.max_new_tokens, self.context_length, self.allocator.capacity + 1)
+
+    def step(self, fails: str = "") -> Batch | None:
+        """One turn. ``fails`` is '', 'launch' or 'read'."""
+        before = {slot for node in nodes(self.radix) for slot in node.slots}
+        running = {r: r.retractions for r in self.scheduler._running}
+        self.allocator.handed.clear()
+        batch = self.scheduler.schedule()
+        check(self)
+        assert all(r.row < 0 for r, n in running.items() if r.retractions > n), "retracted and admitted in one step"
+        launched = None
+        if batch is not None:
+            self._check_batch(batch, before)
+            self.batches.append(batch)
+            try:
+                launched = batch, self.device.launch(batch, fails == "launch")
+            except StepFailed:
+                self._drop([batch])
+                return batch
+        previous, self.flight = (self.flight, launched) if self.overlap else (launched, None)
+        if previous is not None:
+            if fails == "read":
+                self._drop([previous[0]])
+            else:
+                self._finish(*previous)
+        assert batch is not None or previous is not None or not self.scheduler.has_work, "nothing moves"
+        return batch
+
+    def run(self, most: int = 5000) -> None:
+        """Steps until all requests have ended."""
+        for _ in range(most):
+            if not (self.scheduler.has_work or self.flight):
+                break
+            self.step()
+        assert not self.scheduler.has_work, f"not done after {most} steps"
+        check_idle(self)
+
+    def abort(self, request: Request) -> None:
+        live = request.finish is None
+        assert self.scheduler.abort(request.id) is (request if live else None)
+        if live:
+            assert request.finish == Finish("abort")
+            assert (request.row, len(request.slots)) == (-1, 0)
+        check(self)
+
+    def _finish(self, batch: Batch, results: list[RowResult]) -> list[Update]:
+        done = {w.request.id for w in batch.works if w.request.finish is not None}
+        updates = self.scheduler.finish(batch, results)
+        check(self)
+        assert not done & {u.request.id for u in updates}, "an update for a request that had ended"
+        for update in updates:
+            self.scored.setdefault(update.request.id, []).extend(t.token for t in update.result.prompt_logprobs)
+        return updates
+
+    def _drop(self, batches: list[Batch]) -> None:
+        """As the engine does: every step in flight goes, and the device starts over."""
+        if self.flight is not None:
+            batches, self.flight = [*batches, self.flight[0]], None
+        live = {w.request for batch in batches for w in batch.works if w.request.finish is None}
+        failed = [request for batch in batches for request in self.scheduler.drop(batch)]
+        assert len(failed) == len(live)
+        assert set(failed) == live
+        assert all(r.finish == Finish("error") for r in failed)
+        assert self.scheduler.stats().num_running == self.radix.num_cached == 0
+        self.device.slots.clear()
+        self.device.last_token.clear()
+        check(self)
+
+    def _check_batch(self, batch: Batch, before: set[int]) -> None:
+        works = batch.works
+        assert works
+        assert len({w.request for w in works}) == len(works)
+        ones = [w.end - w.start == 1 for w in works]
+        assert ones == sorted(ones, reverse=True), "decodes come first"
+        assert sum(min(w.end, w.request.num_prompt) - w.start for w in works if is_prefill(w)) <= self.chunk
+        for work in works:
+            assert 0 <= work.start < work.end < work.request.length
+            assert not work.samples or work.request.length == work.end + 1
+            if work.request.params.prompt_logprobs:
+                assert work.end - work.start <= 256
+            written = set(work.request.slots[work.start : work.end])
+            assert not before & written - self.allocator.handed, "a step writes what the tree had"
+
+
+def is_prefill(work: Work) -> bool:
+    """Whether a work computes prompt tokens."""
+    return work.start < work.request.num_prompt
+
+
+def nodes(radix: RadixCache) -> Iterator[Node]:
+    """Every node of the tree but the root."""
+    stack = list(radix.root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += node.children.values()
+
+
+def check(loop: Loop) -> None:
+    """Each page is free, in the tree, or one running request's own; pins are those of the running requests."""
+    running, waiting = loop.scheduler._running, loop.scheduler._waiting
+    pages = loop.allocator.pages_of
+    tree = [page for node in nodes(loop.radix) for page in pages(node.slots)]
+    own = [page for r in running for page in pages(r.slots[r.shared :])]
+    free = list(loop.allocator._free)
+    assert sorted(free + tree + own) == list(range(1, loop.num_pages)), "free + cached + own pages are all pages"
+    assert loop.radix.num_cached == len(tree)
+    holders: dict[Node, int] = {}
+    for request in running:
+        check_running(loop, request, holders)
+    assert all(node.refs == holders.get(node, 0) for node in nodes(loop.radix))
+    loose = [len(pages(node.slots)) for node in nodes(loop.radix) if not node.refs]
+    assert loop.radix.num_evictable == sum(loose)
+    rows = [r.row for r in running] + loop.scheduler._rows
+    assert sorted(rows) == list(range(1, loop.max_running + 1))
+    for request in waiting:
+        assert (request.row, request.computed, request.shared, len(request.slots)) == (-1, 0, 0, 0)
+        assert request.pin is None
+    stats = loop.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting) == (len(running), len(waiting))
+    assert stats.slots_free == len(free) * loop.page
+
+
+def check_running(loop: Loop, request: Request, holders: dict[Node, int]) -> None:
+    """What a running request shares is what its pin holds, token for token and slot for slot."""
+    slots: list[int] = []
+    tokens: list[int] = []
+    node = request.pin
+    while isinstance(node, Node) and node is not loop.radix.root:
+        holders[node] = holders.get(node, 0) + 1
+        slots[:0], tokens[:0] = node.slots, node.tokens
+        node = node.parent
+    assert node is loop.radix.root
+    assert slots == request.slots[: request.shared].tolist()
+    assert tokens == request.tokens[: request.shared]
+    assert request.shared <= len(request.slots)
+    assert request.computed <= len(request.slots)
+    assert request.finish is None
+    assert 0 <= request.length - len(request.tokens) <= 2
+
+
+def check_idle(loop: Loop) -> None:
+    """Nothing is held when no one runs."""
+    check(loop)
+    assert all(node.refs == 0 for node in nodes(loop.radix))
+    assert loop.allocator.num_free + loop.radix.num_cached == loop.num_pages - 1

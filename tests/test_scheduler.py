@@ -1,0 +1,479 @@
+"""The scheduler, driven with a device that checks every slot that a step reads; see fake_device.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pippin.errors import RequestError
+from pippin.scheduler import Scheduler
+from pippin.types import Request, RowResult, SamplingParams
+from tests.fake_device import VOCAB, Loop, Story, alone, check_idle
+
+
+def endless(n: int = 8, **more: Any) -> SamplingParams:
+    """Params of an answer of exactly n tokens."""
+    return SamplingParams(max_new_tokens=n, ignore_eos=True, **more)
+
+
+loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "page": st.sampled_from([1, 1, 2, 4]),
+        "num_pages": st.integers(6, 60),
+        "chunk": st.sampled_from([1, 2, 5, 8, 32]),
+        "max_running": st.integers(1, 6),
+        "policy": st.sampled_from(["fcfs", "lpm"]),
+        "context_length": st.sampled_from([12, 40, 1000]),
+        "overlap": st.booleans(),
+        "cache": st.sampled_from([True, True, True, False]),
+    }
+)
+
+
+@dataclass
+class Traffic:
+    """Random arrivals, follow-up turns, repeats, resumed streams, stops, aborts and failed steps."""
+
+    loop: Loop
+    rng: Random
+    faults: float = 0.0
+    asked: list[tuple[Request, list[int]]] = field(default_factory=list)
+
+    def arrive(self) -> None:
+        tokens = self._tokens()
+        params = self._params()
+        num_prompt = len(tokens)
+        story = Story(list(tokens))
+        if self.rng.random() < 0.15:  # a stream that was cut off, and comes back with what it had
+            story.upto(num_prompt + self.rng.randrange(1, params.max_new_tokens + 1))
+        priority = self.rng.choice([0, 0, 0, 1, -1])
+        for _ in range(self.rng.choice([1, 1, 1, 4])):
+            if num_prompt > min(self.loop.allocator.capacity, self.loop.context_length - 1):
+                with pytest.raises(RequestError, match="the prompt has"):
+                    self.loop.add(story.tokens, params, num_prompt=num_prompt)
+                continue
+            request = self.loop.add(story.tokens, params, num_prompt=num_prompt, priority=priority)
+            self.asked.append((request, list(story.tokens)))
+
+    def _tokens(self) -> list[int]:
+        rng = self.rng
+        kind = rng.random()
+        if self.asked and kind < 0.3:
+            earlier = rng.choice(self.asked)[0].tokens
+            return [*earlier, *(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 6)))]
+        if self.asked and kind < 0.6:
+            earlier = rng.choice(self.asked)[0].tokens
+            return earlier[: rng.randrange(1, len(earlier) + 1)]
+        return [rng.randrange(3) for _ in range(rng.randrange(1, rng.choice([4, 12, 40])))]
+
+    def _params(self) -> SamplingParams:
+        rng = self.rng
+        most = rng.choice([1, 2, 5, 12, 30])
+        return SamplingParams(
+            max_new_tokens=most,
+            min_new_tokens=rng.choice([0, 0, min(3, most)]),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=rng.choice([(), (), (5, 9)]),
+            prompt_logprobs=rng.random() < 0.15,
+        )
+
+    def play(self, steps: int) -> None:
+        rng = self.rng
+        for _ in range(steps):
+            if rng.random() < 0.4:
+                self.arrive()
+            if self.asked and rng.random() < 0.08:
+                self.loop.abort(rng.choice(self.asked)[0])
+            self.loop.step(rng.choice(["launch", "read"]) if rng.random() < self.faults else "")
+
+    def judge(self) -> None:
+        """Every request came to what it comes to alone, or to the beginning of it if it was cut off."""
+        for request, given_tokens in self.asked:
+            limit = self.loop.limit(request)
+            tokens, finish = alone(given_tokens, request.num_prompt, request.params, limit)
+            assert request.finish is not None
+            if request.finish.reason in ("abort", "error"):
+                assert request.tokens == tokens[: len(request.tokens)]
+                continue
+            assert request.finish == finish
+            assert request.tokens == tokens
+            assert 0 <= request.num_cached < len(given_tokens)
+            assert request.num_cached <= request.num_prompt
+            if request.params.prompt_logprobs and len(given_tokens) == request.num_prompt:
+                assert self.loop.scored.get(request.id, []) == tokens[1 : request.num_prompt]
+            else:
+                assert not self.loop.scored.get(request.id)
+
+
+@given(options=loops, seed=st.integers(0, 2**32))
+def test_any_traffic_comes_to_what_each_request_comes_to_alone(options: dict[str, Any], seed: int) -> None:
+    traffic = Traffic(Loop(**options), Random(seed))
+    traffic.play(60)
+    traffic.loop.run()
+    traffic.judge()
+
+
+@given(options=loops, seed=st.integers(0, 2**32))
+def test_any_traffic_survives_steps_that_fail(options: dict[str, Any], seed: int) -> None:
+    traffic = Traffic(Loop(**options), Random(seed), faults=0.1)
+    traffic.play(60)
+    traffic.loop.run()
+    traffic.judge()
+
+
+@given(options=loops, seed=st.integers(0, 2**32))
+def test_cache_and_overlap_change_no_token(options: dict[str, Any], seed: int) -> None:
+    ends = []
+    for overlap in (True, False):
+        for cache in (True, False):
+            rng = Random(seed)
+            loop = Loop(**(options | {"overlap": overlap, "cache": cache, "num_pages": 60}))
+            prefix = [rng.randrange(VOCAB) for _ in range(5)]
+            requests = [loop.add([*prefix, *(rng.randrange(VOCAB) for _ in range(rng.randrange(5)))]) for _ in range(6)]
+            loop.run()
+            ends.append([(r.tokens, r.finish) for r in requests])
+    assert ends[0] == ends[1] == ends[2] == ends[3]
+
+
+# --- reuse ---
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_requests_that_arrive_together_compute_their_common_prefix_once(page: int) -> None:
+    loop = Loop(page=page, num_pages=4096 // page, chunk=512, max_running=16)
+    requests = [loop.add([*(i % VOCAB for i in range(1024)), i, 1, 2, 3], endless(4)) for i in range(16)]
+    loop.run()
+    stats = loop.scheduler.stats()
+    assert stats.prefill_tokens == 1024 + 16 * 4
+    assert sum(r.num_cached for r in requests) == 15 * 1024
+    assert (stats.prompt_tokens, stats.cached_tokens) == (16 * 1028, 15 * 1024)
+
+
+@pytest.mark.parametrize(("page", "computed"), [(1, 100 + 3), (8, 100 + 3 * 4), (10, 100 + 3 * 10)])
+def test_samples_of_one_prompt_compute_it_once(page: int, computed: int) -> None:
+    loop = Loop(page=page, num_pages=400 // page, chunk=64)
+    for _ in range(4):
+        loop.add(list(range(100)), endless(5))
+    loop.run()
+    assert loop.scheduler.stats().prefill_tokens == computed
+
+
+def test_a_prompt_in_progress_takes_what_another_computed_of_it() -> None:
+    """Both are long and share all but the end: together they compute it once, in turns."""
+    loop = Loop(num_pages=2000, chunk=32)
+    prompt = [i % VOCAB for i in range(600)]
+    first = loop.add([*prompt, 1])
+    loop.step()
+    second = loop.add([*prompt, 2])
+    loop.run()
+    assert loop.scheduler.stats().prefill_tokens == 602
+    assert first.num_cached > 0
+    assert second.num_cached > 32
+
+
+def test_a_chat_computes_only_its_new_messages() -> None:
+    for page in (1, 4):
+        loop = Loop(page=page, num_pages=800, chunk=64)
+        tokens: list[int] = []
+        for turn in range(5):
+            before = len(tokens)
+            request = loop.add([*tokens, *(turn for _ in range(11))], endless(20))
+            loop.run()
+            assert request.num_cached >= before - page
+            tokens = request.tokens
+        assert len(tokens) == 5 * 31
+
+
+def test_disabled_cache_reuses_nothing() -> None:
+    loop = Loop(num_pages=300, cache=False)
+    requests = [loop.add([1] * 30) for _ in range(3)]
+    loop.run()
+    assert [r.num_cached for r in requests] == [0, 0, 0]
+    assert loop.allocator.num_free == 299
+
+
+def test_prompt_logprobs_computes_every_row_once_in_chunks() -> None:
+    loop = Loop(num_pages=2000, chunk=1000)
+    prompt = [i % VOCAB for i in range(600)]
+    loop.add(prompt)
+    loop.run()
+    request = loop.add(prompt, endless(4, prompt_logprobs=True))
+    loop.run()
+    works = [w for b in loop.batches for w in b.works if w.request is request]
+    assert [(w.start, w.end, w.logprobs_from) for w in works][:3] == [(0, 256, 1), (256, 512, 257), (512, 600, 513)]
+    assert all(w.logprobs_from is None for w in works[3:])
+    assert loop.scored[request.id] == prompt[1:]
+    assert request.num_cached == 0
+    assert loop.radix.num_cached == 600 + 8 - 1  # its pages were duplicates; the answers are the same
+
+
+# --- ends ---
+
+
+def test_a_stop_leaves_the_step_in_flight_without_effect() -> None:
+    loop = Loop()
+    story = Story([1, 2, 3])
+    story.upto(20)
+    request = loop.add([1, 2, 3], SamplingParams(max_new_tokens=17, ignore_eos=True, stop_token_ids=(story.tokens[6],)))
+    loop.run()
+    first = story.tokens.index(story.tokens[6], 3)
+    assert request.tokens == story.tokens[: first + 1]
+    assert request.finish is not None
+    assert (request.finish.reason, request.finish.matched) == ("stop", story.tokens[6])
+    works = [w for b in loop.batches for w in b.works]
+    assert works[-1].end == len(request.tokens)  # was in flight, and drew a token that no one asked for
+
+
+def test_no_step_runs_past_a_limit() -> None:
+    for overlap in (True, False):
+        loop = Loop(overlap=overlap)
+        request = loop.add([1, 2, 3], endless(5))
+        loop.run()
+        assert len(request.tokens) == 8
+        assert max(w.end for b in loop.batches for w in b.works) == 7
+        assert sum(w.samples for b in loop.batches for w in b.works) == 5
+
+
+@pytest.mark.parametrize(("context", "pages", "end"), [(20, 100, 20), (1000, 13, 13), (1000, 100, 60)])
+def test_an_answer_is_cut_to_context_and_pool(context: int, pages: int, end: int) -> None:
+    loop = Loop(context_length=context, num_pages=pages)
+    request = loop.add([1] * 10, endless(50))
+    loop.run()
+    assert len(request.tokens) == end
+    assert request.finish is not None
+    assert request.finish.reason == "length"
+
+
+def test_a_prompt_that_fills_the_pool_yields_one_token() -> None:
+    loop = Loop(num_pages=11)
+    request = loop.add([1] * 10, endless(50))
+    loop.run()
+    assert len(request.tokens) == 11
+    with pytest.raises(RequestError, match=r"11 tokens.*room for 10"):
+        loop.add([1] * 11)
+    with pytest.raises(RequestError, match=r"30 tokens.*context length is 30"):
+        Loop(context_length=30).add([1] * 30)
+
+
+def test_a_resumed_stream_that_is_complete_ends_at_once() -> None:
+    loop = Loop()
+    request = loop.add([1, 2, 3, 4, 5], endless(2), num_prompt=3)
+    assert request.finish is not None
+    assert request.finish.reason == "length"
+    assert not loop.scheduler.has_work
+
+
+def test_bad_requests_are_refused() -> None:
+    loop = Loop()
+    loop.add([1], id="a")
+    with pytest.raises(RequestError, match="'a' is running already"):
+        loop.add([1], id="a")
+    with pytest.raises(RequestError, match="empty"):
+        loop.add([])
+
+
+def test_logits_that_are_not_finite_end_the_request_and_clear_the_cache() -> None:
+    loop = Loop()
+    loop.add([1] * 8, id="a")
+    request = loop.scheduler._requests["a"]
+    batch = loop.scheduler.schedule()
+    assert batch is not None
+    updates = loop.scheduler.finish(batch, [RowResult(token=3, finite=False)])
+    assert [u.request for u in updates] == [request]
+    assert request.finish is not None
+    assert request.finish.reason == "error"
+    assert request.tokens == [1] * 8
+    assert loop.radix.num_cached == 0
+    check_idle(loop)
+
+
+def test_abort_in_every_state() -> None:
+    loop = Loop(chunk=8, max_running=2, num_pages=60)
+    assert loop.scheduler.abort("nobody") is None
+    prefilling = loop.add([1] * 30)
+    waiting = [loop.add([2, 2, i]) for i in range(3)]
+    loop.step()
+    loop.abort(waiting[2])
+    loop.abort(prefilling)
+    loop.step()
+    assert waiting[0].row > 0
+    loop.abort(waiting[0])  # in flight
+    loop.abort(waiting[0])
+    loop.run()
+    assert [r.finish.reason for r in waiting if r.finish] == ["abort", "length", "abort"]
+
+
+def test_abort_of_a_retracted_request_with_a_token_on_its_way() -> None:
+    loop = Loop(num_pages=60, max_running=2)
+    loop.add([1] * 10, endless(45))
+    loop.add([2] * 10, endless(45))
+    while not any(r.retractions for r in loop.scheduler._waiting):
+        loop.step()
+    loop.abort(loop.scheduler._waiting[0])
+    loop.run()
+
+
+# --- retraction ---
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("room", [40, 60])
+def test_a_pool_that_barely_fits_one_serves_many(room: int, page: int, overlap: bool) -> None:
+    loop = Loop(page=page, num_pages=room // page + 1, max_running=4, overlap=overlap, chunk=8)
+    requests = [loop.add([i] * 5, endless(35)) for i in range(6)]
+    finished: list[Request] = []
+    for _ in range(2000):
+        loop.step()
+        finished += [r for r in requests if r.finish and r not in finished]
+    assert finished[0] is requests[0]
+    assert len(finished) == 6
+    assert (loop.scheduler.stats().retractions > 0) == (room > 40)  # with room for one, only one is let in
+    assert requests[0].retractions == 0
+    check_idle(loop)
+
+
+def test_the_youngest_of_the_lowest_priority_is_retracted_and_resumes_first() -> None:
+    loop = Loop(num_pages=80, max_running=3)
+    old = loop.add([1] * 4, endless(60))
+    low = loop.add([2] * 4, endless(60), priority=-1)
+    young = loop.add([3] * 4, endless(60))
+    loop.step()
+    late = loop.add([4] * 4, endless(4), priority=-1)
+    while not low.retractions:
+        loop.step()
+    assert (old.retractions, young.retractions) == (0, 0)
+    assert loop.scheduler._waiting == [low, late]
+    loop.run()
+    assert old.retractions == 0
+
+
+def test_a_retracted_request_finds_its_tokens_in_the_tree_and_keeps_num_cached() -> None:
+    loop = Loop(num_pages=80, max_running=3, chunk=64)
+    loop.add([3] * 10, endless(1))
+    loop.run()
+    old = loop.add([1] * 4, endless(50))
+    young = loop.add([3] * 12, endless(50))
+    loop.run()
+    assert old.retractions == 0
+    assert young.retractions > 0
+    assert young.num_cached == 10
+    resumed = [w for b in loop.batches for w in b.works if w.request is young and w.start and w.end - w.start > 1]
+    assert resumed
+    assert all(w.end - w.start < 40 for w in resumed[1:])
+
+
+# --- who goes next ---
+
+
+def test_priority_then_arrival() -> None:
+    loop = Loop(max_running=1)
+    requests = [loop.add([i], endless(2), priority=p) for i, p in enumerate([0, 1, 0, 2, 1])]
+    order: list[Request] = []
+    while loop.scheduler.has_work:
+        loop.step()
+        order += [r for r in requests if r.row > 0 and r not in order]
+    assert order == [requests[i] for i in (3, 1, 4, 0, 2)]
+
+
+def test_longest_prefix_first_unless_fcfs() -> None:
+    for policy, want in (("lpm", [2, 0, 1]), ("fcfs", [0, 1, 2])):
+        loop = Loop(max_running=1, policy=policy)
+        loop.add([7] * 10)
+        loop.run()
+        requests = [loop.add(tokens, endless(2)) for tokens in ([6] * 8, [5] * 8, [7] * 8)]
+        order: list[int] = []
+        while loop.scheduler.has_work:
+            loop.step()
+            order += [i for i, r in enumerate(requests) if r.row > 0 and i not in order]
+        assert order == want
+
+
+def test_longest_prefix_first_starves_no_one() -> None:
+    loop = Loop(max_running=1, policy="lpm", num_pages=200)
+    loop.add([7] * 10)
+    loop.run()
+    unlucky = [loop.add([i] * 8, endless(2)) for i in range(3)]
+    for _ in range(100):
+        loop.add([7] * 10, endless(2))
+        loop.step()
+    assert all(r.finish for r in unlucky)
+
+
+@given(chunk=st.sampled_from([2, 3, 16, 64]), seed=st.integers(0, 2**32), overlap=st.booleans())
+def test_a_stream_of_short_prompts_and_a_long_one_share_the_budget(chunk: int, seed: int, overlap: bool) -> None:
+    """The long prompt gets half a budget every step; each short one starts within two steps."""
+    rng = Random(seed)
+    loop = Loop(num_pages=4000, chunk=chunk, max_running=30, overlap=overlap)
+    long = loop.add([rng.randrange(VOCAB) for _ in range(20 * chunk)], endless(4))
+    loop.step()
+    came: dict[Request, int] = {}
+    started: dict[Request, int] = {}
+    for step in range(60):
+        if step < 40:
+            short = loop.add([rng.randrange(VOCAB) for _ in range(rng.randrange(1, chunk // 2 + 1))], endless(3))
+            came[short] = step
+        before = long.computed
+        loop.step()
+        if long.finish is None and before < 20 * chunk:
+            assert long.computed - before >= min((chunk + 1) // 2, 20 * chunk - before)
+        started.update({r: step for r in came if r not in started and (r.computed or r.finish)})
+    assert all(started[r] - came[r] <= 1 for r in came)
+    loop.run()
+
+
+def test_a_short_prompt_behind_a_very_long_one_starts_at_once() -> None:
+    loop = Loop(num_pages=40_000, chunk=2048, context_length=40_000)
+    loop.add([1] * 32_000)
+    loop.step()
+    short = loop.add([2] * 100, endless(2))
+    loop.step()
+    assert short.length == 101
+    work = loop.batches[-1].works[0]
+    assert (work.request.num_prompt, work.end - work.start) == (32_000, 2048 - 100)  # and nothing was left over
+
+
+def test_budget_that_newcomers_leave_goes_back() -> None:
+    loop = Loop(num_pages=1000, chunk=100, max_running=3)
+    loop.add([1] * 500)
+    loop.step()
+    loop.add([2] * 10)
+    loop.step()
+    assert loop.batches[-1].num_tokens == 100
+
+
+def test_a_decode_step_looks_at_no_old_token() -> None:
+    """Scheduling decodes costs the same behind 10 tokens as behind 10 thousand."""
+
+    class Tokens(list[int]):
+        read = 0
+
+        def __getitem__(self, key: Any) -> Any:
+            Tokens.read += len(range(*key.indices(len(self)))) if isinstance(key, slice) else 1
+            return super().__getitem__(key)
+
+    loop = Loop(num_pages=10_100, chunk=10_000, context_length=20_000)
+    request = Request("a", Tokens([1] * 10_000), 10_000, endless(50))
+    loop.scheduler.add(request)
+    batch = loop.scheduler.schedule()
+    assert batch is not None
+    Tokens.read = 0
+    for _ in range(40):
+        loop.scheduler.finish(batch, [RowResult(token=2)])
+        batch = loop.scheduler.schedule()
+        assert batch is not None
+    assert Tokens.read == 0
+
+
+def test_scheduling_imports_no_mlx() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, pippin.scheduler; sys.exit('mlx' in sys.modules or 'mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert Scheduler.__module__ == "pippin.scheduler"
