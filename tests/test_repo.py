@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pippin.config import EngineConfig, ServerConfig, flag_of
+from pippin.types import SamplingParams
 from scripts import cli_docs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,8 @@ demo <- text
 config <- worker <- transport <- client <- completion <- server <- cli
 types <- worker
 types <- models
-types <- text <- completion <- engine <- cli
+types <- text <- completion <- sglang <- engine <- cli
+sglang <- server
 """
 
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
@@ -294,3 +297,28 @@ def test_option_tables_are_current() -> None:
     page = text_of("docs/cli.md")
     assert cli_docs.render(page) == page, "run `make docs`"
     assert all(f"`{flag_of(f.name)}`" in page for c in (EngineConfig, ServerConfig) for f in fields(c))
+
+
+def python_in(markdown: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", markdown, re.M | re.S)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_python_in_docs_imports_what_there_is(path: Path) -> None:
+    for code in python_in(path.read_text()):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pippin":
+                module = importlib.import_module(node.module or "")
+                assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+
+
+def test_docs_list_every_sampling_parameter() -> None:
+    section = text_of("docs/python.md").split("## sampling_params")[1].split("## ")[0]
+    listed = {name for line in section.splitlines() if line.startswith("| `") for name in named_first(line)}
+    fields_of_their_own = {"logprobs", "top_logprobs", "prompt_logprobs"}
+    assert listed == set(SamplingParams.__struct_fields__) - fields_of_their_own
+
+
+def named_first(row: str) -> list[str]:
+    """The code spans in a table row's first cell."""
+    return re.findall(r"`(\w+)`", row.split("|")[1])
