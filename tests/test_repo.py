@@ -14,11 +14,11 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import cli_docs
 import pytest
 
 from pippin.config import EngineConfig, ServerConfig, flag_of
 from pippin.types import SamplingParams
-from scripts import cli_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "pippin"
@@ -40,7 +40,7 @@ config <- models <- attention
 types <- penalties <- sampler <- runner
 demo <- models
 demo <- text
-config <- worker <- transport <- client <- completion <- server <- cli
+config <- worker <- transport <- client <- completion <- server <- cli <- launch_server
 types <- worker
 types <- models
 types <- text <- completion <- sglang <- engine <- cli
