@@ -100,6 +100,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"original_max_position_embeddings": 256, "partial_rotary_factor": 0.5},
     "cohere2": {
+        "head_dim": 16,
         "sliding_window": WINDOW,
         "sliding_window_pattern": 3,
         "layer_norm_eps": 1e-5,

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.checkpoints import FAMILIES, WINDOW
 from tests.parity.engine import Engine
@@ -69,6 +71,21 @@ def test_chunks(model: Model) -> None:
     for start, end in pairwise(bounds):
         found = engine.logits((first, start, end), (second, start, end))
         assert_equal(model, found, [(2, end), (3, end)])
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_any_way_to_cut_and_mix(model: Model, data: st.DataObject) -> None:
+    reference, engine = model
+    requests = engine.requests(*reference.tokens)
+    done = [0] * len(requests)
+    while unfinished := [i for i, n in enumerate(done) if n < LENGTH]:
+        chosen = data.draw(st.lists(st.sampled_from(unfinished), min_size=1, unique=True), label="requests")
+        ends = [min(LENGTH, done[i] + data.draw(st.sampled_from([1, 2, 9, 20, 33]), label="tokens")) for i in chosen]
+        found = engine.logits(*((requests[i], done[i], end) for i, end in zip(chosen, ends, strict=True)))
+        assert_equal(model, found, list(zip(chosen, ends, strict=True)))
+        for i, end in zip(chosen, ends, strict=True):
+            done[i] = end
 
 
 def test_prefix_hits(model: Model) -> None:

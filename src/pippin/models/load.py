@@ -115,7 +115,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{path} has no config.json, so it is not a model's directory.") from error
     except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path / 'config.json'} can't be read: {one_line(error)}") from error
+        raise ModelError(f"{path}: config.json or generation_config.json can't be read: {one_line(error)}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
         raise ModelError(f"{path / 'config.json'} names no model_type, so there is no telling what it is.")
     return facts

@@ -46,6 +46,8 @@ def materialize(model: nn.Module, form: Form, progress: Callable[[Progress], Non
     done, total = 0, weight_bytes(model)
     pending: list[Any] = []
     size = 0
+    if progress:
+        progress(Progress(stage, 0, total))
     for parameters, nbytes in _converted(model, form):
         pending.append(parameters)
         size += nbytes
@@ -80,8 +82,9 @@ def _converted(model: nn.Module, form: Form) -> Iterator[tuple[Any, int]]:
         yield module.parameters(), nbytes
     rest = [(key, a) for key, a in tree_flatten(model.parameters()) if key not in done]
     cast_rest = [(key, cast(key, a)) for key, a in rest]
-    model.update(tree_unflatten(cast_rest))
-    yield [a for _, a in cast_rest], sum(a.nbytes for _, a in rest)
+    if rest:
+        model.update(tree_unflatten(cast_rest))
+        yield [a for _, a in cast_rest], sum(a.nbytes for _, a in rest)
 
 
 def _caster(model: nn.Module, dtype: mx.Dtype | None) -> Callable[[str, mx.array], mx.array]:
