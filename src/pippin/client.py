@@ -156,9 +156,9 @@ class EngineClient:
         return await self._flushes[id]
 
     async def close(self) -> None:
-        """End the worker; requests still live fail with EngineError."""
+        """End the worker, at once if it is still loading; requests still live fail with EngineError."""
         self._fail(EngineError("the server is shutting down", 503))
-        await self.transport.close()
+        await self.transport.close(0.0 if self._info is None else 5.0)
 
     def _on_event(self, event: Event) -> None:
         match event:

@@ -34,8 +34,8 @@ class Transport(Protocol):
     def send(self, command: Command) -> None:
         """Hand over a command without waiting; dropped if the worker has ended."""
 
-    async def close(self) -> None:
-        """Ask the worker to end, wait a while, and make it end. ``on_end`` is not called after that."""
+    async def close(self, patience: float) -> None:
+        """Ask the worker to end; one that can be made to end is, after ``patience`` seconds. No more is heard of it."""
 
 
 class ThreadTransport:
@@ -74,7 +74,7 @@ class ThreadTransport:
     def send(self, command: Command) -> None:
         self._commands.put(command)
 
-    async def close(self) -> None:
+    async def close(self, patience: float) -> None:
         if self._thread is not None:
             self.send(Shutdown())
             await self._ended.wait()
@@ -147,11 +147,11 @@ class ProcessTransport:
         if self._process is not None and self._process.returncode is None:
             self._commands.send(self._encoder.encode(command))
 
-    async def close(self) -> None:
+    async def close(self, patience: float) -> None:
         if self._watch is not None and self._process is not None:
             self._watch.cancel()
             self.send(Shutdown())
-            await self._end(self._process)
+            await self._end(self._process, patience)
             asyncio.get_running_loop().remove_reader(self._events.fileno())
         self._commands.close(linger=0)
         self._events.close(linger=0)
@@ -159,9 +159,9 @@ class ProcessTransport:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self, process: asyncio.subprocess.Process, patience: float) -> None:
         try:
-            await asyncio.wait_for(process.wait(), 5)
+            await asyncio.wait_for(process.wait(), patience)
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -1,0 +1,129 @@
+"""The routes, who may call them, and how errors look."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import pippin
+from pippin.client import EngineClient
+from pippin.config import ServerConfig
+from pippin.errors import EngineError, PippinError, RequestError
+from pippin.server import native, openai
+from pippin.server.http import CLIENT_CLOSED, ClientGone, JsonResponse, error_response
+from pippin.server.service import Service
+from pippin.text.chat import ChatTemplate
+from pippin.text.tokenizer import Tokenizer
+from pippin.types import Progress
+
+Route = Callable[[Service, Request], Awaitable[Response]]
+
+ANY = ("GET", "POST")
+
+ROUTES: tuple[tuple[str, tuple[str, ...], Route], ...] = (
+    ("/v1/chat/completions", ("POST",), openai.chat),
+    ("/v1/completions", ("POST",), openai.completions),
+    ("/v1/models", ("GET",), openai.models),
+    ("/v1/models/{model:path}", ("GET",), openai.model),
+    ("/generate", ("POST", "PUT", "GET"), native.generate),
+    ("/tokenize", ("POST",), native.tokenize),
+    ("/v1/tokenize", ("POST",), native.tokenize),
+    ("/detokenize", ("POST",), native.detokenize),
+    ("/v1/detokenize", ("POST",), native.detokenize),
+    ("/health", ("GET",), native.health),
+    ("/health_generate", ("GET",), native.health_generate),
+    ("/get_model_info", ("GET",), native.model_info),
+    ("/model_info", ("GET",), native.model_info),
+    ("/get_server_info", ("GET",), native.server_info),
+    ("/server_info", ("GET",), native.server_info),
+    ("/flush_cache", ANY, native.flush_cache),
+    ("/abort_request", ("POST",), native.abort_request),
+    ("/metrics", ("GET",), native.metrics),
+)
+
+OPEN = ("/health", "/health_generate", "/metrics")
+"""Answered without the API key: they tell no text, and probes have no key."""
+
+
+def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, config: ServerConfig) -> FastAPI:
+    """The server's app, of ready parts: ``client`` has started. It holds no state but theirs."""
+    service = Service(client, tokenizer, chat, config)
+    app = FastAPI(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
+    for path, methods, route in ROUTES:
+        app.add_api_route(path, bound(service, route), methods=[*methods], response_model=None, name=route.__name__)
+    for kind in (PippinError, HTTPException, ClientGone, Exception):
+        app.add_exception_handler(kind, on_error)
+    if config.api_key:
+        app.add_middleware(ApiKey, key=config.api_key)
+    return app
+
+
+def bound(service: Service, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await route(service, request)
+
+    endpoint.__doc__ = route.__doc__
+    return endpoint
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's shape; nobody reads the answer to a client that went away."""
+    if isinstance(error, ClientGone):
+        return Response(status_code=CLIENT_CLOSED)
+    if isinstance(error, HTTPException):
+        text = {
+            404: f"there is no {request.url.path} here; see /openapi.json for what there is",
+            405: f"{request.url.path} takes {(error.headers or {}).get('Allow', 'other methods')}",
+        }.get(error.status_code, str(error.detail))
+        error = RequestError(text, status=error.status_code)
+    return error_response(error)
+
+
+class ApiKey:
+    """Lets requests through that bring the key as ``Authorization: Bearer KEY``."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = b"bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or self._fits(scope):
+            return await self._app(scope, receive, send)
+        error = RequestError("a valid API key is required, as `Authorization: Bearer KEY`", status=401)
+        return await error_response(error)(scope, receive, send)
+
+    def _fits(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        return hmac.compare_digest(scheme.lower() + b" " + key.strip(), self._expected)
+
+
+class Gate:
+    """What listens from the first moment: 503 with how far loading is, until ``app`` is set."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self.app: ASGIApp | None = None
+        self._client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # uvicorn runs without lifespan events; there are no websockets
+            return None
+        if self.app is not None:
+            return await self.app(scope, receive, send)
+        error = EngineError(f"the model is still loading{stage(self._client.progress)}", 503)
+        response: JsonResponse = error_response(error)
+        response.headers["retry-after"] = "1"
+        return await response(scope, receive, send)
+
+
+def stage(progress: Progress | None) -> str:
+    if progress is None:
+        return ""
+    share = f", {100 * progress.done // progress.total} %" if progress.total else ""
+    return f" ({progress.stage}{share})"

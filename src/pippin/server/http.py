@@ -1,0 +1,154 @@
+"""HTTP's side of it: bodies in, JSON and event streams out, clients that go away, errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pippin.errors import EngineError, RequestError
+from pippin.server.protocol import read
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
+
+MAX_BODY = 64 * 2**20  # bytes; a million token ids are 8 MB
+
+encode = msgspec.json.Encoder().encode
+
+CLIENT_CLOSED = 499  # nginx's; nobody will read it
+
+
+class JsonResponse(Response):
+    """A response of JSON, encoded by msgspec."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode(content)
+
+
+async def read_body(request: Request, kind: type[S]) -> S:
+    """The request's JSON as its struct. Raises RequestError: 413 if too long, 415 if not sent as JSON, 400."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # A web page can send anything but this type to a server of another origin without asking it first.
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise RequestError("send JSON, with the header `Content-Type: application/json`", status=415)
+    too_long = RequestError(f"the body is longer than {MAX_BODY} bytes", status=413)
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > MAX_BODY:
+        raise too_long
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise too_long
+    return read(bytes(body), kind)
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; a client that goes away cancels the work, and ClientGone is raised."""
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone(request.receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await cancel(task, watch)
+
+
+class ClientGone(Exception):
+    """The client went away before its answer was ready."""
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(content) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events. The client's going away, or a failure to send, closes ``events`` at once.
+
+    An error after the first event can't change the status any more: it is sent as an event, and ends the stream.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender, watch = asyncio.create_task(self._send(send)), asyncio.create_task(gone(receive))
+        try:
+            await asyncio.wait((sender, watch), return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+        finally:
+            await cancel(sender, watch)
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            with contextlib.suppress(OSError):
+                async for chunk in told(events):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def told(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The events; an error among them becomes the last one."""
+    try:
+        async for chunk in events:
+            yield chunk
+    except Exception as error:
+        yield event(error_body(error)[1])
+
+
+def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and OpenAI's JSON of an error. What we did not foresee is logged, and told to nobody."""
+    message, field, status = "the server failed on this request", None, 500
+    if isinstance(error, RequestError):
+        message, field, status = error.message, error.field, error.status
+    elif isinstance(error, EngineError):
+        message, status = error.message, error.status
+    else:
+        log.error("a request failed", exc_info=error)
+    code = {401: "invalid_api_key", 404: "model_not_found" if field == "model" else "not_found"}.get(status)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return status, {"error": {"message": message, "type": kind, "param": field, "code": code}}
+
+
+def error_response(error: Exception) -> JsonResponse:
+    status, body = error_body(error)
+    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    return JsonResponse(body, status, headers)

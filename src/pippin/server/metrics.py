@@ -1,0 +1,137 @@
+"""/metrics: SGLang's names with our prefix, in a registry of the app's own.
+
+The engine's counts come from the last step's ``Stats`` when somebody asks; latencies are observed as tokens pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pippin.client import EngineClient
+from pippin.completion import Delta
+from pippin.types import Stats
+
+PREFIX = "pippin:"
+
+# Seconds. A first token takes from milliseconds (a cached prompt) to minutes, the next ones far less.
+FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 180)
+NEXT_TOKEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 1, 2.5)
+WHOLE_REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 180, 600)
+
+
+class Metrics:
+    """One server's metrics. ``track`` wraps each request's deltas, ``render`` is the page."""
+
+    def __init__(self, client: EngineClient, model_name: str) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(EngineCounts(client, model_name))
+        self._model_name = model_name
+        self._first = self._histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
+        self._between = self._histogram("inter_token_latency_seconds", "From token to token.", NEXT_TOKEN)
+        self._whole = self._histogram("e2e_request_latency_seconds", "From request to its end.", WHOLE_REQUEST)
+        self._generated = Counter(
+            PREFIX + "generation_tokens", "Tokens generated.", ("model_name",), registry=self._registry
+        ).labels(model_name)
+        self._requests = Counter(
+            PREFIX + "num_requests", "Answers by how they ended.", ("model_name", "outcome"), registry=self._registry
+        )
+
+    def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(PREFIX + name, help, ("model_name",), registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model_name)
+
+    async def track(self, deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
+        """Pass on the deltas of ``n`` answers, and observe them. Those without a finish were left by their client."""
+        began, latest = time.perf_counter(), dict[int, float]()
+        outcome = "disconnect"
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    if delta.tokens:
+                        self._observe(delta, began, latest)
+                    if delta.finish is not None:
+                        self._end(delta.finish.reason, began)
+                        n -= 1
+                    yield delta
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            for _ in range(n):
+                self._end(outcome, began)
+
+    def _observe(self, delta: Delta, began: float, latest: dict[int, float]) -> None:
+        now, count = time.perf_counter(), len(delta.tokens)
+        before = latest.get(delta.index)
+        if before is None:
+            self._first.observe(now - began)
+        else:
+            for _ in range(count):
+                self._between.observe((now - before) / count)
+        latest[delta.index] = now
+        self._generated.inc(count)
+
+    def _end(self, outcome: str, began: float) -> None:
+        self._requests.labels(self._model_name, outcome).inc()
+        self._whole.observe(time.perf_counter() - began)
+
+    def render(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+@dataclass(frozen=True)
+class EngineCounts(Collector):
+    """The engine's own counts, read when the page is."""
+
+    client: EngineClient
+    model_name: str
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.client.stats
+        for name, help, gauge in gauges(stats):
+            family: Metric = GaugeMetricFamily(PREFIX + name, help, labels=("model_name",))
+            family.add_sample(PREFIX + name, {"model_name": self.model_name}, gauge)
+            yield family
+        for name, help, count in counters(stats):
+            counter = CounterMetricFamily(PREFIX + name, help, labels=("model_name",))
+            counter.add_metric((self.model_name,), count)
+            yield counter
+
+
+def gauges(stats: Stats) -> list[tuple[str, str, float]]:
+    total, used = stats.slots_total, stats.slots_total - stats.slots_free
+    return [
+        ("num_running_reqs", "Requests that run.", stats.num_running),
+        ("num_queue_reqs", "Requests that wait.", stats.num_waiting),
+        ("max_total_num_tokens", "KV slots there are.", total),
+        ("num_used_tokens", "KV slots in use, by requests and by the prefix cache.", used),
+        ("num_cached_tokens", "KV slots that the prefix cache holds.", stats.slots_cached),
+        ("num_free_tokens", "KV slots that are free.", stats.slots_free),
+        ("token_usage", "Share of the KV slots in use.", used / total if total else 0.0),
+        (
+            "cache_hit_rate",
+            "Share of all prompt tokens so far that came from the prefix cache.",
+            stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
+        ),
+    ]
+
+
+def counters(stats: Stats) -> list[tuple[str, str, float]]:
+    return [
+        ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
+        ("cached_tokens", "Prompt tokens that came from the prefix cache.", stats.cached_tokens),
+        ("prefill_tokens", "Tokens computed for prompts.", stats.prefill_tokens),
+        ("decode_tokens", "Tokens computed one at a time.", stats.decode_tokens),
+        ("steps", "Steps of the engine.", stats.steps),
+        ("overlapped_steps", "Steps queued before the one before was read.", stats.overlapped_steps),
+        ("step_seconds", "Time spent in steps.", stats.step_seconds),
+        ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
+    ]

@@ -1,0 +1,176 @@
+"""SGLang's own endpoints: /generate, tokens to text and back, what is served, flushing and aborting."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+import pippin
+from pippin.completion import Delta, new_id
+from pippin.errors import EngineError, RequestError
+from pippin.server.http import DONE, EventStream, JsonResponse, event, read_body, unless_gone
+from pippin.server.protocol import AbortRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from pippin.server.service import Job, Service
+from pippin.sglang import Answers, Arguments
+from pippin.types import SamplingParams
+
+HEALTH_SECONDS = 20.0
+
+Deltas = AsyncGenerator[tuple[int, Delta], None]
+
+
+async def generate(service: Service, http: Request) -> Response:
+    """/generate: a dict for a single prompt with one answer, else a list of them; streamed with all text so far."""
+    request = await read_body(http, GenerateRequest)
+    arguments = Arguments(
+        request.text,
+        request.input_ids,
+        request.sampling_params,
+        request.return_logprob,
+        request.logprob_start_len,
+        request.top_logprobs_num,
+        request.rid,
+    )
+    asked, single = arguments.resolve(service.tokenizer, service.info, "text")
+    deltas = service.run([Job(one.tokens, one.params, one.id, request.priority) for one in asked])
+    answers = [Answers(one) for one in asked]
+    single = single and asked[0].params.n == 1
+    if request.stream:
+        first = await unless_gone(http, anext(deltas))
+        return EventStream(stream(answers, single, first, deltas))
+    found = await unless_gone(http, collect(answers, deltas))
+    return JsonResponse(found[0] if single else found)
+
+
+async def collect(answers: list[Answers], deltas: Deltas) -> list[dict[str, Any]]:
+    async with aclosing(deltas):
+        async for number, delta in deltas:
+            answers[number].add(delta)
+    return [answer.as_dict() for prompt in answers for answer in prompt.each]
+
+
+async def stream(
+    answers: list[Answers], single: bool, first: tuple[int, Delta], deltas: Deltas
+) -> AsyncGenerator[bytes, None]:
+    starts = [sum(len(prompt.each) for prompt in answers[:i]) for i in range(len(answers))]
+
+    def told(number: int, delta: Delta) -> bytes:
+        answer = answers[number].add(delta).as_dict()
+        return event(answer if single else answer | {"index": starts[number] + delta.index})
+
+    async with aclosing(deltas):
+        yield told(*first)
+        async for number, delta in deltas:
+            yield told(number, delta)
+    yield DONE
+
+
+async def tokenize(service: Service, http: Request) -> Response:
+    """/tokenize: the tokens of a text, or of each of several."""
+    request = await read_body(http, TokenizeRequest)
+    service.check_model(request.model)
+    encode = service.tokenizer.encode
+    several = not isinstance(request.prompt, str)
+    found = [encode(p, request.add_special_tokens) for p in ([*request.prompt] if several else [str(request.prompt)])]
+    tokens, counts = (found, [len(f) for f in found]) if several else (found[0], len(found[0]))
+    return JsonResponse({"tokens": tokens, "count": counts, "max_model_len": service.info.context_length})
+
+
+async def detokenize(service: Service, http: Request) -> Response:
+    """/detokenize: the text of a list of tokens, or of each of several."""
+    request = await read_body(http, DetokenizeRequest)
+    service.check_model(request.model)
+    flat = [t for t in request.tokens if isinstance(t, int)]
+    lists = [t for t in request.tokens if not isinstance(t, int)]
+    if flat and lists:
+        raise RequestError("tokens must be token ids, or lists of them, not both", "tokens")
+    texts = [service.tokenizer.decode(ids, request.skip_special_tokens) for ids in (lists or [flat])]
+    return JsonResponse({"text": texts if lists else texts[0]})
+
+
+async def health(service: Service, http: Request) -> Response:
+    """/health: 200 while the engine's process lives."""
+    if service.client.failure is not None:
+        raise EngineError(str(service.client.failure), 503)
+    return Response()
+
+
+async def health_generate(service: Service, http: Request) -> Response:
+    """/health_generate: 200 if the engine really generates a token, 503 if it doesn't in time."""
+    params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+    outputs = service.client.submit([0], params, id=f"health-{new_id()}")
+
+    async def one_token() -> None:
+        async with aclosing(outputs):
+            async for _ in outputs:
+                pass
+
+    try:
+        await unless_gone(http, asyncio.wait_for(one_token(), HEALTH_SECONDS))
+    except TimeoutError as error:
+        raise EngineError(f"the engine generated nothing in {HEALTH_SECONDS:.0f} seconds", 503) from error
+    return Response()
+
+
+async def model_info(service: Service, http: Request) -> Response:
+    """/get_model_info"""
+    info = service.info
+    return JsonResponse(
+        {
+            "model_path": info.model_path,
+            "tokenizer_path": info.tokenizer_path,
+            "is_generation": True,
+            "model_type": info.model_type,
+            "served_model_name": service.model_name,
+            "context_length": info.context_length,
+            "vocab_size": info.vocab_size,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+        }
+    )
+
+
+async def server_info(service: Service, http: Request) -> Response:
+    """/get_server_info: options, what was loaded, and the engine's counts now; never the key."""
+    options = dataclasses.asdict(service.config) | {"api_key": None}
+    return JsonResponse(
+        {
+            **options,
+            **msgspec.structs.asdict(service.info),
+            "served_model_name": service.model_name,
+            "version": pippin.__version__,
+            "internal_states": [msgspec.structs.asdict(service.client.stats)],
+        }
+    )
+
+
+async def flush_cache(service: Service, http: Request) -> Response:
+    """/flush_cache: empties the prefix cache; 400 while requests run."""
+    flushed = await service.client.flush()
+    if not flushed.ok:
+        raise RequestError(flushed.message)
+    return PlainTextResponse("Cache flushed.\n")
+
+
+async def abort_request(service: Service, http: Request) -> Response:
+    """/abort_request: ends a request by its id, or all; unknown ids are ignored, since they may just have ended."""
+    request = await read_body(http, AbortRequest)
+    if request.abort_all:
+        service.abort_all()
+    elif request.rid:
+        service.abort(request.rid)
+    else:
+        raise RequestError("rid is required, unless abort_all is true", "rid")
+    return Response()
+
+
+async def metrics(service: Service, http: Request) -> Response:
+    """/metrics, in Prometheus' text format."""
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,210 @@
+"""OpenAI's /v1/completions and /v1/chat/completions: requests to jobs, deltas to JSON, whole and streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pippin.completion import Delta
+from pippin.errors import RequestError
+from pippin.server.choices import ChatShape, Choice, Shape, TextShape
+from pippin.server.http import DONE, EventStream, JsonResponse, event, read_body, unless_gone
+from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, respell
+from pippin.server.service import Job, Service
+
+TOP_LOGPROBS = 20
+COMPLETION_TOKENS = 16
+
+
+async def chat(service: Service, http: Request) -> Response:
+    """POST /v1/chat/completions."""
+    request = await read_body(http, ChatRequest)
+    answer = Answer(service, request, ChatShape(service.tokenizer, request.logprobs))
+    return await answer.respond(http, [chat_job(service, request, answer.rid)])
+
+
+async def completions(service: Service, http: Request) -> Response:
+    """POST /v1/completions."""
+    request = await read_body(http, CompletionRequest)
+    texts = prompts(request.prompt)
+    echoes: list[str] = []
+    shape = TextShape(service.tokenizer, request, echoes)
+    answer = Answer(service, request, shape)
+    jobs = completion_jobs(service, request, texts, answer.rid)
+    if request.echo:  # only now are token ids known to be in the vocabulary
+        skip = request.skip_special_tokens
+        echoes += [t if isinstance(t, str) else service.tokenizer.decode(t, skip) for t in texts]
+    return await answer.respond(http, jobs)
+
+
+def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    if not 0 <= request.top_logprobs <= TOP_LOGPROBS:
+        raise RequestError(f"top_logprobs must be between 0 and {TOP_LOGPROBS}", "top_logprobs")
+    limit = request.limit
+    params = request.params(
+        service.info.context_length if limit is None else limit,
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
+    )
+    tokens = service.chat.encode(
+        request.messages,
+        chat_template_kwargs=request.chat_template_kwargs,
+        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+        continue_final_message=request.continue_final_message,
+    )
+    return service.job(tokens, params, rid, request.priority, "messages")
+
+
+def completion_jobs(
+    service: Service, request: CompletionRequest, texts: Sequence[str | list[int]], rid: str
+) -> list[Job]:
+    logprobs = request.logprobs is not None
+    if request.stream and request.echo and logprobs and request.n > 1:
+        raise RequestError("stream, echo and logprobs together need n to be 1", "n")
+    try:
+        params = request.params(
+            COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens,
+            logprobs=logprobs,
+            top_logprobs=request.logprobs or 0,
+            prompt_logprobs=logprobs and request.echo,
+        )
+    except RequestError as error:
+        raise respell(error, {"top_logprobs": "logprobs"}) from error
+    return [
+        service.job(
+            service.tokenizer.encode(text) if isinstance(text, str) else text,
+            params,
+            rid if len(texts) == 1 else f"{rid}-prompt{i}",
+            request.priority,
+            "prompt",
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """One or more prompts, each text or token ids, from the four forms that OpenAI allows."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise RequestError("prompt is an empty list; it needs at least one prompt", "prompt")
+    texts = [p for p in prompt if isinstance(p, str)]
+    tokens = [p for p in prompt if isinstance(p, int)]
+    lists = [p for p in prompt if isinstance(p, list)]
+    if len(tokens) == len(prompt):
+        return [tokens]
+    if len(texts) == len(prompt):
+        return [*texts]
+    if len(lists) == len(prompt):
+        return [*lists]
+    raise RequestError("prompt must be text, token ids, or a list of only texts or only lists of token ids", "prompt")
+
+
+class Answer:
+    """One request's answer in the making: ids, usage, and the JSON round the choices, which ``shape`` writes."""
+
+    def __init__(self, service: Service, request: OpenAIRequest, shape: Shape) -> None:
+        self.rid = request.rid or f"{shape.prefix}-{uuid.uuid4().hex}"
+        self._service = service
+        self._request = request
+        self._shape = shape
+        self._model = service.check_model(request.model)
+        self._created = int(time.time())
+        self._generated = 0
+        self._prompts: dict[int, tuple[int, int]] = {}
+
+    async def respond(self, http: Request, jobs: Sequence[Job]) -> Response:
+        """Run the jobs and answer as asked. What fails before the first token has an HTTP status of its own."""
+        deltas = self._service.run(jobs)
+        if not self._request.stream:
+            return JsonResponse(await unless_gone(http, self._whole(deltas)))
+        first = await unless_gone(http, anext(deltas))
+        return EventStream(self._events(first, deltas))
+
+    async def _whole(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> Json:
+        choices: dict[int, Choice] = {}
+        async with aclosing(deltas):
+            async for number, delta in deltas:
+                self._count(number, delta)
+                choices.setdefault(self._index(number, delta), Choice(number)).add(delta)
+        shown = [self._shape.choice(i, choices[i], choices[i - i % self._request.n]) for i in sorted(choices)]
+        return {**self._head(self._shape.whole), "choices": shown, "usage": self._usage()}
+
+    async def _events(
+        self, first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None]
+    ) -> AsyncGenerator[bytes, None]:
+        options = self._request.stream_options
+        async with aclosing(deltas):
+            for chunk in self._chunks(*first):
+                yield chunk
+            async for number, delta in deltas:
+                for chunk in self._chunks(number, delta):
+                    yield chunk
+        if options is not None and options.include_usage:
+            yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _chunks(self, number: int, delta: Delta) -> list[bytes]:
+        self._count(number, delta)
+        index = self._index(number, delta)
+        return [self._chunk(part) for part in self._shape.parts(index, number, delta)]
+
+    def _chunk(self, choice: Json) -> bytes:
+        content = self._head(self._shape.chunk)
+        content["choices"] = [choice]
+        options = self._request.stream_options
+        if options is not None and (options.include_usage or options.continuous_usage_stats):
+            content["usage"] = self._usage() if options.continuous_usage_stats else None
+        return event(content)
+
+    def _index(self, number: int, delta: Delta) -> int:
+        return number * self._request.n + delta.index
+
+    def _count(self, number: int, delta: Delta) -> None:
+        self._generated += len(delta.tokens)
+        if delta.index == 0:  # n answers share a prompt: it is counted, and cached, once
+            self._prompts[number] = (delta.num_prompt, delta.num_cached)
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.rid, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self) -> Json:
+        prompt = sum(length for length, _ in self._prompts.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
+            "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
+        }
+
+
+async def models(service: Service, http: Request) -> Response:
+    """GET /v1/models: the one model that is served."""
+    return JsonResponse({"object": "list", "data": [card(service)]})
+
+
+async def model(service: Service, http: Request) -> Response:
+    """GET /v1/models/{model}. Raises RequestError (404) for another name."""
+    name = http.path_params["model"]
+    if name != service.model_name:
+        raise RequestError(f"there is no model {name!r} here; this is {service.model_name!r}", "model", 404)
+    return JsonResponse(card(service))
+
+
+def card(service: Service) -> Json:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "pippin",
+        "root": service.info.model_path,
+        "parent": None,
+        "max_model_len": service.info.context_length,
+    }

@@ -1,0 +1,274 @@
+"""What clients send: the fields of each endpoint, their types, and how a wrong one is refused.
+
+Reading is strict. A field that we don't know, or know and don't support, is a RequestError that names it, unless its
+value asks for nothing (clients send ``"tools": null`` and the like); a field whose value is null counts as left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from pippin.errors import RequestError
+from pippin.types import SamplingParams
+
+T = TypeVar("T", bound=Struct)
+
+Json = dict[str, Any]
+
+# Accepted, and without effect: they concern OpenAI's accounts, storage and routing, not the answer.
+IGNORED = frozenset(
+    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "custom_labels"}
+)
+
+# Not supported yet: what each may be all the same, because it asks for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "reasoning": (),
+    "verbosity": (),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_cached_tokens_details": (False,),
+    "return_token_ids": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_text_in_logprobs": (False,),
+    "log_metrics": (True,),
+    "lora_path": (),
+    "session_id": (),
+    "session_params": (),
+    "session_rid": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "stop_regex": ([], ""),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_grammar": (),
+    "guided_choice": (),
+    "custom_params": (),
+    "custom_logit_processor": (),
+    "cache_salt": (),
+    "extra_key": (),
+    "input_embeds": (),
+    "image_data": (),
+    "video_data": (),
+    "audio_data": (),
+    "modalities_data": (),
+    "token_ids_logprob": (),
+    "data_parallel_rank": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+}
+
+PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
+Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+
+
+class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class OpenAIRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both of OpenAI's endpoints share, with SGLang's additions."""
+
+    model: str | None = None
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    priority: Int32 = 0
+    rid: str | None = None
+
+    def params(self, max_tokens: int, **others: Any) -> SamplingParams:
+        """The engine's parameters. Raises RequestError with the fields' names as OpenAI spells them."""
+        try:
+            return SamplingParams(
+                max_new_tokens=max_tokens,
+                min_new_tokens=self.min_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                frequency_penalty=self.frequency_penalty,
+                presence_penalty=self.presence_penalty,
+                repetition_penalty=self.repetition_penalty,
+                logit_bias=self.logit_bias,
+                seed=self.seed,
+                n=self.n,
+                stop=stop_strings(self.stop),
+                stop_token_ids=tuple(self.stop_token_ids),
+                ignore_eos=self.ignore_eos,
+                no_stop_trim=self.no_stop_trim,
+                skip_special_tokens=self.skip_special_tokens,
+                spaces_between_special_tokens=self.spaces_between_special_tokens,
+                **others,
+            )
+        except RequestError as error:
+            raise respell(error, {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}) from error
+
+    @property
+    def usage_at_end(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_always(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class CompletionRequest(OpenAIRequest, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool = False
+    logprobs: int | None = None
+
+
+class ChatRequest(OpenAIRequest, kw_only=True):
+    """POST /v1/chat/completions. ``messages`` are checked one by one where the template is rendered."""
+
+    messages: list[Json]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Json = {}
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate; None is up to the end of the context."""
+        both = {n for n in (self.max_tokens, self.max_completion_tokens) if n is not None}
+        if len(both) > 1:
+            raise RequestError("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
+        return both.pop() if both else None
+
+
+class GenerateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """SGLang's /generate. What each field may hold is checked by ``sglang.Arguments``, which Engine shares."""
+
+    text: Any = None
+    input_ids: Any = None
+    sampling_params: Any = None
+    rid: Any = None
+    return_logprob: Any = None
+    logprob_start_len: Any = None
+    top_logprobs_num: Any = None
+    stream: bool = False
+    priority: Int32 = 0
+
+
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[str]
+    add_special_tokens: bool = True
+    model: str | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool = True
+    model: str | None = None
+
+
+class AbortRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    rid: str = ""
+    abort_all: bool = False
+
+
+def read(body: bytes, kind: type[T]) -> T:
+    """A request's JSON as its struct. Raises RequestError that names the field."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise RequestError("the body must be a JSON object")
+    return build(raw, kind)
+
+
+def build(raw: Mapping[str, Any], kind: type[T]) -> T:
+    """A JSON object as a struct. Raises RequestError that names the field."""
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    given = {name: value for name, value in raw.items() if value is not None and name not in IGNORED - known}
+    for name in [n for n in given if n not in known]:
+        refuse_or_drop(given, name, known)
+    try:
+        return msgspec.convert(given, kind, str_keys=True)
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply") from error
+    except msgspec.ValidationError as error:
+        raise type_error(str(error)) from error
+
+
+def refuse_or_drop(given: dict[str, Any], name: str, known: set[str]) -> None:
+    """Drop a field that asks for nothing; raise for one that is unknown or not supported."""
+    neutral = NEUTRAL.get(name)
+    if neutral is None:
+        close = difflib.get_close_matches(name, known, n=1)
+        raise RequestError(f"unknown field {name}" + (f"; did you mean {close[0]}?" if close else ""), name)
+    if not any(given[name] == value and type(given[name]) is type(value) for value in neutral):
+        allowed = "".join(f", or send {msgspec.json.encode(value).decode()}" for value in neutral[:1])
+        raise RequestError(f"{name} is not supported yet; leave it out{allowed}", name)
+    del given[name]
+
+
+def type_error(message: str) -> RequestError:
+    """msgspec's words, with the field's name in front."""
+    if match := PATH.match(message):
+        text, path = match[1], match[2]
+        return RequestError(f"{path}: {text[:1].lower()}{text[1:]}", path)
+    if match := re.match(r"Object missing required field `(.*)`", message):
+        return RequestError(f"{match[1]} is required", match[1])
+    return RequestError(message)
+
+
+def respell(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The same error, with fields called what this endpoint calls them."""
+    message = error.message
+    for inner, outer in names.items():
+        message = re.sub(rf"\b{inner}\b", outer, message)
+    return RequestError(message, names.get(error.field or "", error.field), error.status)
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,0 +1,116 @@
+"""``pippin serve``: the engine in a child process, the server in this one, until a signal ends both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import uvicorn
+
+from pippin.client import EngineClient
+from pippin.config import EngineConfig, ServerConfig
+from pippin.errors import ConfigError
+from pippin.server.app import Gate, create_app
+from pippin.text.chat import ChatTemplate, read_template
+from pippin.text.tokenizer import load_tokenizer
+from pippin.types import ModelInfo
+from pippin.worker import CORE
+
+log = logging.getLogger("pippin")
+
+
+def launch_server(
+    engine: EngineConfig,
+    server: ServerConfig,
+    on_ready: Callable[[ModelInfo, str], None] | None = None,
+    core: str = CORE,
+) -> None:
+    """Serve until SIGINT or SIGTERM. ``on_ready`` hears what is served, and at which URL.
+
+    The port answers at once, with 503 until the model is loaded. Raises ConfigError for an option that can't be met
+    (an address in use, say), ModelError if the model can't be served, EngineError if the engine died while loading.
+    """
+    asyncio.run(Serving(engine, server, core).run(on_ready or announce))
+
+
+def announce(info: ModelInfo, url: str) -> None:
+    log.info("%s is ready at %s", info.model_path, url)
+
+
+class Serving:
+    """One server's life: listen, load, serve, close."""
+
+    def __init__(self, engine: EngineConfig, server: ServerConfig, core: str = CORE) -> None:
+        self._engine, self._config = engine, server
+        self._template = read_template(server.chat_template) if server.chat_template else None
+        self._client = EngineClient.spawn(engine, core, server.log_level)
+        self._gate = Gate(self._client)
+
+    async def run(self, on_ready: Callable[[ModelInfo, str], None]) -> None:
+        listener = listen(self._config)
+        host, port = listener.getsockname()[:2]
+        http = HttpServer(
+            uvicorn.Config(
+                self._gate,
+                lifespan="off",
+                ws="none",
+                log_level="debug" if self._config.log_level == "debug" else "warning",
+                timeout_graceful_shutdown=5,
+            )
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, http.stop)
+        serving = asyncio.create_task(http.serve([listener]))
+        loading = asyncio.create_task(self._load())
+        try:
+            await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                on_ready(loading.result(), f"http://{f'[{host}]' if ':' in host else host}:{port}")
+                await serving
+        finally:
+            loading.cancel()
+            http.stop()
+            await serving
+            await self._client.close()
+
+    async def _load(self) -> ModelInfo:
+        info = await self._client.start()
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer,
+            info.tokenizer_path,
+            revision=self._engine.revision,
+            trust_remote_code=self._engine.trust_remote_code,
+        )
+        self._gate.app = create_app(self._client, tokenizer, ChatTemplate(tokenizer, self._template), self._config)
+        return info
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, without its signal handlers: they would end this process before the child is closed."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    def stop(self) -> None:
+        """Finish what is being answered, for a while; asked a second time, don't."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A listening socket, so that a port in use is an error now and not after minutes of loading."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = f"{config.host}:{config.port} can't be listened on ({error})"
+        raise ConfigError(reason, "--port" if isinstance(error, OSError) else "--host") from error
+    return listener

@@ -1,0 +1,95 @@
+"""What the routes of every dialect share: the engine's client, the text layer, names and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pippin.client import EngineClient
+from pippin.completion import Delta, answer_ids, check_prompt, complete, merge
+from pippin.config import ServerConfig
+from pippin.errors import RequestError
+from pippin.server.metrics import Metrics
+from pippin.text.chat import ChatTemplate
+from pippin.text.tokenizer import Tokenizer
+from pippin.types import ModelInfo, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt and how to go on from it. ``rid`` is the client's name for the whole request."""
+
+    tokens: list[int]
+    params: SamplingParams
+    rid: str
+    priority: int = 0
+
+
+@dataclass
+class Service:
+    """Ready parts, given once; the routes hold no other state."""
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+    config: ServerConfig
+    created: int = field(default_factory=lambda: int(time.time()))
+    running: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.client, self.model_name)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.client.info
+
+    @cached_property
+    def model_name(self) -> str:
+        return self.config.served_model_name or self.info.model_path
+
+    def check_model(self, model: str | None) -> str:
+        """The name to answer with. Raises RequestError (404) for another model's if names are strict."""
+        if self.config.strict_model_name and model not in (None, self.model_name):
+            raise RequestError(f"there is no model {model!r} here; this is {self.model_name!r}", "model", 404)
+        return model or self.model_name
+
+    def job(self, tokens: list[int], params: SamplingParams, rid: str, priority: int, field: str) -> Job:
+        """A checked job. Raises RequestError if the prompt doesn't fit."""
+        return Job(tokens, check_prompt(tokens, params, self.info, field), rid, priority)
+
+    async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Deltas of all jobs as they come, each with its job's number. Closing it aborts what is unfinished."""
+        rids = [job.rid for job in jobs]
+        for rid in rids:
+            if rid in self.running:
+                raise RequestError(f"request id {rid!r} is in use by a request that has not ended", "rid")
+        self.running |= {job.rid: answer_ids(job.rid, job.params.n) for job in jobs}
+        try:
+            streams = [self._one(i, job) for i, job in enumerate(jobs)]
+            async with aclosing(merge(streams) if len(streams) > 1 else streams[0]) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            for rid in rids:
+                self.running.pop(rid, None)
+
+    async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
+        deltas = complete(
+            self.client, self.tokenizer, job.tokens, job.params, job.priority, job.rid, self.client.draw_seed
+        )
+        async with aclosing(self.metrics.track(deltas, job.params.n)) as tracked:
+            async for delta in tracked:
+                yield number, delta
+
+    def abort(self, rid: str) -> None:
+        """End a request, by the id that its client gave it or was told. Unknown ids are ignored."""
+        for id in self.running.get(rid, ()):
+            self.client.abort(id)
+
+    def abort_all(self) -> None:
+        for id in self.client.live:
+            self.client.abort(id)

@@ -1,0 +1,132 @@
+"""A real server over loopback: uvicorn in a thread, a FakeCore behind it, byte tokens between."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pippin.client import EngineClient
+from pippin.config import ServerConfig
+from pippin.server import create_app
+from pippin.server.run import HttpServer
+from pippin.text.chat import ChatTemplate
+from pippin.text.tokenizer import Tokenizer
+from tests.fake_core import EOS, FakeCore
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}{{ suffix }}"
+)
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    """Every token is the byte of its number; after them come the special ones."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    spelled = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    fast = FastTokenizer(models.BPE(vocab={spelled[b]: b for b in range(256)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|end|>"])
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>", chat_template=template)
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.eos_ids == (EOS,)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers at ``url``, with its parts for tests to look into."""
+
+    url: str
+    client: EngineClient
+    core: FakeCore
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def http(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, **options)  # type: ignore[arg-type]
+
+    def openai(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+@contextmanager
+def serving(
+    config: ServerConfig | None = None,
+    seconds: float = 0.001,
+    make_client: Callable[[FakeCore], EngineClient] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[Running]:
+    """A server in a thread until the block ends."""
+    core = FakeCore(seconds)
+    make = make_client or (lambda core: EngineClient.in_thread(lambda progress: core, seed=0))
+    started, parts = threading.Event(), list[tuple[EngineClient, HttpServer, asyncio.AbstractEventLoop]]()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def main() -> None:
+        client = make(core)
+        await client.start()
+        text = tokenizer or byte_tokenizer()
+        app = create_app(client, text, ChatTemplate(text), config or ServerConfig())
+        http = HttpServer(
+            uvicorn.Config(app, lifespan="off", ws="none", log_level="critical", timeout_graceful_shutdown=1)
+        )
+        parts.append((client, http, asyncio.get_running_loop()))
+        started.set()
+        await http.serve([listener])
+        await client.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), name="server")
+    thread.start()
+    assert started.wait(20)
+    client, http, loop = parts[0]
+    try:
+        host, port = listener.getsockname()
+        yield Running(f"http://{host}:{port}", client, core, loop)
+    finally:
+        http.stop()
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx.Client]:
+    with server.http() as client:
+        yield client
+
+
+@pytest.fixture
+def ai(server: Running) -> Iterator[openai.OpenAI]:
+    with server.openai() as client:
+        yield client
+
+
+Serve = Callable[..., AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def serve() -> Serve:
+    return serving
