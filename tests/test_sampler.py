@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pippin.penalties import edit_logits, logit_edits
+from pippin.penalties import TokenCounts, edit_logits, logit_edits
 from pippin.sampler import (
     GREEDY_BELOW,
     Sampled,
@@ -105,7 +105,7 @@ def edited(logits: Floats, w: Work, newest: int, vocab: int) -> Floats:
 @given(rows())
 def test_edits_are_those_of_the_definition(case: tuple[Floats, list[Work], list[int], int]) -> None:
     logits, works, newest, vocab = case
-    edits = logit_edits(works, vocab, len(works))
+    edits = logit_edits(works, vocab, len(works), TokenCounts())
     raw = mx.array(logits[:, :vocab].astype(np.float32))
     found = raw if edits is None else edit_logits(raw, edits, mx.array(newest))
     expected = [edited(row, w, new, vocab) for row, w, new in zip(logits, works, newest, strict=True)]
@@ -307,6 +307,23 @@ def test_keys_are_as_distinct_as_seeds_and_positions(pairs: list[tuple[int, int]
     distinct = {(seed % 2**64, position) for seed, position in pairs}
     keys = noise_keys([s for s, _ in distinct], [p for _, p in distinct])
     assert len({tuple(key) for key in keys.tolist()}) == len(distinct)
+
+
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=20), st.lists(st.integers(0, 9), max_size=12), st.data())
+def test_counts_kept_over_steps_equal_counts_made_anew(
+    prompt: list[int], answer: list[int], data: st.DataObject
+) -> None:
+    kept = TokenCounts()
+    requests = [Request("r", list(prompt), len(prompt), SamplingParams()) for _ in range(2)]
+    for _ in range(10):
+        request = data.draw(st.sampled_from(requests))
+        tokens = prompt + answer[: data.draw(st.integers(0, len(answer)))]
+        unseen = data.draw(st.integers(0, 1))
+        request.tokens = list(tokens)
+        w = Work(request, 0, len(tokens) + unseen, True)
+        ids, times = kept.of(w, 11)
+        assert ids.tolist() == sorted({t for t in tokens if t < 11})
+        assert times.tolist() == [tokens[len(prompt) :].count(i) for i in ids.tolist()]
 
 
 # --- statistics: seeds are fixed, so these can't fail by chance ---

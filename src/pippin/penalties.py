@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pippin.types import Work
+from pippin.types import Request, Work
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+NO_IDS: Ints = np.zeros(0, np.int64)
 
 
 class UnseenEdits(NamedTuple):
@@ -57,9 +60,9 @@ class _RowEdits(NamedTuple):
     unseen: tuple[float, float] | None  # scale, add
 
 
-def logit_edits(works: Sequence[Work], vocab_size: int, size: int) -> LogitEdits | None:
+def logit_edits(works: Sequence[Work], vocab_size: int, size: int, counts: TokenCounts) -> LogitEdits | None:
     """What rows 0 … len(works)-1 of ``size`` change, or None if nothing. Ids of no token are left out."""
-    found = [(row, _row_edits(work, vocab_size)) for row, work in enumerate(works) if _edits_anything(work)]
+    found = [(row, _row_edits(work, vocab_size, counts)) for row, work in enumerate(works) if _edits_anything(work)]
     found = [(row, edits) for row, edits in found if edits.ids.size]
     if not found:
         return None
@@ -124,41 +127,73 @@ def _edits_anything(work: Work) -> bool:
     )
 
 
-def _row_edits(work: Work, vocab_size: int) -> _RowEdits:
+def _row_edits(work: Work, vocab_size: int, counts: TokenCounts) -> _RowEdits:
     request, p = work.request, work.request.params
     repetition, often, once = p.repetition_penalty, p.frequency_penalty, p.presence_penalty
-    unseen = work.end > len(request.tokens) and bool(often or once or repetition != 1)
-    prompt = _unique(request.tokens[: request.num_prompt] if repetition != 1 else (), vocab_size)[0]
-    penalised = often or once or repetition != 1
-    answer, times = _unique(request.tokens[request.num_prompt : work.end] if penalised else (), vocab_size)
+    penalised = bool(often or once or repetition != 1)
+    listed, times = counts.of(work, vocab_size) if penalised else (NO_IDS, NO_IDS)
+    if repetition == 1:  # the prompt does not matter
+        listed, times = listed[times > 0], times[times > 0]
     bias = {i: b for i, b in p.logit_bias.items() if 0 <= i < vocab_size}
-    forbidden, _ = _unique(tuple(_stops(work)), vocab_size)
-    ids = np.unique(np.concatenate([prompt, answer, np.array(list(bias), np.int64), forbidden]))
+    biased, forbidden = np.array(list(bias), np.int64), _stops(work, vocab_size)
+    unseen = penalised and work.end > len(request.tokens)
+    ids = np.union1d(listed, np.concatenate([biased, forbidden])) if bias or forbidden.size else listed
     if unseen and not ids.size:
         ids = np.zeros(1, np.int64)  # any id may be listed, and an array of places must not be empty
-    counts = np.zeros(ids.size)
-    counts[np.searchsorted(ids, answer)] = times
-    repeated = np.isin(ids, prompt, assume_unique=True) | (counts > 0)
-    scale = np.where(repeated, repetition, 1.0)
-    add = -often * counts - once * (counts > 0)
-    add[np.searchsorted(ids, np.array(list(bias), np.int64))] += list(bias.values())
+    count, scale = np.zeros(ids.size), np.ones(ids.size)
+    at = np.searchsorted(ids, listed)
+    count[at], scale[at] = times, repetition
+    add = -often * count - once * (count > 0)
+    add[np.searchsorted(ids, biased)] += list(bias.values())
     add[np.searchsorted(ids, forbidden)] = -math.inf
     if not unseen:
         return _RowEdits(ids, scale, add, scale, add, None)
-    again = np.full(ids.size, repetition), add - often - once * (counts == 0)
+    again = np.full(ids.size, repetition), add - often - once * (count == 0)
     return _RowEdits(ids, scale, add, *again, (repetition, -often - once))
 
 
-def _stops(work: Work) -> set[int]:
+def _stops(work: Work, vocab_size: int) -> Ints:
     """Ids that would end the answer before it has min_new_tokens."""
     request, p = work.request, work.request.params
     if work.end - request.num_prompt >= p.min_new_tokens:
-        return set()
-    return set(p.stop_token_ids) | (set() if p.ignore_eos else request.eos)
+        return NO_IDS
+    stops = set(p.stop_token_ids) | (set() if p.ignore_eos else request.eos)
+    return np.array([i for i in stops if 0 <= i < vocab_size], np.int64)
 
 
-def _unique(tokens: Sequence[int], vocab_size: int) -> tuple[Ints, Ints]:
-    """The distinct ids that exist, ascending, and how often each occurs."""
-    ids, counts = np.unique(np.array(tokens, np.int64), return_counts=True)
-    exists = (ids >= 0) & (ids < vocab_size)
-    return ids[exists], counts[exists]
+@dataclass(slots=True)
+class _Counted:
+    """Tokens [0, seen) of a request: the distinct ids, ascending, and how often each is in the answer."""
+
+    ids: Ints
+    times: Ints
+    seen: int
+
+    def add(self, token: int) -> None:
+        """One more of the answer."""
+        at = int(np.searchsorted(self.ids, token))
+        if at == self.ids.size or self.ids[at] != token:
+            self.ids, self.times = np.insert(self.ids, at, token), np.insert(self.times, at, 0)
+        self.times[at] += 1
+
+
+class TokenCounts:
+    """What the penalised requests' prompts and answers hold, kept from step to step: a prompt is counted once."""
+
+    def __init__(self) -> None:
+        self._counted: WeakKeyDictionary[Request, _Counted] = WeakKeyDictionary()
+
+    def of(self, work: Work, vocab_size: int) -> tuple[Ints, Ints]:
+        """The distinct ids under ``vocab_size`` of the tokens before ``work.end``; each one's count in the answer."""
+        request = work.request
+        end = min(work.end, len(request.tokens))
+        counted = self._counted.get(request)
+        if counted is None or counted.seen > end:
+            prompt = np.unique(np.array(request.tokens[: request.num_prompt], np.int64))
+            prompt = prompt[(prompt >= 0) & (prompt < vocab_size)]
+            counted = self._counted[request] = _Counted(prompt, np.zeros_like(prompt), request.num_prompt)
+        for token in request.tokens[counted.seen : end]:
+            if 0 <= token < vocab_size:
+                counted.add(token)
+        counted.seen = end
+        return counted.ids, counted.times

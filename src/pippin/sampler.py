@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pippin.penalties import LogitEdits, edit_logits, logit_edits
+from pippin.penalties import LogitEdits, TokenCounts, edit_logits, logit_edits
 from pippin.types import Work
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0: dividing by it could only overflow
@@ -91,18 +91,23 @@ class Sampled(NamedTuple):
 
 
 def sampling_inputs(
-    works: Sequence[Work], vocab_size: int, pad_to: int = 0, partition: bool | None = None
+    works: Sequence[Work],
+    vocab_size: int,
+    pad_to: int = 0,
+    counts: TokenCounts | None = None,
+    partition: bool | None = None,
 ) -> tuple[SamplingPlan, SamplingInputs]:
     """The plan and arrays for the rows of those works that sample, in order; padding rows are greedy.
 
     ``vocab_size`` must not exceed the width of the logits. A row's token ``end - 1`` may be one that the host
-    has not seen; ``sample`` gets it as ``input_tokens``. ``partition`` allows partitions in place of bisection
+    has not seen; ``sample`` gets it as ``input_tokens``. ``counts``, kept by the caller, spares penalised requests
+    the counting of their prompts in every step. ``partition`` allows partitions in place of bisection
     (None: on the CPU, where that is faster, and not on a GPU, where MLX's partition is a full sort).
     """
     rows = [w for w in works if w.samples]
     size = max(len(rows), pad_to)
     params = [w.request.params for w in rows]
-    edits = logit_edits(rows, vocab_size, size)
+    edits = logit_edits(rows, vocab_size, size, counts or TokenCounts())
     tops = max((p.top_logprobs for p in params if p.logprobs), default=0)
     plan = SamplingPlan(
         vocab_size,

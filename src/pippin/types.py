@@ -114,7 +114,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 # --- inside the engine ---
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One answer in the making. Only the scheduler writes it.
 
