@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -55,6 +55,7 @@ class EngineClient:
         self.transport = transport
         self.stats = Stats()
         self.progress: Progress | None = None
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
         self.failure: PippinError | None = None
         self.started_at = time.time()
         self._info: ModelInfo | None = None
@@ -171,6 +172,7 @@ class EngineClient:
                     waiter.set_result(event)
             case Progress():
                 self.progress = event
+                self.on_progress(event)
             case Ready(info):
                 self._info = info
                 if self._ready is not None and not self._ready.done():

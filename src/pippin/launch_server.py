@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pippin.cli import main
+from pippin.cli import serve_from_args
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "serve")
-    main()
+    sys.exit(serve_from_args(sys.argv[1:]))

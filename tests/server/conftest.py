@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.server import create_app
-from pippin.server.run import HttpServer
+from pippin.server.launch import HttpServer
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
 from tests.fake_core import EOS, FakeCore

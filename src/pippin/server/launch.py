@@ -17,37 +17,54 @@ from pippin.errors import ConfigError
 from pippin.server.app import Gate, create_app
 from pippin.text.chat import ChatTemplate, read_template
 from pippin.text.tokenizer import load_tokenizer
-from pippin.types import ModelInfo
+from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE
 
 log = logging.getLogger("pippin")
 
 
-def launch_server(
+def run(
     engine: EngineConfig,
     server: ServerConfig,
     on_ready: Callable[[ModelInfo, str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     core: str = CORE,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. ``on_ready`` hears what is served, and at which URL.
+    """Serve until SIGINT or SIGTERM. ``on_ready`` hears what is served and at which URL, ``on_progress`` of loading.
 
     The port answers at once, with 503 until the model is loaded. Raises ConfigError for an option that can't be met
     (an address in use, say), ModelError if the model can't be served, EngineError if the engine died while loading.
     """
-    asyncio.run(Serving(engine, server, core).run(on_ready or announce))
+    logging.basicConfig(level=server.log_level.upper(), format="%(levelname)s: %(message)s")
+    asyncio.run(Serving(engine, server, on_progress or LoggedProgress(), core).run(on_ready or announce))
 
 
 def announce(info: ModelInfo, url: str) -> None:
-    log.info("%s is ready at %s", info.model_path, url)
+    log.info("%s (%s, %s) is ready at %s", info.model_path, info.dtype, info.device, url)
+
+
+class LoggedProgress:
+    """A line in the log for each stage of loading."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            log.info("%s…", progress.stage)
 
 
 class Serving:
     """One server's life: listen, load, serve, close."""
 
-    def __init__(self, engine: EngineConfig, server: ServerConfig, core: str = CORE) -> None:
+    def __init__(
+        self, engine: EngineConfig, server: ServerConfig, on_progress: Callable[[Progress], None], core: str
+    ) -> None:
         self._engine, self._config = engine, server
         self._template = read_template(server.chat_template) if server.chat_template else None
         self._client = EngineClient.spawn(engine, core, server.log_level)
+        self._client.on_progress = on_progress
         self._gate = Gate(self._client)
 
     async def run(self, on_ready: Callable[[ModelInfo, str], None]) -> None:
