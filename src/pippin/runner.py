@@ -14,6 +14,7 @@ from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
 from pippin.inputs import Step
 from pippin.models.seam import Seam, active
+from pippin.penalties import TokenCounts
 from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
 
@@ -117,6 +118,7 @@ class MlxModelRunner:
         self.backend = backend
         self.pool = pool
         self._vocab_size = vocab_size
+        self._token_counts = TokenCounts()
         self._last_token = mx.zeros((max_running + 1,), dtype=mx.int32)
         mx.eval(self._last_token)
 
@@ -132,7 +134,7 @@ class MlxModelRunner:
         sampled, values = None, None
         if samples:
             works = [batch.works[i] for i in samples]
-            plan, inputs = sampling_inputs(works, self._vocab_size)
+            plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
             rows = mx.array([w.request.row for w in works], dtype=mx.int32)
             self._last_token[rows] = sampled.tokens
@@ -199,7 +201,7 @@ class MlxModelRunner:
         for p in prompts:
             targets += works[p.work].request.tokens[p.first : p.first + p.count]
         top = max(works[p.work].request.params.top_logprobs for p in prompts)
-        return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top)
+        return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top, self._vocab_size)
 
 
 def _prompt_rows(works: Sequence[Work]) -> list[PromptRows]:
