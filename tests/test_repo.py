@@ -43,7 +43,8 @@ demo <- text
 config <- worker <- transport <- client <- completion <- server <- cli <- launch_server
 types <- worker
 types <- models
-types <- text <- completion <- sglang <- engine <- cli
+types <- text <- completion <- sglang <- engine <- terminal <- cli
+memory <- environment <- cli
 sglang <- server
 """
 

@@ -107,6 +107,22 @@ class ServerConfig:
             raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How ``chat`` and ``generate`` sample; the names are those of ``SamplingParams``."""
+
+    max_new_tokens: int = option(1024, "Most tokens of an answer.", "--max-tokens")
+    temperature: float = option(0.6, "0 always takes the likeliest token.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens that make up this share.")
+    top_k: int = option(-1, "Sample from this many tokens; -1 from all.")
+    min_p: float = option(0.0, "Leave out tokens less likely than this share of the likeliest.")
+    repetition_penalty: float = option(1.0, "Above 1: tokens that were there before become less likely.")
+    seed: int | None = option(None, "The same seed gives the same answer.")
+    stop: list[str] | None = option(  # noqa: RUF009 - the default is None
+        None, "End the answer at this text; may be given several times."
+    )
+
+
 def flag_of(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")

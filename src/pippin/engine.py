@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import dataclasses
 import difflib
 import pkgutil
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
+from itertools import accumulate
+from queue import SimpleQueue
 from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,8 +27,8 @@ from pippin.errors import ConfigError, EngineError
 from pippin.sglang import Answers, Arguments, Asked
 from pippin.text.chat import ChatTemplate, Message, read_template
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import ModelInfo
-from pippin.worker import CORE
+from pippin.types import ModelInfo, Progress
+from pippin.worker import CORE, Core
 
 T = TypeVar("T")
 Answered = dict[str, Any]
@@ -34,20 +37,30 @@ Answered = dict[str, Any]
 class Engine:
     """A model in this process, its engine in a thread of its own.
 
-    ``model_path`` is a directory or hub id, the shipped demo model if None; ``chat_template`` a file for ``chat``; the
-    options are the fields of ``EngineConfig``. Raises ModelError or ConfigError if it can't be served.
+    ``model_path`` is a directory or hub id, the shipped demo model if None. ``chat_template`` is a file for ``chat``.
+    ``progress`` is called, in another thread, while the model loads. The options are the fields of ``EngineConfig``.
+    Raises ModelError or ConfigError if the model can't be served.
 
     Usable from any thread, and where an event loop runs already (Jupyter). Use it as a context manager, or call
     ``shutdown``.
     """
 
-    def __init__(self, model_path: str | None = None, *, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        chat_template: str | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> None:
         config = _config(model_path, options)
         template = read_template(chat_template) if chat_template is not None else None
-        client = EngineClient.in_thread(
-            lambda progress: pkgutil.resolve_name(CORE)(config, progress), config.random_seed
-        )
-        self._begin(client, config, template)
+
+        def load(tell: Callable[[Progress], None]) -> Core:
+            core: Core = pkgutil.resolve_name(CORE)(config, progress or tell)
+            return core
+
+        self._begin(EngineClient.in_thread(load, config.random_seed), config, template)
 
     @classmethod
     def over(cls, client: EngineClient, tokenizer: Tokenizer, config: EngineConfig | None = None) -> Self:
@@ -94,15 +107,16 @@ class Engine:
         """A dict for one prompt, a list of dicts for a list of them (or ``n`` > 1); with ``stream``, an iterator.
 
         Each dict is ``{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens",
-        "completion_tokens", "cached_tokens", …}}``. Streamed dicts hold all text so far, and ``index`` (which prompt,
-        times ``n``, plus which answer) if there is more than one. Raises RequestError that names the argument or key.
+        "completion_tokens", "cached_tokens", …}}``. Streamed dicts hold all text so far, and if there is more than one
+        answer, ``index``: the place in the list that would be returned without ``stream``.
+        Raises RequestError that names the argument or key.
         """
         arguments = Arguments(
             prompt, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num, rid
         )
         asked, single = arguments.resolve(self.tokenizer, self.info)
         if stream:
-            return self._iterate(self._stream(asked, single, priority))
+            return self._iterate(asked, single, priority)
         return self._wait(self._collect(asked, single, priority))
 
     async def async_generate(
@@ -126,7 +140,7 @@ class Engine:
         )
         asked, single = arguments.resolve(self.tokenizer, self.info)
         if stream:
-            return self._iterate_async(self._stream(asked, single, priority))
+            return self._iterate_async(asked, single, priority)
         return await asyncio.wrap_future(self._call(self._collect(asked, single, priority)))
 
     def chat(
@@ -142,18 +156,16 @@ class Engine:
         tokens = self._chat.encode(messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return self.generate(input_ids=tokens, sampling_params=sampling_params, stream=stream)
 
-    async def _stream(self, asked: list[Asked], single: bool, priority: int) -> AsyncGenerator[Answered, None]:
-        prompts = [self._stream_one(i, one, priority) for i, one in enumerate(asked)]
-        single = single and asked[0].params.n == 1
-        async with aclosing(merge(prompts)) as merged:
-            async for index, answer in merged:
-                yield answer if single else answer | {"index": index}
+    async def _deltas(self, asked: list[Asked], priority: int) -> AsyncGenerator[tuple[int, Delta], None]:
+        """All prompts' deltas as they come, each with its prompt's number."""
+        async with aclosing(merge([self._numbered(i, one, priority) for i, one in enumerate(asked)])) as merged:
+            async for numbered in merged:
+                yield numbered
 
-    async def _stream_one(self, i: int, asked: Asked, priority: int) -> AsyncGenerator[tuple[int, Answered], None]:
-        answers = Answers(asked)
+    async def _numbered(self, i: int, asked: Asked, priority: int) -> AsyncGenerator[tuple[int, Delta], None]:
         async with aclosing(self._complete(asked, priority)) as deltas:
             async for delta in deltas:
-                yield i * asked.params.n + delta.index, answers.add(delta).as_dict()
+                yield i, delta
 
     async def _collect(self, asked: list[Asked], single: bool, priority: int) -> Any:
         tasks = [asyncio.create_task(self._collect_one(one, priority)) for one in asked]
@@ -202,10 +214,16 @@ class Engine:
             return
         self._open = False
         atexit.unregister(self.shutdown)
-        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        await self._client.close()
+        # What was waiting for tokens has its error now, and must pass it on before the loop stops.
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*rest, return_exceptions=True)
 
     def __enter__(self) -> Self:
         return self
@@ -231,29 +249,59 @@ class Engine:
             future.cancel()  # Ctrl-C while waiting: the request must not run on
             raise
 
-    def _iterate(self, stream: AsyncGenerator[Answered, None]) -> Iterator[Answered]:
+    def _iterate(self, asked: list[Asked], single: bool, priority: int) -> Generator[Answered, None, None]:
+        box: SimpleQueue[tuple[int, Delta] | None] = SimpleQueue()
+        future = self._call(_pump(self._deltas(asked, priority), box.put))
+        so_far = SoFar(asked, single)
+        item: tuple[int, Delta] | None = None
         try:
-            while (answer := self._wait(_next(stream))) is not None:
-                yield answer
+            while (item := box.get()) is not None:
+                yield so_far.add(*item)
+            future.result()
         finally:
-            if self._open:
-                self._wait(_close(stream))
+            future.cancel()
+            while item is not None:  # its slots are being freed; wait for that
+                item = box.get()
 
-    async def _iterate_async(self, stream: AsyncGenerator[Answered, None]) -> AsyncGenerator[Answered, None]:
+    async def _iterate_async(self, asked: list[Asked], single: bool, priority: int) -> AsyncGenerator[Answered, None]:
+        loop = asyncio.get_running_loop()
+        box: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+        future = self._call(_pump(self._deltas(asked, priority), lambda item: _call_in(loop, box.put_nowait, item)))
+        so_far = SoFar(asked, single)
         try:
-            while (answer := await asyncio.wrap_future(self._call(_next(stream)))) is not None:
-                yield answer
+            while (item := await box.get()) is not None:
+                yield so_far.add(*item)
+            await asyncio.wrap_future(future)
         finally:
-            if self._open:
-                await asyncio.wrap_future(self._call(_close(stream)))
+            future.cancel()
 
 
-async def _next(stream: AsyncGenerator[Answered, None]) -> Answered | None:
-    return await anext(stream, None)
+class SoFar:
+    """Deltas of several prompts to the dicts that a stream yields."""
+
+    def __init__(self, asked: Sequence[Asked], single: bool) -> None:
+        self._answers = [Answers(one) for one in asked]
+        self._first = list(accumulate((one.params.n for one in asked), initial=0))
+        self._alone = single and asked[0].params.n == 1
+
+    def add(self, i: int, delta: Delta) -> Answered:
+        answer = self._answers[i].add(delta).as_dict()
+        return answer if self._alone else answer | {"index": self._first[i] + delta.index}
 
 
-async def _close(stream: AsyncGenerator[Answered, None]) -> None:
-    await stream.aclose()
+async def _pump(stream: AsyncGenerator[T, None], put: Callable[[T | None], None]) -> None:
+    """Hands a stream's items to another thread, and None at its end, however it ends."""
+    try:
+        async with aclosing(stream):
+            async for item in stream:
+                put(item)
+    finally:
+        put(None)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], item: T) -> None:
+    with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(function, item)
 
 
 def _config(model_path: str | None, options: dict[str, Any]) -> EngineConfig:

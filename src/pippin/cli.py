@@ -1,0 +1,190 @@
+"""The ``pippin`` command: parse, call one function, print.
+
+Options are the fields of the configuration classes (see ``config.option``), so each exists exactly once. Only what a
+command needs is imported, when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
+
+import typer
+from typer.exceptions import TyperException
+
+from pippin import __version__
+from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
+from pippin.errors import ConfigError, PippinError, RequestError
+from pippin.types import ModelInfo
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="pippin",
+    help="Serve large language models on MLX.\n\nThe first three minutes: `pippin chat` talks to the model that "
+    "is part of the package, `pippin serve` serves it to any OpenAI client, and `--model-path Qwen/Qwen3-0.6B` takes "
+    "another.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+PANELS = {EngineConfig: "Model and engine", ServerConfig: "Server", SamplingOptions: "Sampling"}
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns each parameter of a configuration class into one option a field."""
+    own = inspect.signature(function, eval_str=True)
+    groups = {name: p.annotation for name, p in own.parameters.items() if p.annotation in PANELS}
+    fields = [(cls, f) for cls in groups.values() for f in dataclasses.fields(cls)]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        for name, cls in groups.items():
+            given[name] = cls(**{f.name: given.pop(f.name) for f in dataclasses.fields(cls)})
+        function(**given)
+
+    parameters = [p for name, p in own.parameters.items() if name not in groups]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters] + [_parameter(cls, f) for cls, f in fields]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameter(cls: type, field: dataclasses.Field[Any]) -> inspect.Parameter:
+    kind: Any = get_type_hints(cls)[field.name]
+    if choices := field.metadata["choices"]:
+        chosen: Any = Literal.__getitem__(choices)
+        kind = chosen | None if NoneType in get_args(kind) else chosen
+    spelled = [flag_of(field.name), *([field.metadata["flag"]] if field.metadata["flag"] else [])]
+    declared = typer.Option(*spelled, help=field.metadata["help"], rich_help_panel=PANELS[cls])
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, declared]
+    )
+
+
+@app.command()
+@with_options
+def serve(engine: EngineConfig, server: ServerConfig) -> None:
+    """Serve a model over HTTP: OpenAI's endpoints and SGLang's."""
+    from pippin.server.launch import run
+    from pippin.terminal import LoadingBar, ready
+
+    if os.environ.get("SGLANG_USE_MLX"):
+        log.debug("SGLANG_USE_MLX is set; MLX is what there is")
+    with LoadingBar() as bar:
+
+        def on_ready(info: ModelInfo, url: str) -> None:
+            bar.stop()
+            typer.echo(ready(info, url, server.served_model_name, server.api_key is not None))
+
+        run(engine, server, on_ready, bar)
+
+
+@app.command()
+@with_options
+def chat(
+    engine: EngineConfig,
+    sampling: SamplingOptions,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="File with a Jinja chat template.")] = None,
+) -> None:
+    """Talk to a model in the terminal. /help there lists what you can type."""
+    from pippin.terminal import Conversation
+
+    with _engine(engine, chat_template) as opened:
+        if sys.stdin.isatty():
+            typer.echo(f"{opened.info.model_path} · /help for help", err=True)
+        Conversation(opened, dataclasses.asdict(sampling), system).run(sys.stdout)
+
+
+@app.command()
+@with_options
+def generate(
+    engine: EngineConfig,
+    sampling: SamplingOptions,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; `-` or nothing reads standard input.")] = "-",
+) -> None:
+    """Print how a model goes on from PROMPT, as it comes. No chat template is applied."""
+    from pippin.terminal import show
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _engine(engine, None) as opened:
+        show(opened.generate(text, dataclasses.asdict(sampling), stream=True), sys.stdout)
+
+
+@app.command()
+def env() -> None:
+    """Print versions, device and memory: what a bug report needs."""
+    from pippin.environment import describe
+
+    facts = describe()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def version() -> None:
+    """Print Pippin's version."""
+    typer.echo(__version__)
+
+
+def _engine(config: EngineConfig, chat_template: str | None) -> Any:
+    """An Engine, with a bar while it loads."""
+    from pippin.engine import Engine
+    from pippin.terminal import LoadingBar
+
+    with LoadingBar() as progress:
+        return Engine(chat_template=chat_template, progress=progress, **dataclasses.asdict(config))
+
+
+# --- from arguments to an exit status ---
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command line; the exit status: 0, 1 if the model or the engine failed, 2 for a wrong option."""
+    try:
+        status = app(args=list(arguments), prog_name="pippin", standalone_mode=False)
+    except TyperException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (ConfigError, RequestError) as error:
+        return _fail(_flagged(error), 2)
+    except PippinError as error:
+        return _fail(str(error), 1)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    raise SystemExit(run_command(sys.argv[1:]))
+
+
+def serve_from_args(arguments: Sequence[str]) -> int:
+    """``pippin serve`` with these arguments, for ``python -m pippin.launch_server``; its exit status."""
+    return run_command(["serve", *arguments])
+
+
+def _fail(message: str, status: int) -> int:
+    if message.strip():
+        typer.echo(f"pippin: {' '.join(message.split())}", err=True)
+    return status
+
+
+def _flagged(error: ConfigError | RequestError) -> str:
+    """With the flag that a sampling parameter came from."""
+    name = error.field.removeprefix("sampling_params.") if isinstance(error, RequestError) and error.field else None
+    if name in [f.name for f in dataclasses.fields(SamplingOptions)]:
+        return f"{flag_of(name)}: {error}"
+    return str(error)
