@@ -45,6 +45,7 @@ types <- worker
 types <- models
 types <- text <- completion <- sglang <- engine <- terminal <- cli
 memory <- environment <- cli
+backend <- environment
 sglang <- server
 """
 
