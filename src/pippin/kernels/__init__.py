@@ -13,6 +13,7 @@ tokens). On the CPU the objects passed in are rebound to the updated arrays, as 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -20,7 +21,7 @@ import mlx.core as mx
 
 from pippin.kernels import paged, reference
 from pippin.kernels.launch import Launcher, gpu_launcher
-from pippin.kernels.paged import rows_per_tile, tile_rows
+from pippin.kernels.paged import tile_rows
 from pippin.kernels.verify import KernelName, verdicts
 
 __all__ = ["backend", "kv_write", "paged_decode", "paged_extend", "rows_per_tile", "tile_rows", "verify"]
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
 _CORES: dict[str, int] = {"metal": 40, "cuda": 132}
+_TUNING = {"metal": paged.Tuning(unroll=2, heads=4), "cuda": paged.Tuning()}
 
 
 def backend() -> Platform | None:
@@ -97,8 +99,7 @@ def paged_decode(
     form = paged.Form(page_size, scale, window, softcap)
     launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
     if launch is not None:
-        _, tiles = paged.head_tiles(q.shape[1] // k_pool.shape[1])
-        tuning = _tuning(q.shape[0] * k_pool.shape[1] * tiles, longest or table.shape[1] * page_size, window)
+        tuning = _tuning(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
         return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, tuning, sinks, after, new)
     if new is not None:
         kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
@@ -166,9 +167,8 @@ def paged_extend(
             softcap=softcap,
         )
     form = paged.Form(page_size, scale, window, softcap)
-    _, parts = paged.head_tiles(q.shape[1] // k_pool.shape[1])
-    blocks = tiles.shape[0] * k_pool.shape[1] * parts
-    tuning = _tuning(blocks, longest or table.shape[1] * page_size, window, unroll=2)
+    tuning = _tuning(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
+    tuning = replace(tuning, unroll=2)
     return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, tuning, sinks, after)
 
 
@@ -180,9 +180,18 @@ def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher 
     return _gpu(platform)
 
 
-def _tuning(blocks: int, longest: int, window: int | None, unroll: int = 4) -> paged.Tuning:
+def _tuning(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:
+    """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
+    platform = backend() or "cuda"
+    kv_heads = k_pool.shape[1]
+    _, parts = paged.head_tiles(q.shape[1] // kv_heads, _TUNING[platform].heads)
     seen = longest if window is None else min(window, longest)
-    return paged.Tuning(paged.choose_splits(blocks, seen, _CORES[backend() or "cuda"]), unroll=unroll)
+    return replace(_TUNING[platform], splits=paged.choose_splits(units * kv_heads * parts, seen, _CORES[platform]))
+
+
+def rows_per_tile(heads: int, kv_heads: int) -> int:
+    """Most rows that a tile of ``paged_extend`` may have here, for a model with so many heads."""
+    return paged.rows_per_tile(heads // kv_heads, _TUNING[backend() or "cuda"].heads)
 
 
 @cache

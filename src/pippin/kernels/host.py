@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,8 +36,11 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def host_launcher(schedule: int = 0, seed: int = 0) -> Launcher:
-    """A launcher that runs kernels here; writes through input pointers land in the arrays that were passed."""
+def host_launcher(schedule: int = 0, seed: int = 0, edit: Callable[[str], str] | None = None) -> Launcher:
+    """A launcher that runs kernels here; writes through input pointers land in the arrays that were passed.
+
+    ``edit`` changes a kernel's own lines before they are compiled: for tests that plant a fault.
+    """
 
     def launch(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
         mx.eval(*inputs)
@@ -45,7 +48,7 @@ def host_launcher(schedule: int = 0, seed: int = 0) -> Launcher:
         buffers = [_view(a) for a in (*inputs, *outputs)]
         shapes = [np.array(a.shape, np.int32) for a in inputs]
         pointers = [b.ctypes.data for b in buffers] + [s.ctypes.data for s in shapes]
-        run = _library(host_source(what, inputs)).run
+        run = _library(host_source(what, inputs, edit)).run
         fault = run(*what.blocks, what.threads, schedule, seed, (ctypes.c_void_p * len(pointers))(*pointers))
         if fault:
             raise KernelFault(f"{what.source.name}: {fault.decode()}")
@@ -54,7 +57,7 @@ def host_launcher(schedule: int = 0, seed: int = 0) -> Launcher:
     return launch
 
 
-def host_source(what: Launch, inputs: Sequence[mx.array]) -> str:
+def host_source(what: Launch, inputs: Sequence[mx.array], edit: Callable[[str], str] | None = None) -> str:
     """The C++ that runs a launch here."""
     source = what.source
     constants = "".join(f"  {_constant(name, value)}\n" for name, value in what.constants)
@@ -64,6 +67,7 @@ def host_source(what: Launch, inputs: Sequence[mx.array]) -> str:
         for i, (name, dtype) in enumerate(zip((*source.inputs, *source.outputs), dtypes, strict=True))
     )
     text = source.text("host")
+    text = edit(text) if edit else text
     shapes = "".join(
         f"  const int* {name}_shape = (int*)pippin::arguments[{len(dtypes) + i}];\n"
         for i, name in enumerate(source.inputs)

@@ -26,8 +26,6 @@ _EXTEND_INPUTS = ("q", *_POOLS, "table", "lengths", "tiles", *_REST)
 # Fewest tokens that are worth a split of their own, and most splits of one row.
 LEAST_SPLIT = 64
 MOST_SPLITS = 64
-# Query heads that one block keeps in registers: more would spill (8 values of q and of the sum each, per lane).
-MOST_HEADS = 8
 _SHARED_BYTES = 16384
 
 
@@ -43,11 +41,16 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a launch is cut: ``splits`` of the tokens, ``warps`` a block, ``unroll`` tokens a warp loads at once."""
+    """How a launch is cut: ``splits`` of the tokens, ``warps`` a block, ``unroll`` loads in flight a lane.
 
-    splits: int
+    ``heads`` is the most query heads that a warp keeps in registers, each with about 8 values of q and 8 of the sum
+    in every lane. More of them read K and V less often; too many spill (CUDA has 255 registers a lane, Apple 128).
+    """
+
+    splits: int = 1
     warps: int = 4
     unroll: int = 4
+    heads: int = 8
 
 
 def supported(k_pool: mx.array, v_pool: mx.array) -> bool:
@@ -106,7 +109,7 @@ def paged_decode(
 ) -> mx.array:
     """See ``kernels.paged_decode``; with ``new`` (k, v) it stores each row's newest K and V too."""
     rows = q.shape[0]
-    plan = _plan(q, k_pool, v_pool, form, sinks)
+    plan = _plan(q, k_pool, v_pool, form, tuning, sinks)
     per_head = tuning.warps * v_pool.shape[2] * 4
     source = _source("paged_decode", _DECODE_INPUTS, tuning.splits > 1, new is not None)
     constants = (
@@ -137,7 +140,7 @@ def paged_extend(
     after: mx.array | None = None,
 ) -> mx.array:
     """See ``kernels.paged_extend``; ``tiles`` have at most ``rows_per_tile`` rows each."""
-    plan = _plan(q, k_pool, v_pool, form, sinks)
+    plan = _plan(q, k_pool, v_pool, form, tuning, sinks)
     size, dims = k_pool.dtype.size, (q.shape[2], v_pool.shape[2])
     at_once = tuning.unroll * 32 // _lanes(max(dims) * size // 16)
     tokens = max(at_once, _SHARED_BYTES // (sum(dims) * size) // at_once * at_once)
@@ -145,7 +148,7 @@ def paged_extend(
         *plan.constants,
         ("WARPS", tuning.warps),
         ("U", tuning.unroll),
-        ("ROWS", rows_per_tile(q.shape[1], k_pool.shape[1])),
+        ("ROWS", rows_per_tile(q.shape[1] // k_pool.shape[1], tuning.heads)),
         ("TOKENS", min(tokens, 64 // at_once * at_once or at_once)),
         ("LEAST", LEAST_SPLIT if tuning.splits > 1 else 1),
     )
@@ -155,10 +158,13 @@ def paged_extend(
     return _attend(launch, source, constants, blocks, inputs, tuning, plan)
 
 
-def rows_per_tile(heads: int, kv_heads: int) -> int:
-    """Most rows of one sequence that a block of ``paged_extend`` takes: 4 or 8, by what its registers hold."""
-    tile, _ = head_tiles(heads // kv_heads)
-    return 8 if tile <= 4 else 4
+def rows_per_tile(group: int, most_heads: int) -> int:
+    """Most rows of one sequence that a block of ``paged_extend`` takes: 4 or 8, by what its registers hold.
+
+    ``group`` is the number of query heads to a KV head, ``most_heads`` is ``Tuning.heads``.
+    """
+    tile, _ = head_tiles(group, most_heads)
+    return 8 if 2 * tile <= most_heads else 4
 
 
 def tile_rows(counts: Sequence[int], most: int, pad_to: int | None = None) -> npt.NDArray[np.int32]:
@@ -186,10 +192,10 @@ class _Plan:
     sinks: mx.array
 
 
-def _plan(q: mx.array, k_pool: mx.array, v_pool: mx.array, form: Form, sinks: mx.array | None) -> _Plan:
+def _plan(q: mx.array, k_pool: mx.array, v_pool: mx.array, form: Form, tuning: Tuning, sinks: mx.array | None) -> _Plan:
     rows, heads, dim = q.shape
     kv_heads, value_dim = k_pool.shape[1], v_pool.shape[2]
-    tile, tiles = head_tiles(heads // kv_heads)
+    tile, tiles = head_tiles(heads // kv_heads, tuning.heads)
     constants: tuple[Constant, ...] = (
         ("T", q.dtype),
         ("KT", k_pool.dtype),
@@ -245,9 +251,9 @@ def _rest(q: mx.array, sinks: mx.array | None, form: Form, after: mx.array | Non
     return [held, _params(form.scale, form.softcap or 1.0), _token(after)]
 
 
-def head_tiles(group: int) -> tuple[int, int]:
-    """(heads a block, blocks) for the ``group`` query heads of a KV head, cut as evenly as MOST_HEADS allows."""
-    tiles = -(-group // MOST_HEADS)
+def head_tiles(group: int, most: int) -> tuple[int, int]:
+    """(heads a block, blocks) for the ``group`` query heads of a KV head, cut as evenly as ``most`` allows."""
+    tiles = -(-group // most)
     return -(-group // tiles), tiles
 
 

@@ -79,7 +79,7 @@ def check_paged_decode(launch: Launcher) -> bool:
     s, sinks = sample(), mx.arange(8, dtype=mx.bfloat16) / 4
     plain = paged.Form(_PAGE, _SCALE)
     rich = paged.Form(_PAGE, _SCALE, window=100, softcap=2.0)
-    whole = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, plain, paged.Tuning(splits=1))
+    whole = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, plain, paged.Tuning())
     split = paged.paged_decode(
         launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, rich, paged.Tuning(splits=4), sinks=sinks
     )
@@ -92,9 +92,7 @@ def check_paged_decode_write(launch: Launcher) -> bool:
     want_k, want_v = mx.array(s.k_pool), mx.array(s.v_pool)
     reference.kv_write(want_k, want_v, s.k, s.v, reference.newest_slots(s.table, s.lengths, _PAGE))
     mx.eval(want_k, want_v)
-    got = paged.paged_decode(
-        launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, paged.Tuning(splits=1), new=(s.k, s.v)
-    )
+    got = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, paged.Tuning(), new=(s.k, s.v))
     mx.eval(got)
     want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, page_size=form.page_size, scale=form.scale)
     # Padding rows have no slot of their own here; the kernel leaves scratch alone, the reference writes it.
@@ -107,10 +105,8 @@ def check_paged_extend(launch: Launcher) -> bool:
     q = mx.concatenate([s.q, s.q, s.q[:2]])
     lengths = mx.array([146, 147, 148, 149, 150, 35, 36, 37], dtype=mx.int32)
     table = mx.stack([s.table[0], s.table[2]])
-    tiles = mx.array(paged.tile_rows((5, 3), paged.rows_per_tile(8, 2), pad_to=4))
-    got = paged.paged_extend(
-        launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, paged.Tuning(splits=1, unroll=2)
-    )
+    tiles = mx.array(paged.tile_rows((5, 3), paged.rows_per_tile(4, paged.Tuning().heads), pad_to=4))
+    got = paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, paged.Tuning(unroll=2))
     want = reference.paged_extend(
         q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=_PAGE, scale=_SCALE, window=form.window
     )

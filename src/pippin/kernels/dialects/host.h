@@ -155,37 +155,42 @@ static bool release(int first, int count, State state) {
   return true;
 }
 
-// One block. Schedule 0 runs threads in order, 1 in reverse, others in a random order with warps held back at random.
+// Threads of one warp go on, as far as they come or at most `passes` times; how many of them ended.
+static int run_warp(int first, int schedule, int passes) {
+  int done = 0;
+  for (bool moved = true; moved && passes > 0; passes--) {
+    const int turn = schedule > 1 ? int(random_bits() % 32) : 0;
+    moved = false;
+    for (int i = 0; i < 32 && !failure[0]; i++) {
+      const int t = first + (schedule == 1 ? 31 - i : i ^ turn);
+      if (fibers[t].state != READY) continue;
+      moved = true;
+      resume(t);
+      if (fibers[t].state == DONE) done++;
+      if (fibers[t].state == AT_SHUFFLE) release(first, 32, AT_SHUFFLE);
+    }
+  }
+  return done;
+}
+
+// One block. In schedule 0 each warp goes as far as it comes, in order; in 1 in reverse; else by random steps.
 static void run_block(int schedule) {
-  int order[MOST_THREADS], done = 0;
+  const int warps = threads / 32;
+  int done = 0;
   memset(memory, 0xff, sizeof memory);
   for (int i = 0; i < threads; i++) {
     fibers[i].state = READY;
     fibers[i].started = false;
     fibers[i].shared = 0;
-    order[i] = schedule == 1 ? threads - 1 - i : i;
   }
   while (done < threads && !failure[0]) {
-    bool moved = false;
-    uint32_t held = 0;
-    if (schedule > 1) {
-      held = random_bits() & random_bits();
-      for (int i = threads - 1; i > 0; i--) {
-        int j = int(random_bits() % uint32_t(i + 1)), t = order[i];
-        order[i] = order[j];
-        order[j] = t;
-      }
+    bool ready = false;
+    for (int i = 0; i < threads; i++) ready = ready || fibers[i].state == READY;
+    if (!ready && !release(0, threads, AT_BARRIER)) fail("some threads never come; those that wait are at", fibers[0].site);
+    for (int i = 0; i < warps; i++) {
+      const int w = schedule == 0 ? i : schedule == 1 ? warps - 1 - i : int(random_bits() % uint32_t(warps));
+      done += run_warp(w * 32, schedule, schedule > 1 ? 1 << random_bits() % 12 : 1 << 30);
     }
-    for (int i = 0; i < threads && !failure[0]; i++) {
-      int t = order[i], first = t / 32 * 32;
-      if (fibers[t].state != READY) continue;
-      moved = true;
-      if (held >> (t / 32) & 1) continue;
-      resume(t);
-      if (fibers[t].state == DONE) done++;
-      if (fibers[t].state == AT_SHUFFLE) release(first, 32, AT_SHUFFLE);
-    }
-    if (!moved && !release(0, threads, AT_BARRIER)) fail("some threads never come; those that wait are at", fibers[0].site);
   }
 }
 
