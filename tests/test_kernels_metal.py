@@ -1,0 +1,171 @@
+"""The Metal source that MLX would compile, checked without Metal: it is C++14 that uses names which are declared.
+
+MLX builds a function round a kernel's lines; ``metal_source`` builds the same one. What Metal has beyond C++ is
+declared in ``METAL``: address spaces are empty words there, so a pointer into the wrong one is not found.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+
+from pippin.kernels import paged
+from pippin.kernels.launch import Launch, small_inputs
+
+METAL = """
+#include <stddef.h>
+#include <stdint.h>
+#define device
+#define constant static
+#define thread
+#define threadgroup static
+#define kernel
+typedef unsigned int uint;
+typedef unsigned short ushort;
+struct half { half() = default; explicit half(float); operator float() const; uint16_t b; };
+struct bfloat { bfloat() = default; explicit bfloat(float); operator float() const; uint16_t b; };
+struct uint3 { uint x, y, z; };
+namespace metal {
+float exp2(float);
+float simd_shuffle_xor(float, ushort);
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+void threadgroup_barrier(mem_flags);
+}
+using namespace metal;
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+"""
+TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.int32: "int"}
+ATTRIBUTES = {
+    "thread_index_in_simdgroup": "uint",
+    "thread_index_in_threadgroup": "uint",
+    "simdgroup_index_in_threadgroup": "uint",
+    "threadgroup_position_in_grid": "uint3",
+    "threadgroups_per_grid": "uint3",
+}
+
+
+def metal_source(what: Launch, inputs: Sequence[mx.array]) -> str:
+    """The kernel's header, then the function that ``mx.fast.metal_kernel`` makes of the rest, instantiated."""
+    source, text = what.source, what.source.text("metal")
+    constants = [*what.constants, ("SMALL", small_inputs(inputs))]
+    kinds = [("typename" if isinstance(v, mx.Dtype) else type(v).__name__, name) for name, v in constants]
+    parameters: list[str] = []
+    for name, array in zip(source.inputs, inputs, strict=True):
+        # `constant` at file scope needs a storage class to be C++; in a parameter it must be empty.
+        parameters.append(f"const {TYPES[array.dtype]}* {name} [[buffer({len(parameters)})]]")
+        if f"{name}_shape" in text:
+            parameters.append(f"const int* {name}_shape [[buffer({len(parameters)})]]")
+    for name, (_, dtype) in zip(source.outputs, what.outputs, strict=True):
+        parameters.append(f"device {TYPES[dtype]}* {name} [[buffer({len(parameters)})]]")
+    parameters += [f"{kind} {name} [[{name}]]" for name, kind in ATTRIBUTES.items() if name in text]
+    values = ", ".join(TYPES[v] if isinstance(v, mx.Dtype) else str(v).lower() for _, v in constants)
+    return (
+        f"{METAL}{source.header('metal')}\n"
+        f"template <{', '.join(f'{kind} {name}' for kind, name in kinds)}>\n"
+        f"void kernel_of_ours({', '.join(parameters)}) {{\n{text}\n}}\n"
+        f"template decltype(kernel_of_ours<{values}>) kernel_of_ours<{values}>;\n"
+    )
+
+
+def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
+    """One launch of every kernel and variant, for a model of 8 heads over 2 KV heads in each dtype."""
+    found: dict[str, tuple[Launch, list[mx.array]]] = {}
+
+    def record(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        dtype = inputs[0].dtype if what.source.name != "paged_reduce" else what.outputs[0][1]
+        found[f"{what.source.name}-{str(dtype).split('.')[-1]}"] = (what, list(inputs))
+        return [mx.zeros(shape, dtype=dtype) for shape, dtype in what.outputs]
+
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        q, k = mx.zeros((3, 8, 128), dtype=dtype), mx.zeros((3, 2, 128), dtype=dtype)
+        pool = mx.zeros((9, 2, 128), dtype=dtype)
+        table, lengths = mx.zeros((3, 4), dtype=mx.int32), mx.zeros(3, dtype=mx.int32)
+        form = paged.Form(1, 0.1, window=5, softcap=2.0)
+        paged.kv_write(record, pool, pool, k, k, lengths)
+        for splits in (1, 2):
+            tuning = paged.Tuning(splits, unroll=2, heads=4)
+            rest = (pool, pool, table, lengths)
+            paged.paged_decode(record, q, *rest, form, tuning, sinks=q[0, :, 0])
+            paged.paged_decode(record, q, *rest, form, tuning, new=(k, k))
+            paged.paged_extend(record, q, *rest, mx.zeros((1, 3), dtype=mx.int32), form, tuning)
+    return found
+
+
+LAUNCHES = launches()
+
+
+def test_every_variant_is_here() -> None:
+    kernels = {name.split("-")[0] for name in LAUNCHES}
+    suffixes = ("", "_split")
+    decodes = {f"paged_decode{split}{fused}" for split in suffixes for fused in ("", "_fused")}
+    assert kernels == {"kv_write", "paged_reduce", *decodes, *(f"paged_extend{s}" for s in suffixes)}
+
+
+def complaints(source: str) -> str:
+    """What g++ has against it as C++14; empty for nothing."""
+    command = ["g++", "-std=c++14", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-x", "c++", "-"]
+    lenient = ["-Wno-attributes", "-Wno-unused", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Wno-unused-parameter"]
+    done = subprocess.run([*command, *lenient], input=source, text=True, capture_output=True, check=False)
+    return done.stderr
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="checking the Metal source needs g++")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_metal_source_is_cpp14_of_declared_names(name: str) -> None:
+    assert complaints(metal_source(*LAUNCHES[name])) == ""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("line", "planted"),
+    [
+        ("larger(0, length - WINDOW)", "max(0, length - WINDOW)"),
+        ("const int length = lengths[row];", "const auto [length, other] = lengths_of(row);"),
+        ("BARRIER();", "__syncthreads();"),
+    ],
+)
+def test_what_metal_has_not_is_found(line: str, planted: str) -> None:
+    source = metal_source(*LAUNCHES["paged_decode-float16"])
+    assert line in source
+    assert complaints(source.replace(line, planted)) != ""
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_metal_source_keeps_to_what_metal_has(name: str) -> None:
+    """No double, no standard library, globals in constant memory, and every thread index by the name MLX looks for."""
+    what, _ = LAUNCHES[name]
+    header, text = what.source.header("metal"), what.source.text("metal")
+    assert not re.search(r"\bdouble\b|\bstd::|\bnew\b|\bthrow\b|\bgoto\b|\bauto\b|\[&\]|\[=\]", header + text)
+    for line in header.splitlines():
+        assert not re.match(r"(static |const |constexpr )+\w+ \w+ =", line), f"a global outside of constant: {line}"
+    used = set(re.findall(r"\b\w+_(?:in|per)_(?:simdgroup|threadgroup|grid)\b", text))
+    assert used
+    assert used <= ATTRIBUTES.keys()
+    assert not any(attribute in header for attribute in ATTRIBUTES)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_bodies_name_no_address_space_but_through_the_dialect(name: str) -> None:
+    """A pointer in a body says DEVICE or THREAD, or is one of MLX's own parameters."""
+    what, _ = LAUNCHES[name]
+    body = what.source.text("metal").split("using namespace pippin;")[1]
+    for pointer in re.findall(r"[^;{}()]*\w[>\w]\s*\*\s*\w+ =", body):
+        assert "DEVICE" in pointer, pointer
+    for cast in re.findall(r"\(([^()]*\*)\)", body):
+        assert "DEVICE" in cast, cast
+
+
+def test_a_kernels_name_changes_with_its_source_and_with_metals_address_spaces() -> None:
+    what, inputs = LAUNCHES["paged_decode-float16"]
+    assert what.source.unique_name("metal") != what.source.unique_name("cuda")
+    assert small_inputs(inputs) & 1 << what.source.inputs.index("lengths")
+    assert small_inputs([mx.zeros(8), mx.zeros(7), mx.zeros((2, 4))]) == 0b010
