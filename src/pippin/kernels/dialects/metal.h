@@ -2,7 +2,7 @@
 #define DEVICE device
 #define CONSTANT constant
 #define THREAD thread
-#define INLINE static inline
+#define INLINE inline __attribute__((always_inline))
 #define SHARED(type, name, count) threadgroup type name[count]
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define UNROLL _Pragma("clang loop unroll(full)")
