@@ -112,6 +112,17 @@ def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoint: Path, options: dic
     assert core.stats.slots_free == core.stats.slots_total
 
 
+@pytest.mark.parametrize("page_size", [1, 8])
+def test_tokens_are_the_same_where_rows_read_the_pool_by_page(
+    checkpoint: Path, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, with the kernels' definitions in their place: pages, tokens of order, no waiting."""
+    monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
+    rows = prompts(9)
+    core = make_core(checkpoint, page_size=page_size, chunked_prefill_size=16)
+    assert run(core, submits(rows)) == {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+
+
 def test_sampled_tokens_do_not_depend_on_company_or_schedule(checkpoint: Path) -> None:
     rows = prompts(6)
     params = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, max_new_tokens=10, ignore_eos=True, seed=7)

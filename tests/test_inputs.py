@@ -40,6 +40,7 @@ def expected_tokens(w: Work) -> list[int]:
 
 def covers(group: Group, works: list[Work], rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The (position, slot count) of each of the group's rows, checked against the works that own them."""
+    assert group.slots is not None
     positions, slots = np.asarray(group.positions), np.asarray(group.slots)
     for i in range(group.count):
         owner = rows[group.first + i * group.rows][0]
@@ -78,6 +79,7 @@ def test_padding_goes_to_scratch_and_changes_no_token(works: list[Work]) -> None
     step = padded_step(works, LAST)
     tokens, slots = np.asarray(step.tokens), np.asarray(step.write_slots)
     (group,) = step.groups
+    assert group.slots is not None
     for i, w in enumerate(works):
         n = w.end - w.start
         assert list(tokens[i, :n]) == expected_tokens(w)

@@ -95,15 +95,12 @@ class _Wrong(Rows):
         self.name = f"wrong-{fault}"
         self._fault = fault
 
-    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
-        step = super().step(works, last_token)
+    def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
+        step = super().step(works, last_token, pool)
         if self._fault == "position":
             return replace(step, positions=step.positions + 1 * (step.positions > 3))
         if self._fault == "context":
-            groups = tuple(
-                replace(g, slots=mx.concatenate([g.slots[:, 1:], g.slots[:, :1]], axis=1)) for g in step.groups
-            )
-            return replace(step, groups=groups)
+            return replace(step, groups=tuple(map(_turned, step.groups)))
         return step
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
@@ -111,8 +108,9 @@ class _Wrong(Rows):
         return [kind(i, step, pool, seam) for i in range(len(pool.shapes))]
 
 
-def _with_slots(group: Group, slots: mx.array) -> Group:
-    return replace(group, slots=slots)
+def _turned(group: Group) -> Group:
+    assert group.slots is not None
+    return replace(group, slots=mx.concatenate([group.slots[:, 1:], group.slots[:, :1]], axis=1))
 
 
 @pytest.mark.parametrize("fault", ["position", "context", "window"])

@@ -190,7 +190,7 @@ def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None 
         max_running=sizes.max_running,
     )
     tell(Progress("probe", 2, 2))
-    pool = KVPool(choice.shapes, plan.slots + config.page_size)
+    pool = KVPool(choice.shapes, plan.slots + config.page_size, config.page_size)
     runner = MlxModelRunner(
         loaded.model,
         choice.backend,

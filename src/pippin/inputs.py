@@ -24,6 +24,7 @@ class Group:
 
     ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32
     is the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
+    ``pages`` [count, n] int32 are page numbers instead, where a kernel reads the pool by page; ``slots`` is None then.
     """
 
     first: int
@@ -31,8 +32,9 @@ class Group:
     rows: int
     context: int
     ragged: bool
-    slots: mx.array
+    slots: mx.array | None
     starts: mx.array
+    pages: mx.array | None = None
 
     @property
     def positions(self) -> mx.array:
@@ -46,7 +48,8 @@ class Step:
 
     ``tokens`` int32: [T, 1] or [B, L], as the layout has it. ``positions`` int32: [T] each token's, or [B] each
     work's first. ``write_slots`` int32 [T] or [B, L]. ``lasts`` says where each work's last token lies in the flattened
-    tokens, in the order in which the works were given.
+    tokens, in the order in which the works were given. ``after`` is something that all steps before have computed: what
+    writes the pool in place waits for it.
     """
 
     tokens: mx.array
@@ -54,10 +57,14 @@ class Step:
     write_slots: mx.array
     groups: tuple[Group, ...]
     lasts: tuple[int, ...]
+    after: mx.array | None = None
 
 
-def row_step(works: Sequence[Work], last_token: mx.array) -> Step:
-    """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet."""
+def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
+    """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
+
+    With ``page_size``, all works of a single token are one group that names pages, for a kernel.
+    """
     order = sorted(range(len(works)), key=lambda i: _group_key(works[i]))
     starts, total = [0] * len(works), 0
     for i in order:
@@ -77,7 +84,7 @@ def row_step(works: Sequence[Work], last_token: mx.array) -> Step:
         tokens=_with_unseen(tokens, unseen, last_token)[:, None],
         positions=mx.array(positions),
         write_slots=mx.array(slots),
-        groups=tuple(_groups([works[i] for i in order])),
+        groups=tuple(_groups([works[i] for i in order], page_size)),
         lasts=tuple(starts[i] + w.end - w.start - 1 for i, w in enumerate(works)),
     )
 
@@ -108,7 +115,7 @@ def _group_key(work: Work) -> tuple[bool, int]:
     return (not single, work.end if single else 0)
 
 
-def _groups(works: Sequence[Work]) -> list[Group]:
+def _groups(works: Sequence[Work], page_size: int | None) -> list[Group]:
     """Cuts works (singles by length, then the rest) into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
@@ -119,35 +126,38 @@ def _groups(works: Sequence[Work]) -> list[Group]:
     while at < len(works):
         head = works[at]
         rows, stop = head.end - head.start, at + 1
-        while stop < len(works) and _fits(head, works[stop]):
+        while stop < len(works) and _fits(head, works[stop], paged=page_size is not None):
             stop += 1
-        groups.append(_group(works[at:stop], first, rows))
+        groups.append(_group(works[at:stop], first, rows, page_size if rows == 1 else None))
         first += rows * (stop - at)
         at = stop
     return groups
 
 
-def _fits(head: Work, work: Work) -> bool:
+def _fits(head: Work, work: Work, paged: bool) -> bool:
     if work.end - work.start != head.end - head.start:
         return False
     if head.end - head.start == 1:
-        return work.end <= max(2 * head.end, 256)
+        return paged or work.end <= max(2 * head.end, 256)
     return work.end == head.end
 
 
-def _group(works: Sequence[Work], first: int, rows: int) -> Group:
-    context = max(w.end for w in works)
-    slots = np.zeros((len(works), context), np.int32)
+def _group(works: Sequence[Work], first: int, rows: int, page_size: int | None = None) -> Group:
+    """Slots of all contexts, or with ``page_size`` the pages: every page's first slot tells which it is."""
+    context, stride = max(w.end for w in works), page_size or 1
+    table = np.zeros((len(works), -(-context // stride)), np.int32)
     for i, work in enumerate(works):
-        slots[i, : work.end] = _slots_of(work)
+        slots = _slots_of(work)[::stride]
+        table[i, : len(slots)] = slots // stride
     return Group(
         first=first,
         count=len(works),
         rows=rows,
         context=context,
         ragged=any(w.end != context for w in works),
-        slots=mx.array(slots),
+        slots=mx.array(table) if page_size is None else None,
         starts=mx.array(np.array([w.start for w in works], np.int32)),
+        pages=mx.array(table) if page_size is not None else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -17,6 +17,9 @@ from pippin.models.seam import Seam, active
 from pippin.penalties import TokenCounts
 from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
+
+# Inputs of fewer elements are of another address space in a Metal kernel.
+_LEAST_AFTER = 8
 
 
 class Flight(Protocol):
@@ -119,14 +122,16 @@ class MlxModelRunner:
         self.pool = pool
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
-        self._last_token = mx.zeros((max_running + 1,), dtype=mx.int32)
+        self._last_token = mx.zeros((max(max_running + 1, _LEAST_AFTER),), dtype=mx.int32)
+        self._after = self._last_token
         mx.eval(self._last_token)
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.
 
-        Where writes to the pool are MLX's own indexed updates, they are in place only if no step in flight
-        still holds the pool. So the graph is built while the step before runs, but queued only after it.
+        Where our kernel writes the pool in place, the step waits on the device for the one before (``_after``). Where
+        MLX's own indexed update does, it is in place only if no step in flight still holds the pool: then the graph is
+        built while the step before runs, but queued only after it.
         """
         samples = [i for i, w in enumerate(batch.works) if w.samples]
         prompts = tuple(_prompt_rows(batch.works))
@@ -138,11 +143,15 @@ class MlxModelRunner:
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
             rows = mx.array([w.request.row for w in works], dtype=mx.int32)
             self._last_token[rows] = sampled.tokens
+            self._after = self._last_token
+        else:
+            self._after = logits[0, :_LEAST_AFTER].astype(mx.int32)
         if prompts:
             values = self._prompt_logprobs(batch.works, prompts, logits[len(samples) :])
-        mx.synchronize()
+        if not self.pool.in_place:
+            mx.synchronize()
         mx.async_eval(  # type: ignore[no-untyped-call]
-            self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values)
+            self._last_token, self._after, self.pool.arrays, _arrays(sampled), _arrays(values)
         )
         return InFlight(batch, sampled, prompts, values)
 
@@ -156,14 +165,18 @@ class MlxModelRunner:
 
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
-        self.pool = KVPool(self.pool.shapes, self.pool.num_slots)
+        self.pool = KVPool(self.pool.shapes, self.pool.num_slots, self.pool.page_size)
         self._last_token = mx.zeros_like(self._last_token)
+        self._after = self._last_token
         mx.eval(self._last_token)
 
     def _forward(
         self, works: Sequence[Work], samples: Sequence[int], prompts: Sequence[PromptRows]
     ) -> tuple[mx.array, mx.array]:
-        """Logits [samples + prompt rows, vocab], lazy, and the input token [samples] int32 of each sampling row."""
+        """Lazy: logits [samples + prompt rows, vocab] and the input token [samples] int32 of each sampling row.
+
+        At least one row of logits comes back, whether anyone wants it or not: the step's outcome hangs on it.
+        """
         for work in works:
             if len(work.request.slots) < work.end or work.request.row < 0:
                 raise AssertionError(f"{work.request.id} was scheduled without slots or row")
@@ -173,26 +186,26 @@ class MlxModelRunner:
         first = 0
         forwards = self.backend.forwards(works)
         for part in forwards:
-            step = self.backend.step(part, self._last_token)
+            step = replace(self.backend.step(part, self._last_token, self.pool), after=self._after)
             mine = [i - first for i in samples if first <= i < first + len(part)]
             rows = [step.lasts[i] for i in mine]
             more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
             logits = self._run(step, rows + more)
             heads.append(logits[: len(rows)])
-            tails.append(logits[len(rows) :])
+            tails.append(logits[len(rows) : len(rows) + len(more)])
             tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
             first += len(part)
             if len(forwards) > 1:
                 # A pool array that is written twice in one graph would be copied.
                 mx.eval(logits, self.pool.arrays)
-        return mx.concatenate(heads + tails), mx.concatenate(tokens)
+        return mx.concatenate([*heads, *tails] if samples or prompts else [logits]), mx.concatenate(tokens)
 
     def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
-        """Logits [rows, vocab] of the flattened rows; at least one is computed, since a step must have an output."""
+        """Logits [rows, vocab] of the flattened rows, or of the first one if there are none."""
         seam = Seam(mx.array([*rows] or [0], dtype=mx.int32))
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
-        return logits.reshape(-1, logits.shape[-1])[: len(rows)]
+        return logits.reshape(-1, logits.shape[-1])
 
     def _prompt_logprobs(
         self, works: Sequence[Work], prompts: Sequence[PromptRows], logits: mx.array

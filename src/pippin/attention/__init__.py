@@ -26,8 +26,8 @@ class AttentionBackend(Protocol):
         """Splits a step's works, in order, over forwards; most backends need one."""
         ...
 
-    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
-        """Lays one forward's works out as arrays."""
+    def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
+        """Lays one forward's works out as arrays, to attend over ``pool``."""
         ...
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
@@ -51,6 +51,10 @@ def backends_to_try(name: str) -> list[AttentionBackend]:
     if name == "mlx":
         return list(_BACKENDS.values())
     if name not in _BACKENDS:
-        known = ", ".join(["mlx", *_BACKENDS])
-        raise ConfigError(f"must be one of {known}, not {name!r}", "--attention-backend")
+        raise ConfigError(f"must be one of {', '.join(backend_names())}, not {name!r}", "--attention-backend")
     return [_BACKENDS[name]]
+
+
+def backend_names() -> list[str]:
+    """Every spelling that ``--attention-backend`` takes."""
+    return ["mlx", *_BACKENDS]

@@ -45,8 +45,10 @@ class PaddedLayer:
         """Stores keys and values [B, kv_heads, L, …] and returns the works' whole K and V, padded."""
         slots = self._step.write_slots.reshape(-1)
         flat = [x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (keys, values)]
-        self._pool.write(self._layer, slots, *flat)
-        self._stored = self._pool.gather(self._layer, self._step.groups[0].slots)
+        written = self._pool.write(self._layer, slots, flat[0], flat[1], self._step.after)
+        context = self._step.groups[0].slots
+        assert context is not None
+        self._stored = self._pool.gather(self._layer, context, written)
         return self._stored
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -76,7 +78,7 @@ class Padded:
                 runs.append([work])
         return list(runs)
 
-    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
+    def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
         return padded_step(works, last_token)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:

@@ -10,7 +10,8 @@ import mlx.core as mx
 from pippin.attention.plain import group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
-from pippin.inputs import Step, row_step
+from pippin.inputs import Group, Step, row_step
+from pippin.kernels import paged_decode
 from pippin.models.seam import Seam
 from pippin.types import Work
 
@@ -34,6 +35,7 @@ class RowLayer:
         shape = pool.shapes[layer]
         self._window = shape.window if shape else None
         self._stored: tuple[mx.array, mx.array] | None = None
+        self._written: mx.array | None = None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window:
         """mlx-lm's call for a mask; ``window_size`` is in tokens, the newest included."""
@@ -41,7 +43,9 @@ class RowLayer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stores keys and values [T, kv_heads, 1, …]; returns them as they are, since attention reads the pool."""
-        self._pool.write(self._layer, self._step.write_slots, keys[:, :, 0], values[:, :, 0])
+        self._written = self._pool.write(
+            self._layer, self._step.write_slots, keys[:, :, 0], values[:, :, 0], self._step.after
+        )
         self._seam.own(keys, self)
         self._stored = keys, values
         return self._stored
@@ -59,10 +63,31 @@ class RowLayer:
         window = mask.size if mask is not None else self._window
         parts = []
         for group in self._step.groups:
-            keys, values = self._pool.gather(self._layer, group.slots)
             rows = q[group.first : group.first + group.count * group.rows]
-            parts.append(group_attention(rows, keys, values, group, scale, window, sinks))
+            parts.append(self._attend_group(rows, group, scale, window, sinks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
+
+    def _attend_group(
+        self, q: mx.array, group: Group, scale: float, window: int | None, sinks: mx.array | None
+    ) -> mx.array:
+        assert self._written is not None
+        if group.pages is None:
+            assert group.slots is not None
+            keys, values = self._pool.gather(self._layer, group.slots, self._written)
+            return group_attention(q, keys, values, group, scale, window, sinks)
+        out = paged_decode(
+            q[:, :, 0],
+            *self._pool.layer(self._layer),
+            group.pages,
+            group.starts + 1,
+            page_size=self._pool.page_size,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+            after=self._written,
+            longest=group.context,
+        )
+        return out[:, :, None]
 
 
 class Rows:
@@ -73,8 +98,8 @@ class Rows:
     def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
         return [works]
 
-    def step(self, works: Sequence[Work], last_token: mx.array) -> Step:
-        return row_step(works, last_token)
+    def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
+        return row_step(works, last_token, pool.page_size if pool.in_place else None)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         return [RowLayer(i, step, pool, seam) for i in range(len(pool.shapes))]

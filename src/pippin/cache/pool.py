@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pippin import kernels
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -23,49 +25,60 @@ class LayerShape:
 
     @property
     def bytes_per_slot(self) -> int:
-        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.size
+        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
 
 
 class KVPool:
     """K [slots, kv_heads, key_dim] and V [slots, kv_heads, value_dim] for each layer; slot 0 is scratch.
 
-    A layer's arrays are written once in a step, before they are read: MLX then updates them in place, as long as
-    nothing else holds the buffer. Nobody outside may keep a reference to an array of the pool. Slots are not
-    checked here, and MLX does not check them either: the runner does, on the host.
+    ``in_place``: a kernel of ours writes, behind MLX's back: whoever reads must take what ``write`` returned, and the
+    next step's ``write`` something that this step computed from its reads. Otherwise MLX's own indexed update does, in
+    place as long as nothing else holds the buffer: each array is written once in a step, before it is read, and
+    nobody outside keeps a reference. Slots are not checked here, nor by MLX: the runner does, on the host.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape | None], num_slots: int) -> None:
+    def __init__(self, shapes: Sequence[LayerShape | None], num_slots: int, page_size: int = 1) -> None:
         self.shapes = tuple(shapes)
         self.num_slots = num_slots
-        self.keys = [mx.zeros((num_slots, s.kv_heads, s.key_dim), dtype=s.dtype) if s else None for s in self.shapes]
-        self.values = [
-            mx.zeros((num_slots, s.kv_heads, s.value_dim), dtype=s.dtype) if s else None for s in self.shapes
-        ]
+        self.page_size = page_size
+        self._layers = [_arrays_of(s, num_slots) if s else None for s in self.shapes]
         mx.eval(self.arrays)
+        self.in_place = all(kernels.writes_in_place(*layer) for layer in self._layers if layer)
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array, to hand to ``mx.async_eval`` with a step: a write that nobody evaluates piles up."""
-        return [a for a in (*self.keys, *self.values) if a is not None]
+        return [a for layer in self._layers if layer for a in layer]
 
     @property
     def nbytes(self) -> int:
         return self.num_slots * bytes_per_slot(self.shapes)
 
-    def write(self, layer: int, slots: mx.array, k: mx.array, v: mx.array) -> None:
-        """Stores k [n, kv_heads, key_dim] and v [n, kv_heads, value_dim] at ``slots`` [n] int32."""
-        keys, values = self.keys[layer], self.values[layer]
-        if keys is None or values is None:
-            raise LookupError(f"layer {layer} stored nothing when the model was measured")
-        keys[slots] = k.astype(keys.dtype)
-        values[slots] = v.astype(values.dtype)
+    def layer(self, index: int) -> tuple[mx.array, mx.array]:
+        """K and V of the model's cache ``index``; LookupError if the model stored nothing there when measured."""
+        layer = self._layers[index]
+        if layer is None:
+            raise LookupError(f"layer {index} stored nothing when the model was measured")
+        return layer
 
-    def gather(self, layer: int, slots: mx.array) -> tuple[mx.array, mx.array]:
+    def write(self, index: int, slots: mx.array, k: mx.array, v: mx.array, after: mx.array | None) -> mx.array:
+        """Stores k [n, kv_heads, key_dim] and v [n, kv_heads, value_dim] at ``slots`` [n] int32.
+
+        Returns what readers of this step pass on as ``after``.
+        """
+        return kernels.kv_write(*self.layer(index), k, v, slots, after=after)
+
+    def gather(self, index: int, slots: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
         """K and V at ``slots`` [b, n], as attention wants them: [b, kv_heads, n, key_dim or value_dim]."""
-        keys, values = self.keys[layer], self.values[layer]
-        if keys is None or values is None:
-            raise LookupError(f"layer {layer} stored nothing when the model was measured")
+        keys, values = self.layer(index)
+        if self.in_place:
+            keys, values = mx.depends([keys, values], [after])
         return keys[slots].transpose(0, 2, 1, 3), values[slots].transpose(0, 2, 1, 3)
+
+
+def _arrays_of(shape: LayerShape, num_slots: int) -> tuple[mx.array, mx.array]:
+    rows = num_slots, shape.kv_heads
+    return mx.zeros((*rows, shape.key_dim), shape.dtype), mx.zeros((*rows, shape.value_dim), shape.dtype)
 
 
 def bytes_per_slot(shapes: Sequence[LayerShape | None]) -> int:
