@@ -24,7 +24,16 @@ from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.paged import tile_rows
 from pippin.kernels.verify import KernelName, verdicts
 
-__all__ = ["backend", "kv_write", "paged_decode", "paged_extend", "rows_per_tile", "tile_rows", "verify"]
+__all__ = [
+    "backend",
+    "kv_write",
+    "paged_decode",
+    "paged_extend",
+    "rows_per_tile",
+    "tile_rows",
+    "verify",
+    "writes_in_place",
+]
 
 Platform = Literal["metal", "cuda"]
 
@@ -70,6 +79,11 @@ def kv_write(
         return paged.kv_write(launch, k_pool, v_pool, k, v, slots, after)
     reference.kv_write(k_pool, v_pool, k, v, slots)
     return slots
+
+
+def writes_in_place(k_pool: mx.array, v_pool: mx.array) -> bool:
+    """Whether ``kv_write`` is a kernel for these pools here, and so ``after`` the only thing that orders accesses."""
+    return _launcher("kv_write", k_pool, v_pool) is not None
 
 
 def paged_decode(
