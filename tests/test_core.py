@@ -17,7 +17,7 @@ from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
 from pippin.runner import InFlight, MlxModelRunner
 from pippin.types import Batch, Output, SamplingParams, Submit
-from tests.tiny import save_tiny
+from tests.checkpoints import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("model")
-    save_tiny(path, "qwen3", head_dim=32)
+    make_checkpoint(path, "qwen3", head_dim=32)
     return path
 
 
