@@ -17,7 +17,7 @@ from pippin.types import Finish, ModelInfo, Output, Progress, Stats, StepOutput,
 
 VOCAB = 300
 EOS = 256
-CONTEXT = 4096
+CONTEXT = 1024
 KILL = 299  # a prompt of this token kills the process, as a GPU out of memory does
 RAISE = 298  # a prompt of this token breaks `add` in a way that nobody foresaw
 STEP_SECONDS = 0.001

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import pippin
-from tests.fake_core import expected
+from tests.fake_core import CONTEXT, expected
 from tests.server.conftest import Running
 from tests.server.test_openai import events, told
 
@@ -76,7 +76,7 @@ def test_generate_logprobs_are_triples(http: httpx.Client) -> None:
 
 def test_tokenize_and_back(http: httpx.Client) -> None:
     answer = http.post("/tokenize", json={"prompt": "aé"}).json()
-    assert answer == {"tokens": [97, 0xC3, 0xA9], "count": 3, "max_model_len": 4096}
+    assert answer == {"tokens": [97, 0xC3, 0xA9], "count": 3, "max_model_len": CONTEXT}
     answer = http.post("/tokenize", json={"prompt": ["a", "bc"]}).json()
     assert (answer["tokens"], answer["count"]) == ([[97], [98, 99]], [1, 2])
     assert http.post("/detokenize", json={"tokens": [97, 0xC3, 0xA9, 256]}).json() == {"text": "aé"}

@@ -292,14 +292,13 @@ def test_sixteen_streams_at_once_equal_sixteen_alone(server: Running) -> None:
     seed=st.integers(0, 9),
 )
 def test_a_stream_joined_equals_the_whole(
-    server: Running, prompt: str, count: int, n: int, stop: list[str], logprobs: int | None, echo: bool, seed: int
+    http: httpx.Client, prompt: str, count: int, n: int, stop: list[str], logprobs: int | None, echo: bool, seed: int
 ) -> None:
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": count, "n": n, "stop": stop, "echo": echo, "seed": seed}
     if logprobs is not None and not (echo and n > 1):
         body["logprobs"] = logprobs
-    with server.http() as http:
-        whole = http.post("/v1/completions", json=body)
-        stream = http.post("/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    whole = http.post("/v1/completions", json=body)
+    stream = http.post("/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
     assert whole.status_code == 200, whole.text
     parts = events(stream)
     assert parts[-1]["usage"]["completion_tokens"] == whole.json()["usage"]["completion_tokens"]
