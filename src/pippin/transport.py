@@ -163,7 +163,8 @@ class ProcessTransport:
         try:
             await asyncio.wait_for(process.wait(), patience)
         except TimeoutError:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
 
 

@@ -8,15 +8,16 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
-from pippin.errors import ConfigError
+from pippin.errors import ConfigError, PippinError
 from pippin.server.app import Gate, create_app
 from pippin.text.chat import ChatTemplate, read_template
-from pippin.text.tokenizer import load_tokenizer
+from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE
 
@@ -95,15 +96,22 @@ class Serving:
             await self._client.close()
 
     async def _load(self) -> ModelInfo:
-        info = await self._client.start()
-        tokenizer = await asyncio.to_thread(
-            load_tokenizer,
-            info.tokenizer_path,
-            revision=self._engine.revision,
-            trust_remote_code=self._engine.trust_remote_code,
-        )
+        path = self._engine.tokenizer_path or self._engine.model_path
+        early = path is None or Path(path).is_dir()  # else the engine downloads it first
+        reading = asyncio.create_task(self._tokenizer(path)) if early else None
+        try:
+            info = await self._client.start()
+        except PippinError:
+            if reading is not None:
+                reading.cancel()
+            raise
+        tokenizer = await (reading or self._tokenizer(info.tokenizer_path))
         self._gate.app = create_app(self._client, tokenizer, ChatTemplate(tokenizer, self._template), self._config)
         return info
+
+    async def _tokenizer(self, path: str | None) -> Tokenizer:
+        revision, trust = self._engine.revision, self._engine.trust_remote_code
+        return await asyncio.to_thread(load_tokenizer, path, revision=revision, trust_remote_code=trust)
 
 
 class HttpServer(uvicorn.Server):

@@ -1,0 +1,263 @@
+"""Clients that go away, an engine that dies, and a server that starts, loads and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pippin.client import EngineClient
+from pippin.config import EngineConfig, ServerConfig
+from pippin.errors import ConfigError
+from pippin.server.launch import listen
+from pippin.transport import ProcessTransport
+from tests.fake_core import KILL
+from tests.server.conftest import Running, Serve
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 1000},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "n": 2},
+    "/generate": {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 1000}},
+}
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.002)
+
+
+def ask(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
+    """A request sent by hand, the answer unread."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    connection = socket.create_connection(address)
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("path", sorted(LONG))
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_goes_away_frees_the_engine_within_a_step(
+    serve: Serve, path: str, stream: bool, reset: bool
+) -> None:
+    with serve(seconds=0.05) as running:
+        connection = ask(running.address, path, LONG[path] | {"stream": stream})
+        until(lambda: running.core.steps >= 2)
+        if stream:
+            assert b"200 OK" in connection.recv(4096)
+        if reset:  # no polite goodbye
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        steps = running.core.steps
+        connection.close()
+        until(lambda: running.core.running == {})
+        assert running.core.steps <= steps + 2  # the step under way, and the next
+        until(lambda: running.client.live == ())
+        with running.http() as http:
+            assert 'outcome="disconnect"' in http.get("/metrics").text
+            assert http.post("/v1/completions", json={"prompt": "b", "max_tokens": 2}).status_code == 200
+
+
+def test_a_client_may_go_away_before_it_has_said_all(server: Running) -> None:
+    connection = socket.create_connection(server.address)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    )
+    connection.close()
+    with server.http() as http:
+        assert http.post("/v1/completions", json={"prompt": "b", "max_tokens": 2}).status_code == 200
+
+
+def test_a_client_that_reads_slowly_loses_nothing(server: Running) -> None:
+    body = {"prompt": "a", "max_tokens": 900, "stream": True, "temperature": 0}
+    with ask(server.address, "/v1/completions", body) as connection:
+        time.sleep(0.5)
+        found = b""
+        while b"[DONE]" not in found:
+            found += connection.recv(100)
+    assert found.count(b'"text":') == 900
+
+
+# --- the engine dies ---
+
+
+@pytest.fixture
+def mortal(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A server whose engine is a child process."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config = EngineConfig(model_path="0.005")
+    with serve(make_client=lambda core: EngineClient.spawn(config, "tests.fake_core:load", "critical")) as running:
+        yield running
+
+
+def test_the_server_outlives_its_engine(mortal: Running) -> None:
+    body = {"prompt": "a", "max_tokens": 1000}
+    with (
+        mortal.http() as http,
+        http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream,
+        mortal.http() as other,
+    ):
+        lines = stream.iter_lines()
+        assert "choices" in next(lines)
+        killer = other.post("/v1/completions", json={"prompt": [KILL]})
+        assert killer.status_code == 503
+        assert "SIGKILL" in killer.json()["error"]["message"]
+        *_, last = (line for line in lines if line)
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (error["type"], error["code"]) == ("server_error", None)
+        assert "SIGKILL" in error["message"]
+        for path in ("/health", "/health_generate", "/flush_cache"):
+            response = other.get(path)
+            assert response.status_code == 503
+            assert "SIGKILL" in response.json()["error"]["message"]
+        assert other.get("/v1/models").status_code == 200
+        assert other.get("/metrics").status_code == 200
+
+
+def test_the_official_client_sees_an_engines_death_in_mid_stream(mortal: Running) -> None:
+    with mortal.openai() as ai:
+        stream = ai.completions.create(model="m", prompt="a", max_tokens=1000, stream=True)
+        next(iter(stream))
+        assert isinstance(mortal.client.transport, ProcessTransport)
+        assert mortal.client.transport.pid is not None
+        os.kill(mortal.client.transport.pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="SIGKILL"):
+            for _ in stream:
+                pass
+
+
+# --- the whole program ---
+
+PROGRAM = """
+import sys
+from pippin.config import EngineConfig, ServerConfig
+from pippin.errors import PippinError
+from pippin.server.launch import run
+try:
+    run(EngineConfig(model_path=sys.argv[1]), ServerConfig(port=int(sys.argv[2])), core="tests.fake_core:load",
+        on_ready=lambda info, url: print("ready", url, flush=True))
+except PippinError as error:
+    print(type(error).__name__, error, flush=True)
+    sys.exit(3)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def program(model: str, port: int) -> Iterator[subprocess.Popen[str]]:
+    """The server as `pippin serve` runs it, with a demo model's tokenizer and a FakeCore."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, model, str(port)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def get(port: int, path: str) -> httpx.Response | None:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5)
+    except httpx.TransportError:
+        return None
+
+
+def wait_for(port: int, path: str, status: int) -> httpx.Response:
+    found: list[httpx.Response] = []
+
+    def there() -> bool:
+        response = get(port, path)
+        if response is not None and response.status_code == status:
+            found.append(response)
+        return bool(found)
+
+    until(there, 30)
+    return found[0]
+
+
+def test_it_says_that_it_loads_and_ends_at_once_if_told_to() -> None:
+    port = free_port()
+    with program("slow", port) as process:
+        for path in ("/health", "/v1/models", "/metrics"):
+            response = wait_for(port, path, 503)
+            assert "loading" in response.json()["error"]["message"]
+            assert response.headers["retry-after"] == "1"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_a_signal_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    port = free_port()
+    model = demo_like(tmp_path)
+    with program(model, port) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"ready http://127.0.0.1:{port}\n"
+        response = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "a", "max_tokens": 3})
+        assert response.status_code == 200
+        (child,) = children(process.pid) if sys.platform == "linux" else (0,)
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        if child:
+            assert not Path(f"/proc/{child}").exists()
+
+
+def demo_like(tmp_path: Path) -> str:
+    """A model directory that holds a tokenizer; FakeCore needs no more."""
+    from tests.server.conftest import byte_tokenizer
+
+    byte_tokenizer().hf.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("broken-model", "ModelError no such model"),
+        ("broken-option", "ConfigError --page-size: must be even"),
+        ("killed", "EngineError the engine process was killed by SIGKILL"),
+    ],
+)
+def test_a_start_that_fails_says_why(model: str, said: str) -> None:
+    with program(model, free_port()) as process:
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 3
+        assert output.startswith(said)
+
+
+def test_a_port_in_use_is_refused_before_anything_loads() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="--port"):
+        listen(ServerConfig(port=taken.getsockname()[1]))
+    with pytest.raises(ConfigError, match="can't be listened on"):
+        listen(ServerConfig(host="no.such.host.invalid"))
