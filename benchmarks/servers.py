@@ -17,8 +17,16 @@ from typing import Any
 
 import httpx
 
-# mlx_lm.server with the same BLAS in front of MLX as Pippin takes.
-MLX_LM = "from pippin.backend import prepare; prepare(); from mlx_lm.server import main; main()"
+# mlx_lm.server with the same BLAS in front of MLX as Pippin takes, and a listen queue as long as Pippin's: its own is 5
+# long, and some of 16 clients that connect at once are reset.
+MLX_LM = """
+from http.server import ThreadingHTTPServer
+from pippin.backend import prepare
+prepare()
+from mlx_lm.server import main
+ThreadingHTTPServer.request_queue_size = 128
+main()
+"""
 LONGEST_START = 120.0
 LONGEST_ANSWER = 600.0
 
@@ -31,6 +39,12 @@ class Server:
     url: str
     model: str
     process: subprocess.Popen[bytes]
+    log: Path
+
+    def error(self, what: str) -> RuntimeError:
+        """That and the end of its log."""
+        state = "" if self.process.poll() is None else f", exit status {self.process.returncode}"
+        return RuntimeError(f"{self.name}'s server {what}{state}:\n{self.log.read_text(errors='replace')[-2000:]}")
 
 
 @contextmanager
@@ -48,9 +62,9 @@ def serve(name: str, checkpoint: Path, log: Path) -> Iterator[Server]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=output, env=environment)
-    server = Server(name, f"http://127.0.0.1:{port}", str(checkpoint), process)
+    server = Server(name, f"http://127.0.0.1:{port}", str(checkpoint), process, log)
     try:
-        wait_until_healthy(server, log)
+        wait_until_healthy(server)
         yield server
     finally:
         process.terminate()
@@ -61,8 +75,8 @@ def serve(name: str, checkpoint: Path, log: Path) -> Iterator[Server]:
             process.wait()
 
 
-def wait_until_healthy(server: Server, log: Path) -> None:
-    """Returns when the server answers. Raises RuntimeError with the end of its log if it stops or takes too long."""
+def wait_until_healthy(server: Server) -> None:
+    """Returns when the server answers. Raises RuntimeError if it stops or takes too long."""
     until = time.monotonic() + LONGEST_START
     while server.process.poll() is None and time.monotonic() < until:
         try:
@@ -71,7 +85,7 @@ def wait_until_healthy(server: Server, log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"{server.name}'s server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    raise server.error("did not start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +99,10 @@ class Answer:
 
 
 def ask_all(server: Server, prompts: Sequence[str], max_tokens: int) -> tuple[float, list[Answer]]:
-    """Sends all prompts at once and streams the answers; seconds until the last is complete, and the answers."""
+    """Sends all prompts at once and streams the answers; seconds until the last is complete, and the answers.
+
+    Raises RuntimeError if the server fails one of them.
+    """
 
     async def ask() -> tuple[float, list[Answer]]:
         limits = httpx.Limits(max_connections=len(prompts))
@@ -94,7 +111,10 @@ def ask_all(server: Server, prompts: Sequence[str], max_tokens: int) -> tuple[fl
             answers = await asyncio.gather(*(stream(client, server.model, p, max_tokens) for p in prompts))
             return time.perf_counter() - began, list(answers)
 
-    return asyncio.run(ask())
+    try:
+        return asyncio.run(ask())
+    except httpx.HTTPError as error:
+        raise server.error(f"failed a request ({type(error).__name__})") from error
 
 
 async def stream(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Answer:
