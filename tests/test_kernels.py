@@ -229,6 +229,17 @@ def test_kv_write_stores_any_slots(slots: list[int], schedule: int) -> None:
     assert written(Case(group=2, dim=16, value_dim=24), slots, host_launcher(schedule))
 
 
+@pytest.mark.parametrize("name", ["80", "128", "192-128", "64-128", "256-f32", "8", "page-16", "page-3", "one-row"])
+def test_kv_gather_equals_the_reference(name: str) -> None:
+    case = {**DIMS, **FEATURES}[name]
+    a = arrays(case)
+    got = paged.kv_gather(host_launcher(2), a.k_pool, a.v_pool, a.table, case.page_size)
+    want = reference.kv_gather(a.k_pool, a.v_pool, a.table, page_size=case.page_size)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.shape == theirs.shape
+        assert mx.array_equal(mine, theirs, equal_nan=True)
+
+
 @dataclass(frozen=True)
 class Extend:
     """Sequences with contexts ``case.lengths``, the last ``counts`` of whose tokens are rows."""
@@ -357,7 +368,7 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
     "page: offset lost": (decode_run(FEATURES["page-16"]), "* PAGE + t % PAGE", "* PAGE"),
     "extend: row sees its neighbour's length": (extend_run(EXTENDS["128"]), "lengths[first_row + r] : 0", "stop : 0"),
     "extend: window": (extend_run(EXTENDS["all"]), "t < seen[i] - WINDOW", "t <= seen[i] - WINDOW"),
-    "write: neighbouring slot": (lambda f: written(Case(), [3, 9], f), "slots[block_y])", "slots[block_y]) + 1"),
+    "write: neighbouring slot": (lambda f: written(Case(), [3, 9], f), "slots[block_x])", "slots[block_x]) + 1"),
     "write: last pack left out": (lambda f: written(Case(), [3, 9], f), "if (i < KEY)", "if (i < KEY - 1)"),
     "fused: newest token read from the pool": (fused_run, "smaller(end, length - 1)", "end"),
     "fused: nothing stored": (fused_run, "if (writes && part + n * LANES < KEY)", "if (false)"),

@@ -88,6 +88,7 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
         table, lengths = mx.zeros((3, 4), dtype=mx.int32), mx.zeros(3, dtype=mx.int32)
         form = paged.Form(1, 0.1, window=5, softcap=2.0)
         paged.kv_write(record, pool, pool, k, k, lengths)
+        paged.kv_gather(record, pool, pool, table, 1)
         for splits in (1, 2):
             tuning = paged.Tuning(splits, unroll=2, heads=4)
             rest = (pool, pool, table, lengths)
@@ -104,7 +105,7 @@ def test_every_variant_is_here() -> None:
     kernels = {name.split("-")[0] for name in LAUNCHES}
     suffixes = ("", "_split")
     decodes = {f"paged_decode{split}{fused}" for split in suffixes for fused in ("", "_fused")}
-    assert kernels == {"kv_write", "paged_reduce", *decodes, *(f"paged_extend{s}" for s in suffixes)}
+    assert kernels == {"kv_write", "kv_gather", "paged_reduce", *decodes, *(f"paged_extend{s}" for s in suffixes)}
 
 
 def complaints(source: str) -> str:

@@ -26,6 +26,7 @@ from pippin.kernels.verify import KernelName, verdicts
 
 __all__ = [
     "backend",
+    "kv_gather",
     "kv_write",
     "paged_decode",
     "paged_extend",
@@ -38,6 +39,8 @@ __all__ = [
 Platform = Literal["metal", "cuda"]
 
 log = logging.getLogger(__name__)
+
+_IN_PLACE: tuple[KernelName, ...] = ("kv_write", "paged_decode_write")
 
 # Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
 _CORES: dict[str, int] = {"metal": 40, "cuda": 132}
@@ -86,6 +89,19 @@ def writes_in_place(k_pool: mx.array, v_pool: mx.array) -> bool:
     return _launcher("kv_write", k_pool, v_pool) is not None
 
 
+def kv_gather(
+    k_pool: mx.array, v_pool: mx.array, table: mx.array, *, page_size: int, after: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """K [R, kv_heads, context, dim] and V [R, kv_heads, context, value_dim] of the tokens in ``table`` [R, pages].
+
+    ``context`` is pages * page_size. For attention that wants K and V in one piece, as MLX's own does.
+    """
+    launch = _launcher("kv_gather", k_pool, v_pool)
+    if launch is not None:
+        return paged.kv_gather(launch, k_pool, v_pool, table, page_size, after)
+    return reference.kv_gather(k_pool, v_pool, table, page_size=page_size)
+
+
 def paged_decode(
     q: mx.array,
     k_pool: mx.array,
@@ -113,10 +129,10 @@ def paged_decode(
     form = paged.Form(page_size, scale, window, softcap)
     launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
     if launch is not None:
-        tuning = _tuning(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
+        tuning = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
         return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, tuning, sinks, after, new)
     if new is not None:
-        kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
+        after = kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
         return paged_decode(
             q,
             k_pool,
@@ -128,6 +144,8 @@ def paged_decode(
             window=window,
             sinks=sinks,
             softcap=softcap,
+            after=after,
+            longest=longest,
         )
     return reference.paged_decode(
         q,
@@ -166,35 +184,42 @@ def paged_extend(
     kv_heads)`` rows. Rows in no tile give whatever: do not read them.
     """
     launch = _launcher("paged_extend", k_pool, v_pool)
-    if launch is None:
-        return reference.paged_extend(
+    if launch is None:  # row by row, by the kernel for that if there is one
+        return paged_decode(
             q,
             k_pool,
             v_pool,
-            table,
+            table[reference.owners(tiles, q.shape[0])],
             lengths,
-            tiles,
             page_size=page_size,
             scale=scale,
             window=window,
             sinks=sinks,
             softcap=softcap,
+            after=after,
+            longest=longest,
         )
     form = paged.Form(page_size, scale, window, softcap)
-    tuning = _tuning(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
+    tuning = tuning_for(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
     tuning = replace(tuning, unroll=2)
     return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, tuning, sinks, after)
 
 
 def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher | None:
-    """What runs this kernel for these pools, None for plain MLX."""
+    """What runs this kernel for these pools, None for plain MLX.
+
+    Plain MLX can't be told to read after a kernel has written in place, so pools are written in place only where
+    the kernels that read them are right, and otherwise not at all.
+    """
     platform = backend()
-    if platform is None or not paged.supported(k_pool, v_pool) or not _verdicts(platform)[name]:
+    if platform is None or not paged.supported(k_pool, v_pool):
         return None
-    return _gpu(platform)
+    right = _verdicts(platform)
+    needed: tuple[KernelName, ...] = (name, "kv_gather", "paged_decode") if name in _IN_PLACE else (name,)
+    return _gpu(platform) if all(right[n] for n in needed) else None
 
 
-def _tuning(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:
+def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:
     """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
     platform = backend() or "cuda"
     kv_heads = k_pool.shape[1]

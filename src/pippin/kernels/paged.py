@@ -18,6 +18,7 @@ _POOLS = ("k_pool", "v_pool")
 _REST = ("sinks", "params", "after")
 _PARTS = ("accumulated", "stats")
 KV_WRITE = Source("kv_write", "kv_write", ("k", "v", *_POOLS, "slots", "after"), ("token",))
+KV_GATHER = Source("kv_gather", "kv_gather", (*_POOLS, "table", "after"), ("k", "v"))
 REDUCE = Source("paged_reduce", "paged_reduce", (*_PARTS, "sinks"), ("out",))
 
 _DECODE_INPUTS = ("q", *_POOLS, "table", "lengths", *_REST)
@@ -81,17 +82,47 @@ def kv_write(
 ) -> mx.array:
     """See ``kernels.kv_write``."""
     rows, kv_heads, dim = k.shape
-    packs = kv_heads * max(dim, v.shape[2]) * k_pool.dtype.size // 16
-    threads = min(256, -(-packs // 32) * 32)
+    parts, threads = _copy_parts(k_pool, v_pool)
     what = Launch(
         KV_WRITE,
         (("T", k_pool.dtype), ("HKV", kv_heads), ("D", dim), ("DV", v.shape[2]), ("THREADS", threads)),
-        (-(-packs // threads), rows),
+        (rows, parts),
         threads,
         (((8,), mx.int32),),
     )
     inputs = [k.astype(k_pool.dtype), v.astype(v_pool.dtype), k_pool, v_pool, slots, _token(after)]
     return launch(what, inputs)[0]
+
+
+def kv_gather(
+    launch: Launcher,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    table: mx.array,
+    page_size: int,
+    after: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """See ``kernels.kv_gather``."""
+    rows, context = table.shape[0], table.shape[1] * page_size
+    kv_heads, dim, value_dim = k_pool.shape[1], k_pool.shape[2], v_pool.shape[2]
+    parts, threads = _copy_parts(k_pool, v_pool)
+    shape = (("HKV", kv_heads), ("D", dim), ("DV", value_dim), ("PAGE", page_size), ("THREADS", threads))
+    what = Launch(
+        KV_GATHER,
+        (("T", k_pool.dtype), *shape),
+        (rows * context, parts),
+        threads,
+        tuple(((rows, kv_heads, context, d), k_pool.dtype) for d in (dim, value_dim)),
+    )
+    k, v = launch(what, [k_pool, v_pool, table, _token(after)])
+    return k, v
+
+
+def _copy_parts(k_pool: mx.array, v_pool: mx.array) -> tuple[int, int]:
+    """(blocks, threads of each) for one token's K and V, a pack of 16 bytes a thread."""
+    packs = k_pool.shape[1] * max(k_pool.shape[2], v_pool.shape[2]) * k_pool.dtype.size // 16
+    threads = min(256, -(-packs // 32) * 32)
+    return -(-packs // threads), threads
 
 
 def paged_decode(

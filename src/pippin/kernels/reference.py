@@ -21,6 +21,12 @@ def kv_write(k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slots
     v_pool[slots] = v.astype(v_pool.dtype)
 
 
+def kv_gather(k_pool: mx.array, v_pool: mx.array, table: mx.array, *, page_size: int) -> tuple[mx.array, mx.array]:
+    """K [R, kv_heads, context, dim] and V of the tokens in ``table`` [R, pages]; context is pages * page_size."""
+    slots = slots_of(table, page_size)
+    return k_pool[slots].transpose(0, 2, 1, 3), v_pool[slots].transpose(0, 2, 1, 3)
+
+
 def slots_of(table: mx.array, page_size: int) -> mx.array:
     """Slots of tokens 0, 1, … of each row: table [R, pages] of page numbers to [R, pages * page_size] int32."""
     if page_size == 1:
@@ -89,16 +95,11 @@ def paged_extend(
     int32 says whose the rows are: (first row, number of rows, sequence); 0 rows is padding. Rows in no tile give
     whatever: the caller does not read them.
     """
-    owner = mx.zeros(q.shape[0] + 1, dtype=mx.int32)
-    most = q.shape[0]
-    steps = mx.arange(most, dtype=mx.int32)
-    inside = steps[None] < tiles[:, 1:2]
-    owner[mx.where(inside, tiles[:, :1] + steps[None], most)] = mx.broadcast_to(tiles[:, 2:3], inside.shape)
     return paged_decode(
         q,
         k_pool,
         v_pool,
-        table[owner[:most]],
+        table[owners(tiles, q.shape[0])],
         lengths,
         page_size=page_size,
         scale=scale,
@@ -106,6 +107,15 @@ def paged_extend(
         sinks=sinks,
         softcap=softcap,
     )
+
+
+def owners(tiles: mx.array, rows: int) -> mx.array:
+    """The sequence of each of ``rows`` rows, [rows] int32; 0 for a row that is in no tile."""
+    steps = mx.arange(rows, dtype=mx.int32)[None]
+    inside = steps < tiles[:, 1:2]
+    owner = mx.zeros(rows + 1, dtype=mx.int32)
+    owner[mx.where(inside, tiles[:, :1] + steps, rows)] = mx.broadcast_to(tiles[:, 2:3], inside.shape)
+    return owner[:rows]
 
 
 def _seen(lengths: mx.array, context: int, window: int | None) -> mx.array:

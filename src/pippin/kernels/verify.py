@@ -21,7 +21,7 @@ from pippin.kernels.launch import Launcher, dialect_digest
 
 log = logging.getLogger(__name__)
 
-KernelName = Literal["kv_write", "paged_decode", "paged_decode_write", "paged_extend"]
+KernelName = Literal["kv_write", "kv_gather", "paged_decode", "paged_decode_write", "paged_extend"]
 
 # bfloat16 keeps 8 bits, and both sides round their results once.
 _TOLERANCE = 2e-2
@@ -74,6 +74,14 @@ def check_kv_write(launch: Launcher) -> bool:
     return _equal_pools(s, want_k, want_v)
 
 
+def check_kv_gather(launch: Launcher) -> bool:
+    """K and V come out heads first, exactly as they are."""
+    s = sample()
+    got = paged.kv_gather(launch, s.k_pool, s.v_pool, s.table, _PAGE)
+    want = reference.kv_gather(s.k_pool, s.v_pool, s.table, page_size=_PAGE)
+    return all(bool(mx.array_equal(a, b).item()) for a, b in zip(got, want, strict=True))
+
+
 def check_paged_decode(launch: Launcher) -> bool:
     """In one launch, and split in four with a window, sinks and a soft cap."""
     s, sinks = sample(), mx.arange(8, dtype=mx.bfloat16) / 4
@@ -115,6 +123,7 @@ def check_paged_extend(launch: Launcher) -> bool:
 
 CHECKS: dict[KernelName, Callable[[Launcher], bool]] = {
     "kv_write": check_kv_write,
+    "kv_gather": check_kv_gather,
     "paged_decode": check_paged_decode,
     "paged_decode_write": check_paged_decode_write,
     "paged_extend": check_paged_extend,

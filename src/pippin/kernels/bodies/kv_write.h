@@ -1,8 +1,8 @@
-// A thread copies one pack of a row's K and one of its V into the row's slot. Block (x, y): row y.
+// A thread copies one pack of a row's K and one of its V into the row's slot. Block (x, y): row, part y of its packs.
   using namespace pippin;
   constexpr int VEC = 16 / int(sizeof(T)), KEY = HKV * D / VEC, VALUE = HKV * DV / VEC;
-  const int i = block_x * THREADS + tid;
-  const size_t row = size_t(block_y), slot = size_t(slots[block_y]);
+  const int i = block_y * THREADS + tid;
+  const size_t row = size_t(block_x), slot = size_t(slots[block_x]);
   DEVICE Pack<T>* keys = (DEVICE Pack<T>*)const_cast<DEVICE T*>(k_pool);
   DEVICE Pack<T>* values = (DEVICE Pack<T>*)const_cast<DEVICE T*>(v_pool);
   if (i < KEY) keys[slot * KEY + i] = ((const DEVICE Pack<T>*)k)[row * KEY + i];
