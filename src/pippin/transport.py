@@ -145,7 +145,8 @@ class ProcessTransport:
 
     def send(self, command: Command) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._commands.send(self._encoder.encode(command))
+            with contextlib.suppress(zmq.Again):  # no one is connected: it ends, or is too young to listen
+                self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
 
     async def close(self, patience: float) -> None:
         if self._watch is not None and self._process is not None:
