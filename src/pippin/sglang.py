@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from pippin.completion import Delta, check_prompt, new_id
 from pippin.errors import RequestError
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Finish, ModelInfo, SamplingParams, TokenLogprob
+
+TextOf = Callable[[int], str | None]
 
 _NAMES = tuple(f.name for f in msgspec.structs.fields(SamplingParams))
 # What `generate` says in arguments of its own, so it is no key of sampling_params.
@@ -87,13 +89,15 @@ class Arguments:
 
 
 def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingParams:
-    """SGLang's ``sampling_params`` dict, checked; keys that are None take their default.
+    """SGLang's ``sampling_params`` dict, checked; keys that are None take their default. ``sampling_seed`` is ``seed``.
 
     Raises RequestError that names the key: one that is unknown, of a wrong type, or out of range.
     """
     if given is not None and not isinstance(given, Mapping):
         raise RequestError("sampling_params must be an object", "sampling_params")
     values = {name: value for name, value in (given or {}).items() if value is not None}
+    if "sampling_seed" in values:
+        values.setdefault("seed", values.pop("sampling_seed"))
     if unknown := [name for name in values if name not in _NAMES or name in _NOT_KEYS]:
         raise RequestError(_unknown(str(unknown[0])), f"sampling_params.{unknown[0]}")
     if isinstance(values.get("stop"), str):
@@ -111,10 +115,14 @@ def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingPar
 
 
 class Answer:
-    """One answer as its deltas come; ``as_dict`` gives SGLang's dict at any moment."""
+    """One answer as its deltas come; ``as_dict`` gives SGLang's dict at any moment.
 
-    def __init__(self, asked: Asked, index: int = 0) -> None:
+    ``text_of`` spells the tokens in its logprobs; without it their text is None.
+    """
+
+    def __init__(self, asked: Asked, index: int = 0, text_of: TextOf | None = None) -> None:
         self._asked = asked
+        self._text_of: TextOf = text_of or (lambda token: None)
         self._id = asked.id if asked.params.n == 1 else f"{asked.id}-{index}"
         self._began = time.perf_counter()
         self._texts: list[str] = []
@@ -150,11 +158,11 @@ class Answer:
         }
         if self._asked.params.logprobs:
             prompt = self._prompt_logprobs[self._asked.logprob_start :] if self._prompt_logprobs else []
-            meta["input_token_logprobs"] = _logprobs(prompt)
-            meta["output_token_logprobs"] = _logprobs(self._logprobs)
+            meta["input_token_logprobs"] = _logprobs(prompt, self._text_of)
+            meta["output_token_logprobs"] = _logprobs(self._logprobs, self._text_of)
             if self._asked.params.top_logprobs:
-                meta["input_top_logprobs"] = _tops(prompt)
-                meta["output_top_logprobs"] = _tops(self._logprobs)
+                meta["input_top_logprobs"] = _tops(prompt, self._text_of)
+                meta["output_top_logprobs"] = _tops(self._logprobs, self._text_of)
         return {"text": self.text, "output_ids": list(self.tokens), "meta_info": meta}
 
 
@@ -163,10 +171,11 @@ class Answers:
     """The ``n`` answers of one prompt."""
 
     asked: Asked
+    text_of: TextOf | None = None
     each: list[Answer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.each = [Answer(self.asked, i) for i in range(self.asked.params.n)]
+        self.each = [Answer(self.asked, i, self.text_of) for i in range(self.asked.params.n)]
 
     def add(self, delta: Delta) -> Answer:
         """The answer that the delta belongs to, now with it."""
@@ -188,12 +197,12 @@ def finish_reason(finish: Finish | None, num_tokens: int) -> dict[str, Any] | No
     raise AssertionError(finish)
 
 
-def _logprobs(found: Sequence[TokenLogprob]) -> list[tuple[float | None, int, None]]:
-    return [(x.logprob, x.token, None) for x in found]  # the third is the token's text, which SGLang omits too
+def _logprobs(found: Sequence[TokenLogprob], text_of: TextOf) -> list[tuple[float | None, int, str | None]]:
+    return [(x.logprob, x.token, text_of(x.token)) for x in found]
 
 
-def _tops(found: Sequence[TokenLogprob]) -> list[list[tuple[float, int, None]] | None]:
-    return [[(logprob, token, None) for token, logprob in x.top] or None for x in found]
+def _tops(found: Sequence[TokenLogprob], text_of: TextOf) -> list[list[tuple[float, int, str | None]] | None]:
+    return [[(logprob, token, text_of(token)) for token, logprob in x.top] or None for x in found]
 
 
 def _token_lists(given: Sequence[int] | Sequence[Sequence[int]]) -> tuple[list[list[int]], bool]:

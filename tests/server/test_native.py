@@ -48,6 +48,11 @@ def test_generate_a_batch_with_parameters_for_each(http: httpx.Client) -> None:
     assert [a["text"] for a in answers] == [told("ab", 4)] * 2
 
 
+def test_generate_takes_sglangs_name_of_the_seed(http: httpx.Client) -> None:
+    params = {"max_new_tokens": 4, "sampling_seed": 3}
+    assert http.post("/generate", json={"text": "ab", "sampling_params": params}).json()["text"] == told("ab", 4, 3)
+
+
 def test_generate_streams_all_text_so_far(http: httpx.Client) -> None:
     found = events(http.post("/generate", json={"text": "abc", "sampling_params": FOUR, "stream": True}))
     assert [e["text"] for e in found] == [told("abc", i) for i in (1, 2, 3, 4)]
@@ -69,6 +74,9 @@ def test_generate_logprobs_are_triples(http: httpx.Client) -> None:
     assert [t[1] for t in meta["output_token_logprobs"]] == expected(list(b"abc"), 4)
     assert meta["output_top_logprobs"] == [[[-1.0, 97, None], [-2.0, 98, None]]] * 4
     assert meta["input_token_logprobs"] == []
+    spelled = http.post("/generate", json=body | {"return_text_in_logprobs": True}).json()["meta_info"]
+    assert "".join(t[2] for t in spelled["output_token_logprobs"]) == told("abc", 4)
+    assert spelled["output_top_logprobs"][0] == [[-1.0, 97, "a"], [-2.0, 98, "b"]]
     meta = http.post("/generate", json=body | {"logprob_start_len": 0}).json()["meta_info"]
     assert [t[1] for t in meta["input_token_logprobs"]] == [97, 98, 99]
     assert meta["input_token_logprobs"][0][0] is None
@@ -111,6 +119,7 @@ def test_flush_cache(server: Running, http: httpx.Client) -> None:
         ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4000}, "rid": "long"}),
         ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4000, "n": 3}, "rid": "long"}),
         ("/v1/completions", {"prompt": "a", "max_tokens": 4000, "rid": "long"}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 4000, "rid": "long"}),
     ],
 )
 @pytest.mark.parametrize("abort", [{"rid": "long"}, {"abort_all": True}])
@@ -126,7 +135,7 @@ def test_abort_ends_a_request_with_its_reason(server: Running, path: str, body: 
     with server.http() as http:
         while not server.core.running:
             time.sleep(0.001)
-        assert http.post("/flush_cache").status_code == 400
+        assert http.post("/flush_cache").status_code == 409
         assert http.post("/abort_request", json={"rid": "unknown"}).status_code == 200
         assert http.post("/abort_request", json=abort).status_code == 200
     thread.join(10)

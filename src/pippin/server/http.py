@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 
 MAX_BODY = 64 * 2**20  # bytes; a million token ids are 8 MB
+
+LONG_TEXT = 20_000  # characters; that many take about ten milliseconds to tokenize
 
 encode = msgspec.json.Encoder().encode
 
@@ -72,6 +74,15 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         await cancel(task, watch)
+
+
+async def next_of(items: AsyncIterator[T]) -> T:
+    return await anext(items)
+
+
+async def off_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call it, in a thread if there is much to do: a long text must not hold up everyone's streams."""
+    return await asyncio.to_thread(function, *arguments) if size > LONG_TEXT else function(*arguments)
 
 
 class ClientGone(Exception):

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 import pippin
 from pippin.completion import Delta, new_id
 from pippin.errors import EngineError, RequestError
-from pippin.server.http import DONE, EventStream, JsonResponse, event, read_body, unless_gone
+from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, off_loop, read_body, unless_gone
 from pippin.server.protocol import AbortRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from pippin.server.service import Job, Service
 from pippin.sglang import Answers, Arguments
@@ -38,15 +38,23 @@ async def generate(service: Service, http: Request) -> Response:
         request.top_logprobs_num,
         request.rid,
     )
-    asked, single = arguments.resolve(service.tokenizer, service.info, "text")
+    asked, single = await off_loop(
+        num_characters(request.text), arguments.resolve, service.tokenizer, service.info, "text"
+    )
     deltas = service.run([Job(one.tokens, one.params, one.id, request.priority) for one in asked])
-    answers = [Answers(one) for one in asked]
+    text_of = service.tokenizer.token_text if request.return_text_in_logprobs else None
+    answers = [Answers(one, text_of) for one in asked]
     single = single and asked[0].params.n == 1
     if request.stream:
-        first = await unless_gone(http, anext(deltas))
+        first = await unless_gone(http, next_of(deltas))
         return EventStream(stream(answers, single, first, deltas))
     found = await unless_gone(http, collect(answers, deltas))
     return JsonResponse(found[0] if single else found)
+
+
+def num_characters(text: object) -> int:
+    """How long a request's text is, one or many."""
+    return len(text) if isinstance(text, str) else sum(map(num_characters, text)) if isinstance(text, list) else 0
 
 
 async def collect(answers: list[Answers], deltas: Deltas) -> list[dict[str, Any]]:
@@ -76,11 +84,17 @@ async def tokenize(service: Service, http: Request) -> Response:
     """/tokenize: the tokens of a text, or of each of several."""
     request = await read_body(http, TokenizeRequest)
     service.check_model(request.model)
-    encode = service.tokenizer.encode
-    several = not isinstance(request.prompt, str)
-    found = [encode(p, request.add_special_tokens) for p in ([*request.prompt] if several else [str(request.prompt)])]
-    tokens, counts = (found, [len(f) for f in found]) if several else (found[0], len(found[0]))
-    return JsonResponse({"tokens": tokens, "count": counts, "max_model_len": service.info.context_length})
+    texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    found = [await service.encode(text, request.add_special_tokens) for text in texts]
+    counts = [len(tokens) for tokens in found]
+    single = isinstance(request.prompt, str)
+    return JsonResponse(
+        {
+            "tokens": found[0] if single else found,
+            "count": counts[0] if single else counts,
+            "max_model_len": service.info.context_length,
+        }
+    )
 
 
 async def detokenize(service: Service, http: Request) -> Response:
@@ -152,10 +166,10 @@ async def server_info(service: Service, http: Request) -> Response:
 
 
 async def flush_cache(service: Service, http: Request) -> Response:
-    """/flush_cache: empties the prefix cache; 400 while requests run."""
+    """/flush_cache: empties the prefix cache; 409 while requests run."""
     flushed = await service.client.flush()
     if not flushed.ok:
-        raise RequestError(flushed.message)
+        raise RequestError(flushed.message, status=409)
     return PlainTextResponse("Cache flushed.\n")
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from pippin.completion import Delta
 from pippin.errors import RequestError
 from pippin.server.choices import ChatShape, Choice, Shape, TextShape
-from pippin.server.http import DONE, EventStream, JsonResponse, event, read_body, unless_gone
+from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, read_body, unless_gone
 from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, respell
 from pippin.server.service import Job, Service
 
@@ -25,7 +25,7 @@ async def chat(service: Service, http: Request) -> Response:
     """POST /v1/chat/completions."""
     request = await read_body(http, ChatRequest)
     answer = Answer(service, request, ChatShape(service.tokenizer, request.logprobs))
-    return await answer.respond(http, [chat_job(service, request, answer.rid)])
+    return await answer.respond(http, [await chat_job(service, request, answer.rid)])
 
 
 async def completions(service: Service, http: Request) -> Response:
@@ -35,14 +35,14 @@ async def completions(service: Service, http: Request) -> Response:
     echoes: list[str] = []
     shape = TextShape(service.tokenizer, request, echoes)
     answer = Answer(service, request, shape)
-    jobs = completion_jobs(service, request, texts, answer.rid)
+    jobs = await completion_jobs(service, request, texts, answer.rid)
     if request.echo:  # only now are token ids known to be in the vocabulary
         skip = request.skip_special_tokens
         echoes += [t if isinstance(t, str) else service.tokenizer.decode(t, skip) for t in texts]
     return await answer.respond(http, jobs)
 
 
-def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
+async def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     if not 0 <= request.top_logprobs <= TOP_LOGPROBS:
@@ -53,16 +53,17 @@ def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
     )
-    tokens = service.chat.encode(
+    text = service.chat.render(
         request.messages,
         chat_template_kwargs=request.chat_template_kwargs,
         add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
         continue_final_message=request.continue_final_message,
     )
+    tokens = await service.encode(text, False)
     return service.job(tokens, params, rid, request.priority, "messages")
 
 
-def completion_jobs(
+async def completion_jobs(
     service: Service, request: CompletionRequest, texts: Sequence[str | list[int]], rid: str
 ) -> list[Job]:
     logprobs = request.logprobs is not None
@@ -79,7 +80,7 @@ def completion_jobs(
         raise respell(error, {"top_logprobs": "logprobs"}) from error
     return [
         service.job(
-            service.tokenizer.encode(text) if isinstance(text, str) else text,
+            await service.encode(text) if isinstance(text, str) else text,
             params,
             rid if len(texts) == 1 else f"{rid}-prompt{i}",
             request.priority,
@@ -122,10 +123,10 @@ class Answer:
 
     async def respond(self, http: Request, jobs: Sequence[Job]) -> Response:
         """Run the jobs and answer as asked. What fails before the first token has an HTTP status of its own."""
-        deltas = self._service.run(jobs)
+        deltas = self._service.run(jobs, self.rid if len(jobs) > 1 else None)
         if not self._request.stream:
             return JsonResponse(await unless_gone(http, self._whole(deltas)))
-        first = await unless_gone(http, anext(deltas))
+        first = await unless_gone(http, next_of(deltas))
         return EventStream(self._events(first, deltas))
 
     async def _whole(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> Json:

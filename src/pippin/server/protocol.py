@@ -52,7 +52,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_cached_tokens_details": (False,),
     "return_token_ids": (False,),
     "return_prompt_token_ids": (False,),
-    "return_text_in_logprobs": (False,),
     "log_metrics": (True,),
     "lora_path": (),
     "session_id": (),
@@ -194,6 +193,7 @@ class GenerateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     return_logprob: Any = None
     logprob_start_len: Any = None
     top_logprobs_num: Any = None
+    return_text_in_logprobs: bool = False
     stream: bool = False
     priority: Int32 = 0
 

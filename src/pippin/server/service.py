@@ -12,6 +12,7 @@ from pippin.client import EngineClient
 from pippin.completion import Delta, answer_ids, check_prompt, complete, merge
 from pippin.config import ServerConfig
 from pippin.errors import RequestError
+from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
@@ -57,25 +58,33 @@ class Service:
             raise RequestError(f"there is no model {model!r} here; this is {self.model_name!r}", "model", 404)
         return model or self.model_name
 
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, which may be long."""
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+
     def job(self, tokens: list[int], params: SamplingParams, rid: str, priority: int, field: str) -> Job:
         """A checked job. Raises RequestError if the prompt doesn't fit."""
         return Job(tokens, check_prompt(tokens, params, self.info, field), rid, priority)
 
-    async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Deltas of all jobs as they come, each with its job's number. Closing it aborts what is unfinished."""
-        rids = [job.rid for job in jobs]
-        for rid in rids:
-            if rid in self.running:
-                raise RequestError(f"request id {rid!r} is in use by a request that has not ended", "rid")
-        self.running |= {job.rid: answer_ids(job.rid, job.params.n) for job in jobs}
+    async def run(self, jobs: Sequence[Job], rid: str | None = None) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Deltas of all jobs as they come, each with its job's number. Closing it aborts what is unfinished.
+
+        ``rid`` names them all, if their own ids don't.
+        """
+        ids = {job.rid: answer_ids(job.rid, job.params.n) for job in jobs}
+        if rid is not None:
+            ids[rid] = [id for part in ids.values() for id in part]
+        for name in ids.keys() & self.running.keys():
+            raise RequestError(f"request id {name!r} is in use by a request that has not ended", "rid")
+        self.running |= ids
         try:
             streams = [self._one(i, job) for i, job in enumerate(jobs)]
             async with aclosing(merge(streams) if len(streams) > 1 else streams[0]) as deltas:
                 async for delta in deltas:
                     yield delta
         finally:
-            for rid in rids:
-                self.running.pop(rid, None)
+            for name in ids:
+                del self.running[name]
 
     async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
         deltas = complete(
