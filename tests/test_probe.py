@@ -105,7 +105,7 @@ class _Wrong(Rows):
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         kind = _Far if self._fault == "window" else RowLayer
-        return [kind(i, step, pool, seam) for i in range(len(pool.shapes))]
+        return [kind(i, step, pool, seam, {}) for i in range(len(pool.shapes))]
 
 
 def _turned(group: Group) -> Group:

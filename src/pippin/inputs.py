@@ -36,6 +36,11 @@ class Group:
     starts: mx.array
     pages: mx.array | None = None
 
+    def head_rows(self, kv_heads: int) -> mx.array:
+        """Where the pool, seen as lines of one head each, has the context's heads: int32 [count, kv_heads, context]."""
+        assert self.slots is not None
+        return self.slots[:, None] * kv_heads + mx.arange(kv_heads, dtype=mx.int32)[:, None]
+
     @property
     def positions(self) -> mx.array:
         """Positions of the group's tokens, [count, rows] int32."""

@@ -46,9 +46,7 @@ class PaddedLayer:
         slots = self._step.write_slots.reshape(-1)
         flat = [x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (keys, values)]
         written = self._pool.write(self._layer, slots, flat[0], flat[1], self._step.after)
-        context = self._step.groups[0].slots
-        assert context is not None
-        self._stored = self._pool.gather(self._layer, context, written)
+        self._stored = self._pool.gather(self._layer, self._step.groups[0].head_rows(keys.shape[1]), written)
         return self._stored
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:

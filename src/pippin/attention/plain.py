@@ -5,9 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pippin.inputs import Group
+from pippin.kernels.cpu import softmax_values
 
-# Most attention scores at once where MLX has no fused attention (the CPU): 64 MiB of float32.
-_MOST_SCORES = 1 << 24
+# Most attention scores at once on the CPU, where MLX computes them all: a few arrays of them fit in its cache.
+_MOST_SCORES = 1 << 18
+_LEAST_ROWS = 32
 
 
 def group_attention(
@@ -26,27 +28,63 @@ def group_attention(
     """
     heads, dim = q.shape[1], q.shape[3]
     q = q.reshape(group.count, group.rows, heads, dim).transpose(0, 2, 1, 3)
-    most = max(1, _MOST_SCORES // (group.count * heads * group.context))
-    parts = []
-    for at in range(0, group.rows, most):
-        rows = slice(at, min(at + most, group.rows))
-        mask = causal_mask(group, rows, window)
-        parts.append(
-            mx.fast.scaled_dot_product_attention(q[:, :, rows], keys, values, scale=scale, mask=mask, sinks=sinks)
-        )
-    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+    attend = _fused if mx.default_device() == mx.Device(mx.gpu) or q.dtype != mx.float32 else _composed
+    out = attend(q, keys, values, group, scale, window, sinks)
     return out.transpose(0, 2, 1, 3).reshape(group.count * group.rows, heads, 1, out.shape[-1])
 
 
-def causal_mask(group: Group, rows: slice, window: int | None) -> mx.array | str | None:
-    """What MLX's attention needs for ``rows`` of each work: nothing, "causal", or bool [count, 1, rows, context]."""
-    windowed = window is not None and window < group.context
-    if not group.ragged and not windowed:
-        if group.rows == 1:
-            return None
-        if rows.stop - rows.start == group.rows:
-            return "causal"
-    return positional_mask(group, window)[:, :, rows]
+def _fused(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    group: Group,
+    scale: float,
+    window: int | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """MLX's own attention, fused on a GPU: q [count, heads, rows, dim]."""
+    mask = causal_mask(group, window)
+    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def _composed(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    group: Group,
+    scale: float,
+    window: int | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """The same by matrix products, a few rows of each work at a time, each against what it may see.
+
+    MLX's attention on the CPU computes every score, those that the mask hides too, and holds them all.
+    """
+    count, heads, rows, dim = q.shape
+    kv_heads, value_dim = keys.shape[1], values.shape[-1]
+    q = (q * scale).reshape(count, kv_heads, heads // kv_heads, rows, dim)
+    keys, values = keys[:, :, None].swapaxes(-1, -2), values[:, :, None]
+    if sinks is not None:
+        sinks = sinks.astype(q.dtype).reshape(kv_heads, heads // kv_heads, 1, 1)
+    whole = causal_mask(group, window) is None
+    mask = None if whole else positional_mask(group, window)[:, :, None]
+    step = max(_LEAST_ROWS, _MOST_SCORES // (count * heads * group.context))
+    parts = []
+    for at in range(0, rows, step):
+        seen = group.context if group.ragged else group.context - rows + min(at + step, rows)
+        scores = q[..., at : at + step, :] @ keys[..., :seen]
+        if mask is not None:
+            scores = mx.where(mask[..., at : at + step, :seen], scores, mx.finfo(scores.dtype).min)
+        parts.append(softmax_values(scores, values[..., :seen, :], sinks))
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
+    return out.reshape(count, heads, rows, value_dim)
+
+
+def causal_mask(group: Group, window: int | None) -> mx.array | str | None:
+    """What MLX's attention needs: nothing, "causal", or bool [count, 1, rows, context]."""
+    if group.ragged or (window is not None and window < group.context):
+        return positional_mask(group, window)
+    return None if group.rows == 1 else "causal"
 
 
 def positional_mask(group: Group, window: int | None) -> mx.array:

@@ -26,7 +26,10 @@ class Window:
 class RowLayer:
     """The cache object that one layer gets for one forward."""
 
-    def __init__(self, layer: int, step: Step, pool: KVPool, seam: Seam) -> None:
+    def __init__(
+        self, layer: int, step: Step, pool: KVPool, seam: Seam, gathers: dict[tuple[int, int], mx.array]
+    ) -> None:
+        self._gathers = gathers
         self.offset = step.positions
         self._layer = layer
         self._step = step
@@ -72,8 +75,7 @@ class RowLayer:
     ) -> mx.array:
         assert self._written is not None
         if group.pages is None:
-            assert group.slots is not None
-            keys, values = self._pool.gather(self._layer, group.slots, self._written)
+            keys, values = self._pool.gather(self._layer, self._head_rows(group), self._written)
             return group_attention(q, keys, values, group, scale, window, sinks)
         out = paged_decode(
             q[:, :, 0],
@@ -89,6 +91,14 @@ class RowLayer:
         )
         return out[:, :, None]
 
+    def _head_rows(self, group: Group) -> mx.array:
+        """``Group.head_rows``, made once a step for all layers of as many heads."""
+        kv_heads = self._pool.layer(self._layer)[0].shape[1]
+        key = group.first, kv_heads
+        if key not in self._gathers:
+            self._gathers[key] = group.head_rows(kv_heads)
+        return self._gathers[key]
+
 
 class Rows:
     """See the module; ``attention.AttentionBackend`` says what each method owes."""
@@ -102,4 +112,5 @@ class Rows:
         return row_step(works, last_token, pool.page_size if pool.in_place else None)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
-        return [RowLayer(i, step, pool, seam) for i in range(len(pool.shapes))]
+        gathers: dict[tuple[int, int], mx.array] = {}
+        return [RowLayer(i, step, pool, seam, gathers) for i in range(len(pool.shapes))]

@@ -68,12 +68,15 @@ class KVPool:
         """
         return kernels.kv_write(*self.layer(index), k, v, slots, after=after)
 
-    def gather(self, index: int, slots: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
-        """K and V at ``slots`` [b, n], as attention wants them: [b, kv_heads, n, key_dim or value_dim]."""
+    def gather(self, index: int, rows: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
+        """K and V as attention wants them, [b, kv_heads, n, key_dim or value_dim], without a transposition.
+
+        ``rows`` [b, kv_heads, n] int32 are lines of an array of one head each: ``slot * kv_heads + head``.
+        """
         keys, values = self.layer(index)
         if self.in_place:
             keys, values = mx.depends([keys, values], [after])
-        return keys[slots].transpose(0, 2, 1, 3), values[slots].transpose(0, 2, 1, 3)
+        return keys.reshape(-1, keys.shape[-1])[rows], values.reshape(-1, values.shape[-1])[rows]
 
 
 def _arrays_of(shape: LayerShape, num_slots: int) -> tuple[mx.array, mx.array]:

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import base
+from mlx_lm.models import activations, base
 
 from pippin.errors import ModelError
+from pippin.kernels import cpu
 
 
 class LayerAttention(Protocol):
@@ -50,6 +51,7 @@ class Seam:
 
 _active: ContextVar[Seam | None] = ContextVar("pippin_seam", default=None)
 _original = base.scaled_dot_product_attention
+_original_swiglu = activations.swiglu
 
 
 @contextmanager
@@ -83,16 +85,26 @@ def attention(
     return out
 
 
-def install(model: nn.Module, vocab_size: int) -> None:
-    """Hooks a loaded model: attention in every mlx-lm module that is imported by now, and the model's head.
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """Stands in for mlx-lm's ``swiglu``: on the CPU, float32 goes through ``kernels.cpu``."""
+    if gate.dtype == x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
+        return cpu.swiglu(gate, x)
+    out: mx.array = _original_swiglu(gate, x)
+    return out
 
-    Without an active seam, both do exactly what they did. Installing twice changes nothing.
+
+def install(model: nn.Module, vocab_size: int) -> None:
+    """Hooks a loaded model: attention and ``swiglu`` in every mlx-lm module imported by now, and the model's head.
+
+    Without an active seam, attention and head do exactly what they did. Installing twice changes nothing.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models."):
             for key, value in list(vars(module).items()):
                 if value is _original:
                     setattr(module, key, attention)
+                elif value is _original_swiglu:
+                    setattr(module, key, swiglu)
     for _, module in model.named_modules():
         if _is_head(module, vocab_size) and not isinstance(module, _Selecting):
             module.__class__ = type(f"{type(module).__name__}OfRows", (_Selecting, type(module)), {})

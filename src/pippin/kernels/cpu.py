@@ -1,0 +1,59 @@
+"""What MLX's CPU backend does one number at a time, done by operations that it does many at a time.
+
+Its exp, and so sigmoid and softmax, takes 9 ns a number; multiplications and additions take 0.3 (measured on an x86-64
+with AVX-512, MLX 0.32.4). A few operations that stay in the processor's cache are three times faster.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+# Numbers worked on at once: a few arrays of them fit in a core's cache.
+_PIECE = 1 << 17
+# 2**f for f in [-1/2, 1/2], least squares over Chebyshev nodes: relative error 1e-7.
+_POWERS = (1.0, 0.693147200, 0.240226511, 0.0555034067, 0.00961803993, 0.00133952854, 0.000154653179)
+# Adding it leaves a float32 no bits for a fraction, so its last bits are the rounded integer.
+_ROUNDING = 12582912.0
+
+
+def exp(x: mx.array) -> mx.array:
+    """e**x of float32 up to 80, within 1e-6 of the result for |x| < 20 and 4e-6 beyond; 1e-38 for less than -87."""
+    power = mx.maximum(x * math.log2(math.e), -126.0)
+    rounded = power + _ROUNDING
+    fraction = power - (rounded - _ROUNDING)
+    value = _POWERS[6] * fraction + _POWERS[5]
+    for factor in _POWERS[4::-1]:
+        value = value * fraction + factor
+    exponent = mx.left_shift(rounded.view(mx.int32) + 127, 23)
+    return value * exponent.view(mx.float32)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x, float32 of one shape; stands in for mlx-lm's ``activations.swiglu``."""
+    rows = gate.reshape(-1, gate.shape[-1])
+    others = x.reshape(-1, x.shape[-1])
+    step = max(1, _PIECE // gate.shape[-1])
+    pieces = [_swiglu(rows[i : i + step], others[i : i + step]) for i in range(0, rows.shape[0], step)]
+    out = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+    return out.reshape(gate.shape)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return gate / (1.0 + exp(mx.minimum(-gate, 80.0))) * x
+
+
+def softmax_values(scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
+    """softmax(scores) @ values: scores [b, h, g, r, n], values [b, h, 1, n, d] to [b, h, g, r, d].
+
+    ``sinks`` [h, g, 1, 1] are scores that take part in the softmax and bring no value.
+    """
+    largest = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = mx.maximum(largest, sinks)
+    weights = exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + exp(sinks - largest)
+    return (weights @ values) / total
