@@ -23,8 +23,8 @@ import numpy as np
 
 from pippin import kernels
 from pippin.kernels import paged, reference
+from pippin.kernels.checks import check_all
 from pippin.kernels.launch import Launcher, gpu_launcher
-from pippin.kernels.verify import check_all
 
 Row = dict[str, object]
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -20,9 +20,9 @@ from typing import Literal
 import mlx.core as mx
 
 from pippin.kernels import paged, reference
+from pippin.kernels.checks import KernelName, verdicts
 from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.paged import tile_rows
-from pippin.kernels.verify import KernelName, verdicts
 
 __all__ = [
     "backend",
@@ -231,6 +231,12 @@ def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: 
 def rows_per_tile(heads: int, kv_heads: int) -> int:
     """Most rows that a tile of ``paged_extend`` may have here, for a model with so many heads."""
     return paged.rows_per_tile(heads // kv_heads, _TUNING[backend() or "cuda"].heads)
+
+
+def forget() -> None:
+    """Makes the next call ask anew which kernels are right, as a new process does."""
+    _gpu.cache_clear()
+    _verdicts.cache_clear()
 
 
 @cache

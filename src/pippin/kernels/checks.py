@@ -95,30 +95,38 @@ def check_paged_decode(launch: Launcher) -> bool:
 
 
 def check_paged_decode_write(launch: Launcher) -> bool:
-    """Attends to the new K and V, and stores them."""
+    """Attends to the new K and V, and stores them; in one launch, and split."""
+    return all(_writes_and_attends(launch, splits) for splits in (1, 2))
+
+
+def _writes_and_attends(launch: Launcher, splits: int) -> bool:
     s, form = sample(), paged.Form(_PAGE, _SCALE)
     want_k, want_v = mx.array(s.k_pool), mx.array(s.v_pool)
     reference.kv_write(want_k, want_v, s.k, s.v, reference.newest_slots(s.table, s.lengths, _PAGE))
     mx.eval(want_k, want_v)
-    got = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, paged.Tuning(), new=(s.k, s.v))
+    tuning = paged.Tuning(splits)
+    got = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, tuning, new=(s.k, s.v))
     mx.eval(got)
-    want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, page_size=form.page_size, scale=form.scale)
+    want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, page_size=_PAGE, scale=_SCALE)
     # Padding rows have no slot of their own here; the kernel leaves scratch alone, the reference writes it.
     return _close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
 
 
 def check_paged_extend(launch: Launcher) -> bool:
-    """Five rows of one sequence and three of another, together."""
-    s, form = sample(), paged.Form(_PAGE, _SCALE, window=60)
+    """Five rows of one sequence and three of another, together; in one launch, and split."""
+    s, form = sample(), paged.Form(_PAGE, _SCALE, window=100)
     q = mx.concatenate([s.q, s.q, s.q[:2]])
     lengths = mx.array([146, 147, 148, 149, 150, 35, 36, 37], dtype=mx.int32)
     table = mx.stack([s.table[0], s.table[2]])
     tiles = mx.array(paged.tile_rows((5, 3), paged.rows_per_tile(4, paged.Tuning().heads), pad_to=4))
-    got = paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, paged.Tuning(unroll=2))
     want = reference.paged_extend(
         q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=_PAGE, scale=_SCALE, window=form.window
     )
-    return _close(got, want)
+    tunings = (paged.Tuning(splits, unroll=2) for splits in (1, 2))
+    return all(
+        _close(paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, tuning), want)
+        for tuning in tunings
+    )
 
 
 CHECKS: dict[KernelName, Callable[[Launcher], bool]] = {
