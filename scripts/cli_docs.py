@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pippin import config
-from pippin.config import EngineConfig, ServerConfig, flag_of
+from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-CLASSES: dict[str, type[Any]] = {"EngineConfig": EngineConfig, "ServerConfig": ServerConfig}
+CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (EngineConfig, ServerConfig, SamplingOptions)}
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import cli_docs
 import pytest
 
-from pippin.config import EngineConfig, ServerConfig, flag_of
+from pippin.cli import app
+from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,8 @@ errors <- config <- core
 errors <- backend <- core
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention
-errors <- kernels <- attention
+errors <- kernels <- cache
+kernels <- models
 config <- models <- attention
 types <- penalties <- sampler <- runner
 demo <- models
@@ -128,6 +130,12 @@ def imports_of(module: str) -> set[str]:
 @pytest.mark.parametrize("module", WITHOUT_MLX)
 def test_runs_without_mlx(module: str) -> None:
     assert not imports_of(module) & {"mlx", "mlx_lm"}
+
+
+def test_what_runs_without_mlx_loads_none() -> None:
+    loaded = loaded_by("import " + ", ".join(f"pippin.{name}" for name in WITHOUT_MLX))
+    assert "pippin" in loaded
+    assert not loaded & {"mlx", "mlx_lm", "torch"}
 
 
 def test_torch_stays_in_its_folder() -> None:
@@ -267,6 +275,28 @@ def test_make_targets_exist(path: Path) -> None:
     assert commands_in(path.read_text(), "make") <= targets
 
 
+COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_pippin_commands_exist(path: Path) -> None:
+    assert commands_in(path.read_text(), "pippin") <= COMMANDS
+
+
+def test_every_command_is_documented() -> None:
+    assert commands_in(text_of("docs/cli.md"), "pippin") == COMMANDS
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_flags_of_pippin_exist(path: Path) -> None:
+    """Flags in lines of code that run ``pippin``, or that our launch module takes."""
+    classes = (EngineConfig, ServerConfig, SamplingOptions)
+    known = {name for c in classes for f in fields(c) for name in (flag_of(f.name), f.metadata["flag"])}
+    lines = [line for code in code_in(path.read_text()) for line in code.splitlines()]
+    ours = [line for line in lines if re.search(r"(^|[$] |-m )pippin[ .]", line)]
+    assert {flag for line in ours for flag in re.findall(r"(?<!\S)--[a-z-]+", line)} <= known | {"--help", "--system"}
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_links_resolve(path: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
@@ -298,7 +328,7 @@ def test_makefile_lists_its_targets() -> None:
 def test_option_tables_are_current() -> None:
     page = text_of("docs/cli.md")
     assert cli_docs.render(page) == page, "run `make docs`"
-    assert all(f"`{flag_of(f.name)}`" in page for c in (EngineConfig, ServerConfig) for f in fields(c))
+    assert all(f"`{flag_of(f.name)}`" in page for c in cli_docs.CLASSES.values() for f in fields(c))
 
 
 def python_in(markdown: str) -> list[str]:
