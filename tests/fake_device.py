@@ -189,8 +189,8 @@ class Loop:
         """Tokens at which a request ends, by the rules on the box."""
         return min(request.num_prompt + request.params.max_new_tokens, self.context_length, self.allocator.capacity + 1)
 
-    def step(self, fails: str = "") -> Batch | None:
-        """One turn. ``fails`` is '', 'launch' or 'read'."""
+    def step(self, fails: str = "", gone: Request | None = None) -> Batch | None:
+        """One turn. ``fails`` is '', 'launch' or 'read'; ``gone`` is aborted between the queuing and the reading."""
         before = {slot for node in nodes(self.radix) for slot in node.slots}
         running = {r: r.retractions for r in self.scheduler._running}
         self.allocator.handed.clear()
@@ -206,6 +206,8 @@ class Loop:
             except StepFailed:
                 self._drop([batch])
                 return batch
+        if gone is not None:
+            self.abort(gone)
         previous, self.flight = (self.flight, launched) if self.overlap else (launched, None)
         if previous is not None:
             if fails == "read":
@@ -312,6 +314,7 @@ def check(loop: Loop) -> None:
 
 def check_running(loop: Loop, request: Request, holders: dict[Node, int]) -> None:
     """What a running request shares is what its pin holds, token for token and slot for slot."""
+    pages = loop.allocator.pages_of
     slots: list[int] = []
     tokens: list[int] = []
     node = request.pin
@@ -322,6 +325,7 @@ def check_running(loop: Loop, request: Request, holders: dict[Node, int]) -> Non
     assert node is loop.radix.root
     assert slots == request.slots[: request.shared].tolist()
     assert tokens == request.tokens[: request.shared]
+    assert request.slots == loop.allocator.slots_of(pages(request.slots)), "whole pages, each a run of slots"
     assert request.shared <= len(request.slots)
     assert request.computed <= len(request.slots)
     assert request.finish is None

@@ -89,7 +89,9 @@ class Traffic:
                 self.arrive()
             if self.asked and rng.random() < 0.08:
                 self.loop.abort(rng.choice(self.asked)[0])
-            self.loop.step(rng.choice(["launch", "read"]) if rng.random() < self.faults else "")
+            fails = rng.choice(["launch", "read"]) if rng.random() < self.faults else ""
+            gone = rng.choice(self.asked)[0] if self.asked and rng.random() < 0.08 else None
+            self.loop.step(fails, gone)
 
     def judge(self) -> None:
         """Every request came to what it comes to alone, or to the beginning of it if it was cut off."""
@@ -284,7 +286,7 @@ def test_logits_that_are_not_finite_end_the_request_and_clear_the_cache() -> Non
     batch = loop.scheduler.schedule()
     assert batch is not None
     updates = loop.scheduler.finish(batch, [RowResult(token=3, finite=False)])
-    assert [u.request for u in updates] == [request]
+    assert [(u.request, u.result.token) for u in updates] == [(request, None)]
     assert request.finish is not None
     assert request.finish.reason == "error"
     assert request.tokens == [1] * 8
@@ -368,6 +370,41 @@ def test_a_retracted_request_finds_its_tokens_in_the_tree_and_keeps_num_cached()
     assert all(w.end - w.start < 40 for w in resumed[1:])
 
 
+def test_a_retracted_request_waits_until_its_last_token_is_seen() -> None:
+    loop = Loop(num_pages=60, max_running=2)
+    old, young = loop.add([1] * 10, endless(45)), loop.add([2] * 10, endless(45))
+    previous = None
+    while not young.retractions:  # the step that retracts is scheduled before the one before it is read
+        batch = loop.scheduler.schedule()
+        assert batch is not None
+        previous, unread = batch, previous
+        if unread is not None and not young.retractions:
+            loop.scheduler.finish(unread, [RowResult(token=3) for _ in unread.works])
+    assert unread is not None
+    assert young.length == len(young.tokens) + 1
+    loop.scheduler.abort(old.id)
+    assert loop.scheduler.schedule() is None
+    loop.scheduler.finish(unread, [RowResult(token=3) for _ in unread.works])
+    resumed = loop.scheduler.schedule()
+    assert resumed is not None
+    assert [(w.request, w.end) for w in resumed.works] == [(young, len(young.tokens))]
+
+
+@pytest.mark.parametrize(("page", "cache"), [(1, True), (4, True), (4, False)])
+def test_prompt_logprobs_come_once_even_if_the_prefill_is_retracted(page: int, cache: bool) -> None:
+    loop = Loop(page=page, num_pages=160 // page + 1, max_running=5, chunk=2, cache=cache)
+    for i in range(3):
+        loop.add([i] * 3, endless(60))
+    for _ in range(10):
+        loop.step()
+    request = loop.add([i % 7 for i in range(63)], endless(4, prompt_logprobs=True))
+    while not request.retractions and request.finish is None:
+        loop.step()
+    assert 0 < request.scored < 63
+    loop.run()
+    assert loop.scored[request.id] == request.tokens[1:63]
+
+
 # --- who goes next ---
 
 
@@ -392,6 +429,20 @@ def test_longest_prefix_first_unless_fcfs() -> None:
             loop.step()
             order += [i for i, r in enumerate(requests) if r.row > 0 and i not in order]
         assert order == want
+
+
+def test_a_retracted_request_goes_before_older_ones_that_it_overtook() -> None:
+    loop = Loop(num_pages=80, max_running=2, policy="lpm")
+    loop.add([7] * 10)
+    loop.run()
+    loop.add([1] * 10, endless(60))
+    loop.step()
+    overtaken, lucky = loop.add([5] * 8), loop.add([7] * 9, endless(60))
+    while not lucky.retractions:
+        loop.step()
+        assert overtaken.row < 0
+    assert loop.scheduler._waiting == [lucky, overtaken]
+    loop.run()
 
 
 def test_longest_prefix_first_starves_no_one() -> None:

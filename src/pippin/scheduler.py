@@ -131,8 +131,7 @@ class Scheduler:
         kept = self._chunk // 2 if self._waiting and self._rows else 0
         left = self._chunk - kept
         for request in tuple(self._running):
-            if request.row >= 0:  # not retracted by one before it
-                left -= self._advance(request, left, plan)
+            left -= self._advance(request, left, plan)
         left += kept
         if self._retractions == before:
             left = self._admit(left, plan)
@@ -152,7 +151,7 @@ class Scheduler:
             if request.finish is not None:
                 continue
             if work.samples:
-                self._take(request, result)
+                result = self._take(request, result)
             if work.samples or result.prompt_logprobs:
                 updates.append(Update(request, result))
         return updates
@@ -212,7 +211,7 @@ class Scheduler:
     def _advance(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans the next token or chunk of a running request; the lowest ranks make room if there is none.
 
-        Returns what it cost of the budget: a decode costs nothing.
+        Returns what it cost of the budget: a decode costs nothing, and one that was retracted on the way has no row.
         """
         prefill = _is_prefill(request)
         if not (budget if prefill else request.length < self._limit(request)):
@@ -360,17 +359,19 @@ class Scheduler:
 
     # --- ends ---
 
-    def _take(self, request: Request, result: RowResult) -> None:
-        """Appends a token that was drawn; ends the request if it is its last."""
+    def _take(self, request: Request, result: RowResult) -> RowResult:
+        """Appends a token that was drawn, and ends the request if it is its last; returns what is worth telling."""
         if not result.finite or result.token is None:
-            message = "the model's logits hold no finite number" if not result.finite else "no token was drawn"
-            self._end(request, Finish("error", message=message))
+            self._end(
+                request, Finish("error", message="the model's logits hold no finite number; nothing to draw from")
+            )
             self._radix.flush()  # what was computed on the way may be the cause
-            return
+            return RowResult()
         request.tokens.append(result.token)
         finish = self._stop(request, result.token)
         if finish is not None:
             self._end(request, finish)
+        return result
 
     def _stop(self, request: Request, token: int) -> Finish | None:
         params, generated = request.params, len(request.tokens) - request.num_prompt

@@ -175,7 +175,7 @@ class RadixCache:
         """Cuts an edge; returns the new upper half. The node stays the lower one, so pins on it hold both."""
         assert node.parent is not None
         upper = Node(node.parent, node.end - len(node.tokens) + at, node.tokens[:at], node.slots[:at])
-        upper.refs, upper.used = node.refs, node.used
+        upper.refs = node.refs
         node.parent.children[self._key(node)] = upper
         del node.tokens[:at], node.slots[:at]
         node.parent = upper
