@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,11 @@ async def answer(client: EngineClient, prompt: list[int], params: SamplingParams
     return [token async for output in client.submit(prompt, params) for token in output.tokens]
 
 
+def finish(test: Coroutine[Any, Any, None]) -> None:
+    """Run a test; one that waits for what never comes fails soon."""
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
 async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -72,7 +78,7 @@ def test_streams_are_answered_side_by_side(make: Make) -> None:
             assert client.live == ()
             assert client.stats.prompt_tokens == 32
 
-    asyncio.run(main())
+    finish(main())
 
 
 @pytest.mark.parametrize("leave", ["close", "cancel"])
@@ -94,8 +100,9 @@ def test_whoever_goes_away_frees_the_engine_within_a_step(make: Make, leave: str
             await until(lambda: client.stats.steps > steps and client.stats.num_running <= 1)
             assert client.stats.steps <= steps + 2  # the step under way, and the next
             await other
+            assert client.stats.num_running == 0
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_abort_ends_the_stream_with_its_reason(make: Make) -> None:
@@ -109,7 +116,7 @@ def test_abort_ends_the_stream_with_its_reason(make: Make) -> None:
             assert last.finish is not None
             assert last.finish.reason == "abort"
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_an_id_can_be_used_once_at_a_time(make: Make) -> None:
@@ -122,7 +129,7 @@ def test_an_id_can_be_used_once_at_a_time(make: Make) -> None:
                 assert caught.value.field == "rid"
             assert len([o async for o in client.submit([1], GREEDY, id="x")]) == 5
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_a_refused_request_raises_and_names_the_field(make: Make) -> None:
@@ -133,7 +140,7 @@ def test_a_refused_request_raises_and_names_the_field(make: Make) -> None:
             assert (caught.value.field, caught.value.status) == ("prompt", 400)
             assert await answer(client, [7]) == expected([7], 5)
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_flush_answers(make: Make) -> None:
@@ -149,7 +156,7 @@ def test_flush_answers(make: Make) -> None:
                 assert not refused.ok
                 assert "while requests run" in refused.message
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_sampled_requests_get_seeds_and_the_journal_keeps_what_came() -> None:
@@ -172,7 +179,7 @@ def test_sampled_requests_get_seeds_and_the_journal_keeps_what_came() -> None:
                 await anext(stream)
                 assert client._journal["c"].submit.params.seed is None
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_the_same_engine_seed_draws_the_same_seeds() -> None:
@@ -200,7 +207,7 @@ def test_a_failed_start_raises_what_the_worker_raised(
             async with started(make(model)):
                 pass
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +218,7 @@ def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.Monkey
             async with started(spawned("killed")):
                 pass
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_a_dead_child_fails_every_stream_and_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +241,7 @@ def test_a_dead_child_fails_every_stream_and_later_ones(monkeypatch: pytest.Monk
             with pytest.raises(EngineError, match="SIGKILL"):
                 await client.flush()
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> None:
@@ -254,7 +261,7 @@ def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> Non
             assert transport._directory is not None
             assert not transport._directory.exists()
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_the_sockets_are_private(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +273,7 @@ def test_the_sockets_are_private(monkeypatch: pytest.MonkeyPatch) -> None:
             assert client.transport._directory is not None
             assert client.transport._directory.stat().st_mode & 0o777 == 0o700
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_a_long_temporary_directory_is_left_for_a_shorter_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -279,7 +286,7 @@ def test_a_long_temporary_directory_is_left_for_a_shorter_one(monkeypatch: pytes
         async with started(spawned("fast")) as client:
             assert await answer(client, [3]) == expected([3], 5)
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_files_of_the_working_directory_do_not_shadow_the_library(
@@ -293,7 +300,7 @@ def test_files_of_the_working_directory_do_not_shadow_the_library(
         async with started(spawned("fast")) as client:
             assert await answer(client, [3]) == expected([3], 5)
 
-    asyncio.run(main())
+    finish(main())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -317,7 +324,7 @@ def test_the_child_ignores_an_interrupt_and_idles_without_turning(monkeypatch: p
             assert ticks() - before <= 5  # of 50: a busy wait would take them all
             assert await answer(client, [2]) == expected([2], 5)
 
-    asyncio.run(main())
+    finish(main())
 
 
 def test_before_the_start_there_is_no_info() -> None:
