@@ -6,9 +6,12 @@ in a thread; nothing below calls upward.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from pippin.backend import prepare
 
@@ -86,8 +89,11 @@ class EngineCore:
             self._notices.append(Output(id, num_cached=request.num_cached, finish=request.finish))
 
     def flush(self) -> None:
-        """Empties the prefix cache. Raises RequestError while requests run."""
-        if self.has_work:
+        """Empties the prefix cache. Raises RequestError while requests run.
+
+        A step still in flight for requests that have ended is no obstacle: whatever takes its slots runs after it.
+        """
+        if self._scheduler.has_work:
             raise RequestError(
                 "the cache can't be flushed while requests run; try again when they are done", status=409
             )
@@ -120,17 +126,20 @@ class EngineCore:
             return self._runner.launch(batch)
         except Exception as error:
             log.exception("a step of %d requests could not be queued", len(batch.works))
-            self._drop(batch, error, outputs)
-            return None
+            kind = type(error).__name__
+        self._drop(batch, kind, outputs)
+        return None
 
     def _finish(self, flight: Flight, outputs: list[Output]) -> None:
         try:
             results = flight.read()
         except Exception as error:
             log.exception("a step of %d requests failed", len(flight.batch.works))
-            self._drop(flight.batch, error, outputs)
+            kind = type(error).__name__
+        else:
+            outputs += self._outputs(flight.batch, results)
             return
-        outputs += self._outputs(flight.batch, results)
+        self._drop(flight.batch, kind, outputs)
 
     def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:
         """What the step added to each request that is still wanted."""
@@ -149,9 +158,12 @@ class EngineCore:
             )
         return found
 
-    def _drop(self, batch: Batch, error: Exception, outputs: list[Output]) -> None:
-        """Fails the requests of a step, and of the one in flight; all others start over with an empty cache."""
-        message = f"the engine failed on this step ({type(error).__name__})"
+    def _drop(self, batch: Batch, kind: str, outputs: list[Output]) -> None:
+        """Fails the requests of a step, and of the one in flight; all others start over with an empty cache.
+
+        Not to be called while the error is handled: its traceback keeps the pool alive that ``reset`` replaces.
+        """
+        message = f"the engine failed on this step ({kind})"
         flight, self._in_flight = self._in_flight, None
         for part in (batch, flight.batch if flight is not None else None):
             if part is not None:
@@ -167,7 +179,11 @@ def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None 
     """
     tell = progress or (lambda _: None)
     use_device(config.device)
-    loaded = load_mlx_model(config.model_path, config, progress)
+    return build_core(load_mlx_model(config.model_path, config, progress), config, tell)
+
+
+def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progress], None]) -> EngineCore:
+    """Makes everything that serves a loaded model; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)
@@ -190,18 +206,19 @@ def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None 
         max_running=sizes.max_running,
     )
     tell(Progress("probe", 2, 2))
+    tokenizer = _read_tokenizer(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
     pool = KVPool(choice.shapes, plan.slots + config.page_size, config.page_size)
     runner = MlxModelRunner(
         loaded.model,
         choice.backend,
         pool,
         max_running=sizes.max_running,
-        vocab_size=min(loaded.vocab_size, _tokenizer_size(loaded) or loaded.vocab_size),
+        vocab_size=tokenizer.vocab_size,
     )
     return EngineCore(
         _scheduler(config, plan.slots, sizes, loaded.context_length),
         runner,
-        _info(config, loaded, choice, plan, sizes),
+        _info(config, loaded, choice, plan, sizes, tokenizer.eos_ids),
         overlap=not config.disable_overlap_schedule,
     )
 
@@ -218,13 +235,35 @@ def _scheduler(config: EngineConfig, slots: int, sizes: Limits, context_length: 
     )
 
 
-def _tokenizer_size(loaded: LoadedModel) -> int | None:
-    """How many ids the tokenizer knows, if its file says; the model's vocabulary may be padded beyond."""
-    file = loaded.path / "tokenizer.json"
-    return Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=True) if file.exists() else None
+@dataclass(frozen=True, slots=True)
+class _TokenizerFacts:
+    """What the engine wants to know of a tokenizer: ids from ``vocab_size`` on are none of its, ``eos_ids`` end."""
+
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
 
 
-def _info(config: EngineConfig, loaded: LoadedModel, choice: Choice, plan: MemoryPlan, sizes: Limits) -> ModelInfo:
+def _read_tokenizer(directory: Path, vocab_size: int) -> _TokenizerFacts:
+    """The facts as far as the files tell; the model's ``vocab_size`` may be padded beyond the tokenizer's ids."""
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not file.exists():
+        return _TokenizerFacts(vocab_size)
+    tokenizer = Tokenizer.from_file(str(file))
+    # Not a count of its tokens: some tokenizers leave ids out.
+    size = next((n for n in range(vocab_size, 0, -1) if tokenizer.id_to_token(n - 1) is not None), vocab_size)
+    eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.exists() else None
+    id = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
+    return _TokenizerFacts(size, () if id is None else (id,))
+
+
+def _info(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    choice: Choice,
+    plan: MemoryPlan,
+    sizes: Limits,
+    eos_ids: Sequence[int],
+) -> ModelInfo:
     return ModelInfo(
         model_path=config.model_path or str(loaded.path),
         tokenizer_path=config.tokenizer_path or str(loaded.path),
@@ -233,7 +272,7 @@ def _info(config: EngineConfig, loaded: LoadedModel, choice: Choice, plan: Memor
         quantization=loaded.quantization,
         vocab_size=loaded.vocab_size,
         context_length=loaded.context_length,
-        eos_token_ids=list(loaded.eos_token_ids),
+        eos_token_ids=list(dict.fromkeys([*loaded.eos_token_ids, *eos_ids])),
         attention_backend=choice.backend.name,
         attention_reason=choice.reason,
         max_total_tokens=plan.slots,

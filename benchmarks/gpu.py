@@ -1,0 +1,211 @@
+"""The engine beside mlx-lm on a GPU: random weights in a real model's shape, made there, in one run.
+
+    python -m benchmarks.gpu [--shapes 0.6b 8b] [--streams 1 8 32 128] [--json results.jsonl]
+
+Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Speed
+does not depend on the weights. Ours and mlx-lm's take turns on the same model; medians of ``--rounds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import qwen3, qwen3_moe
+
+from pippin.config import EngineConfig
+from pippin.core import EngineCore, build_core
+from pippin.models.load import LoadedModel
+from pippin.types import SamplingParams, Submit
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288, "num_attention_heads": 32},
+    "30b-a3b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4},
+}
+COMMON: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+}
+
+
+def make_model(shape: str, bits: int | None) -> nn.Module:
+    """A random bfloat16 model of ``SHAPES``, quantized to ``bits`` in groups of 64 if given."""
+    moe = "moe_intermediate_size" in SHAPES[shape]
+    module, kind = (qwen3_moe, "qwen3_moe") if moe else (qwen3, "qwen3")
+    settings = {"model_type": kind, **COMMON, **SHAPES[shape]}
+    if shape == "tiny":
+        settings |= {"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 64}
+    model = module.Model(module.ModelArgs.from_dict(settings))
+    model.set_dtype(mx.float32 if shape == "tiny" else mx.bfloat16)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(int(v.nbytes) for _, v in tree_flatten(model.parameters()))
+
+
+def make_core(model: nn.Module, **options: Any) -> EngineCore:
+    vocab = int(model.args.vocab_size)
+    kind = str(model.args.model_type)
+    dtype = mx.float32 if vocab == 1000 else mx.bfloat16
+    loaded = LoadedModel(model, {}, Path("random"), kind, dtype, None, (), vocab, 40960, weight_bytes(model))
+    return build_core(loaded, EngineConfig(**options), lambda _: None)
+
+
+def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    key = mx.random.key(seed)
+    rows: list[list[int]] = mx.random.randint(3, vocab, (count, length), key=key).tolist()  # type: ignore[assignment]
+    return rows
+
+
+class Ours:
+    """Times EngineCore."""
+
+    name = "pippin"
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._count = 0
+
+    def run(self, rows: Sequence[Sequence[int]], new: int) -> tuple[float, float]:
+        """Seconds to everyone's first token, and tokens a second from there on."""
+        params = SamplingParams(temperature=0.0, max_new_tokens=new, ignore_eos=True)
+        for row in rows:
+            self._count += 1
+            self._core.add(Submit(str(self._count), list(row), len(row), params))
+        return _time(self._tokens(), len(rows))
+
+    def _tokens(self) -> Iterator[str]:
+        while self._core.has_work:
+            step = self._core.step()
+            for output in step.outputs if step else ():
+                for _ in output.tokens:
+                    yield output.id
+
+
+class MlxLm:
+    """Times mlx-lm: ``generate_step`` for one stream, ``BatchGenerator`` for more."""
+
+    name = "mlx-lm"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def run(self, rows: Sequence[Sequence[int]], new: int) -> tuple[float, float]:
+        """As ``Ours.run``."""
+        return _time(self._single(rows[0], new) if len(rows) == 1 else self._batch(rows, new), len(rows))
+
+    def _single(self, row: Sequence[int], new: int) -> Iterator[str]:
+        for _ in generate_step(mx.array(list(row)), self._model, max_tokens=new):
+            yield "0"
+
+    def _batch(self, rows: Sequence[Sequence[int]], new: int) -> Iterator[str]:
+        batch = BatchGenerator(
+            self._model, max_tokens=new, prefill_batch_size=16, completion_batch_size=max(32, len(rows))
+        )
+        batch.insert([list(row) for row in rows])
+        left = len(rows)
+        while left:
+            _, responses = batch.next()
+            for response in responses:
+                yield str(response.uid)
+                left -= response.finish_reason is not None
+
+
+def _time(tokens: Iterator[str], streams: int) -> tuple[float, float]:
+    began = time.perf_counter()
+    seen: set[str] = set()
+    count, first, base = 0, 0.0, 0
+    for id in tokens:
+        count += 1
+        seen.add(id)
+        if len(seen) == streams and not first:
+            first, base = time.perf_counter(), count
+    ended = time.perf_counter()
+    return first - began, (count - base) / (ended - first) if count > base else 0.0
+
+
+def median_of(rounds: int, run: Callable[[int], tuple[float, float]]) -> tuple[float, float]:
+    run(-1)
+    found = [run(i) for i in range(rounds)]
+    return statistics.median(f for f, _ in found), statistics.median(d for _, d in found)
+
+
+def measure(shape: str, bits: int | None, streams: Sequence[int], rounds: int, peers: bool) -> Iterator[dict[str, Any]]:
+    model = make_model(shape, bits)
+    sides: list[Ours | MlxLm] = [MlxLm(model)] if peers else []
+    core = make_core(
+        model,
+        max_total_tokens=max(streams) * 400 + 16 * 512 + 64,
+        max_running_requests=max(16, *streams),
+        chunked_prefill_size=8192,
+        disable_radix_cache=True,
+    )
+    sides.append(Ours(core))
+    vocab = int(model.args.vocab_size)
+    what = {"shape": shape, "bits": bits or 16, "weight_gb": weight_bytes(model) / 1e9}
+    for count in streams:
+        for side in sides:
+            mx.reset_peak_memory()
+            _, rate = median_of(rounds, lambda i, s=side, c=count: s.run(prompts(c, 256, vocab, 7 + i), 101))  # type: ignore[misc]
+            yield what | {"side": side.name, "streams": count, "decode": rate, "peak_gb": mx.get_peak_memory() / 1e9}
+    for side in sides:
+        seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(16, 512, vocab, 90 + i), 2))  # type: ignore[misc]
+        yield what | {"side": side.name, "prefill": 16 * 512 / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["0.6b", "8b"], help="SHAPES, `:4` for 4 bits")
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    facts = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
+    print(json.dumps(facts), flush=True)
+    for name in options.shapes:
+        shape, _, bits = name.partition(":")
+        for row in measure(shape, int(bits) if bits else None, options.streams, options.rounds, not options.no_peers):
+            print(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+            if options.json:
+                with options.json.open("a") as file:
+                    file.write(json.dumps(facts | row) + "\n")
+        mx.clear_cache()
+
+
+if __name__ == "__main__":
+    main()
