@@ -53,3 +53,21 @@ def test_the_engine_prepares_before_it_imports_mlx() -> None:
         "except ImportError as error: print(type(error).__name__)"
     )
     assert done.stdout.strip() == "NoBackendError", done.stderr
+
+
+def test_a_thread_that_used_mlx_lets_the_process_end() -> None:
+    code = (
+        "import threading\n"
+        "from pippin.backend import leave_thread, prepare\n"
+        "def work():\n"
+        "    prepare()\n"
+        "    import mlx.core as mx\n"
+        "    x = mx.random.normal((512, 512))\n"
+        "    mx.eval(x @ x)\n"
+        "    leave_thread()\n"
+        "thread = threading.Thread(target=work)\n"
+        "thread.start()\n"
+        "thread.join()"
+    )
+    # Without leave_thread about every second process aborts.
+    assert [run(code).returncode for _ in range(8)] == [0] * 8

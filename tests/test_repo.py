@@ -34,6 +34,7 @@ CHAINS = """
 errors <- types <- cache <- scheduler <- core
 errors <- config <- core
 errors <- backend <- core
+backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention
 errors <- kernels <- cache

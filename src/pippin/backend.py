@@ -41,6 +41,19 @@ def preload_openblas() -> bool:
     return True
 
 
+def leave_thread() -> None:
+    """Ends MLX's streams of the calling thread, which can't use MLX after that. Not for the main thread.
+
+    Streams that outlive their thread make the process abort when it ends, now and then (seen with MLX 0.32.4).
+    """
+    if "mlx.core" not in sys.modules:
+        return
+    import mlx.core as mx
+
+    mx.synchronize()
+    mx.clear_streams()
+
+
 def advice(system: str, machine: str, error: str) -> str:
     """What to do where MLX can't be imported; ``system`` and ``machine`` as ``platform`` names them."""
     match system, machine:

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pippin.backend import leave_thread
 from pippin.config import EngineConfig
 from pippin.types import Command, Event, Shutdown
 from pippin.worker import CORE, Hello, Load, run
@@ -60,6 +61,7 @@ class ThreadTransport:
 
         def work() -> None:
             run(self._load, self._receive, lambda event: call(on_event, event))
+            leave_thread()
             call(end)
 
         self._thread = threading.Thread(target=work, name="pippin-engine", daemon=True)
