@@ -196,6 +196,15 @@ def test_unknown_paths_and_methods(http: httpx.Client) -> None:
     assert "POST" in named(http.get(CHAT))[1]
 
 
+def test_the_description_holds_every_field(http: httpx.Client) -> None:
+    page = http.get("/openapi.json").json()
+    assert set(page["paths"]["/generate"]) == {"get", "post", "put"}
+    for path, body in GOOD.items():
+        content = page["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        schema = page["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
+        assert body.keys() <= schema["properties"].keys()
+
+
 def test_a_body_that_is_too_long_is_refused(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pippin.server.http.MAX_BODY", 1000)
     body = json.dumps({"prompt": "a" * 2000}).encode()

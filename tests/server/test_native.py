@@ -164,6 +164,8 @@ def test_metrics(server: Running, http: httpx.Client) -> None:
     def value(name: str, page: str) -> float:
         return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"pippin:{name}{{"))
 
+    while server.client.live:  # of other tests
+        time.sleep(0.001)
     before = http.get("/metrics").text
     http.post("/generate", json={"text": "metrics", "sampling_params": {"max_new_tokens": 5, "n": 2}})
     page = http.get("/metrics")

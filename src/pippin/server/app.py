@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,6 +19,14 @@ from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
 from pippin.server import native, openai
 from pippin.server.http import CLIENT_CLOSED, ClientGone, JsonResponse, error_response
+from pippin.server.protocol import (
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from pippin.server.service import Service
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
@@ -24,27 +34,28 @@ from pippin.types import Progress
 
 Route = Callable[[Service, Request], Awaitable[Response]]
 
-ANY = ("GET", "POST")
-
-ROUTES: tuple[tuple[str, tuple[str, ...], Route], ...] = (
-    ("/v1/chat/completions", ("POST",), openai.chat),
-    ("/v1/completions", ("POST",), openai.completions),
-    ("/v1/models", ("GET",), openai.models),
-    ("/v1/models/{model:path}", ("GET",), openai.model),
-    ("/generate", ("POST", "PUT", "GET"), native.generate),
-    ("/tokenize", ("POST",), native.tokenize),
-    ("/v1/tokenize", ("POST",), native.tokenize),
-    ("/detokenize", ("POST",), native.detokenize),
-    ("/v1/detokenize", ("POST",), native.detokenize),
-    ("/health", ("GET",), native.health),
-    ("/health_generate", ("GET",), native.health_generate),
-    ("/get_model_info", ("GET",), native.model_info),
-    ("/model_info", ("GET",), native.model_info),
-    ("/get_server_info", ("GET",), native.server_info),
-    ("/server_info", ("GET",), native.server_info),
-    ("/flush_cache", ANY, native.flush_cache),
-    ("/abort_request", ("POST",), native.abort_request),
-    ("/metrics", ("GET",), native.metrics),
+ROUTES: tuple[tuple[str, str, Route, type[msgspec.Struct] | None], ...] = (
+    ("POST", "/v1/chat/completions", openai.chat, ChatRequest),
+    ("POST", "/v1/completions", openai.completions, CompletionRequest),
+    ("GET", "/v1/models", openai.models, None),
+    ("GET", "/v1/models/{model:path}", openai.model, None),
+    ("POST", "/generate", native.generate, GenerateRequest),
+    ("PUT", "/generate", native.generate, GenerateRequest),
+    ("GET", "/generate", native.generate, GenerateRequest),
+    ("POST", "/tokenize", native.tokenize, TokenizeRequest),
+    ("POST", "/v1/tokenize", native.tokenize, TokenizeRequest),
+    ("POST", "/detokenize", native.detokenize, DetokenizeRequest),
+    ("POST", "/v1/detokenize", native.detokenize, DetokenizeRequest),
+    ("GET", "/health", native.health, None),
+    ("GET", "/health_generate", native.health_generate, None),
+    ("GET", "/get_model_info", native.model_info, None),
+    ("GET", "/model_info", native.model_info, None),
+    ("GET", "/get_server_info", native.server_info, None),
+    ("GET", "/server_info", native.server_info, None),
+    ("POST", "/flush_cache", native.flush_cache, None),
+    ("GET", "/flush_cache", native.flush_cache, None),
+    ("POST", "/abort_request", native.abort_request, AbortRequest),
+    ("GET", "/metrics", native.metrics, None),
 )
 
 OPEN = ("/health", "/health_generate", "/metrics")
@@ -54,14 +65,34 @@ OPEN = ("/health", "/health_generate", "/metrics")
 def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, config: ServerConfig) -> FastAPI:
     """The server's app, of ready parts: ``client`` has started. It holds no state but theirs."""
     service = Service(client, tokenizer, chat, config)
-    app = FastAPI(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
-    for path, methods, route in ROUTES:
-        app.add_api_route(path, bound(service, route), methods=[*methods], response_model=None, name=route.__name__)
+    app = Described(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
+    for method, path, route, body in ROUTES:
+        extra = {"requestBody": body_schema(body)} if body else None
+        app.add_api_route(
+            path, bound(service, route), methods=[method], response_model=None, name=route.__name__, openapi_extra=extra
+        )
     for kind in (PippinError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, on_error)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key)
     return app
+
+
+class Described(FastAPI):
+    """FastAPI, with the structs of the requests in /openapi.json."""
+
+    def openapi(self) -> dict[str, Any]:
+        bodies = [body for *_, body in ROUTES if body is not None]
+        _, components = msgspec.json.schema_components(bodies, ref_template=SCHEMA)
+        return super().openapi() | {"components": {"schemas": components}}
+
+
+SCHEMA = "#/components/schemas/{name}"
+
+
+def body_schema(body: type[msgspec.Struct]) -> dict[str, Any]:
+    reference = {"$ref": SCHEMA.format(name=body.__name__)}
+    return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def bound(service: Service, route: Route) -> Callable[[Request], Awaitable[Response]]:
