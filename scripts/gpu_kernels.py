@@ -115,6 +115,8 @@ def checks() -> Iterator[Row]:
     dims = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
     for i, (dim, value_dim) in enumerate(dims):
         for j, dtype in enumerate(DTYPES):
+            if dim != 128 and j != i % 3:
+                continue
             shape = Shape("check", 5, 40 + 7 * i, 2, (1, 4, 8, 7)[(i + j) % 4], dim, value_dim, dtype, (1, 16)[j % 2])
             shape = replace(shape, longest=900 + i)
             yield check_decode(shape, paged.Tuning(splits=1), {})

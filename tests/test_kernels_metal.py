@@ -31,7 +31,7 @@ struct half { half() = default; explicit half(float); operator float() const; ui
 struct bfloat { bfloat() = default; explicit bfloat(float); operator float() const; uint16_t b; };
 struct uint3 { uint x, y, z; };
 namespace metal {
-float exp2(float);
+namespace fast { float exp2(float); }
 float simd_shuffle_xor(float, ushort);
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);

@@ -24,8 +24,8 @@ INLINE float sum_lanes(float x) {
   return x;
 }
 
-// tanh without overflow: 1 - 2 / (e^2x + 1).
-INLINE float tanh_of(float x) { return 1.0f - 2.0f / (exp2_of(2.0f * LOG2E * x) + 1.0f); }
+// tanh as 1 - 2 / (e^2x + 1); beyond 15 it is 1 in float32, and e^2x could overflow.
+INLINE float tanh_of(float x) { return 1.0f - 2.0f / (exp2_of(2.0f * LOG2E * (x < 15.0f ? x : 15.0f)) + 1.0f); }
 
 // A lane's share of q . k, where lane l of LANES has packs l, l + LANES, …
 template <typename T, int N, int E>

@@ -10,7 +10,7 @@
 
 namespace pippin {
 
-INLINE float exp2_of(float x) { return metal::exp2(x); }
+INLINE float exp2_of(float x) { return metal::fast::exp2(x); }
 INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
 
 }  // namespace pippin
