@@ -498,6 +498,34 @@ def test_budget_that_newcomers_leave_goes_back() -> None:
     assert loop.batches[-1].num_tokens == 100
 
 
+def test_a_newcomer_is_not_cut_short_where_it_would_then_wait_behind_a_long_prompt() -> None:
+    loop = Loop(num_pages=4000, chunk=100, max_running=30)
+    long = loop.add([1] * 2000)
+    shorts = []
+    for i in range(10):
+        loop.step()
+        shorts.append(loop.add([2 + i] * 30, endless(2)))
+        shorts.append(loop.add([20 + i] * 30, endless(2)))
+    loop.run()
+    works = [w for batch in loop.batches for w in batch.works if w.request is not long and w.start == 0]
+    assert len(works) == len(shorts)
+    assert all(w.end == 30 for w in works)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_a_prompt_that_needs_much_room_is_not_passed_over_for_ever(policy: str) -> None:
+    loop = Loop(num_pages=101, max_running=4, policy=policy)
+    for _ in range(2):
+        loop.add([7] * 10, endless(20))
+    loop.step()
+    large = loop.add([5] * 80, endless(20))
+    for step in range(200):
+        if step % 10 == 0:
+            loop.add([7] * 10, endless(20))
+        loop.step()
+    assert large.finish is not None
+
+
 def test_a_decode_step_looks_at_no_old_token() -> None:
     """Scheduling decodes costs the same behind 10 tokens as behind 10 thousand."""
 
