@@ -63,7 +63,8 @@ class LoadingBar:
 
     def stop(self) -> None:
         """Take the bar away before the end of the ``with``."""
-        self._progress.stop()
+        if self._task is not None:  # stopping one that never started prints an empty line
+            self._progress.stop()
 
     def __call__(self, event: Loading) -> None:
         if self._task is not None:
