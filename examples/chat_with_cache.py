@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pippin import Engine
 
-questions = ["What is 12 + 30?", "And 40 - 15?", "Which of the two answers is larger?"]
+questions = ["What is 12 + 30?", "And 40 - 15?", "How many letters does apple have?"]
 
 if __name__ == "__main__":
     messages: list[dict[str, str]] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from openai import OpenAI
 
 if __name__ == "__main__":
-    client = OpenAI(base_url="http://localhost:30000/v1", api_key="none")
+    url = os.environ.get("OPENAI_BASE_URL", "http://localhost:30000/v1")
+    client = OpenAI(base_url=url, api_key="none")
     stream = client.chat.completions.create(
         model="any",
         messages=[{"role": "user", "content": "What is 12 + 30?"}],
