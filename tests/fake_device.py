@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pippin.cache.radix import Node, RadixCache
 from pippin.cache.slots import SlotAllocator
@@ -61,6 +62,11 @@ def alone(tokens: Sequence[int], num_prompt: int, params: SamplingParams, limit:
         if token in stops and end - num_prompt >= params.min_new_tokens:
             return story.tokens[:end], Finish("stop", token)
     return story.tokens[:end], Finish("length")
+
+
+def endless(n: int = 8, **more: Any) -> SamplingParams:
+    """Params of an answer of exactly n tokens."""
+    return SamplingParams(max_new_tokens=n, ignore_eos=True, **more)
 
 
 class StepFailed(Exception):
