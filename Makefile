@@ -47,7 +47,7 @@ parity:
 	.venv-parity/bin/python -m pytest -o addopts= -q --strict-markers --strict-config tests/parity
 
 bench-cpu: dev
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 sweep: dev
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)

@@ -15,8 +15,8 @@ from pippin.backend import advice, preload_openblas
     [
         ("Darwin", "x86_64", "Intel Macs"),
         ("Darwin", "arm64", "macOS 14"),
-        ("Linux", "x86_64", "pippin[cpu]"),
-        ("Linux", "aarch64", "pippin[cuda13]"),
+        ("Linux", "x86_64", "mlx[cpu]"),
+        ("Linux", "aarch64", "mlx[cuda13]"),
         ("Linux", "riscv64", "no build for Linux on riscv64"),
         ("Windows", "AMD64", "no build for Windows"),
     ],

@@ -66,7 +66,7 @@ def advice(system: str, machine: str, error: str) -> str:
             return f"MLX can't be imported ({error}): it needs macOS 14 or newer; try `pip install --upgrade mlx`."
         case "Linux", "x86_64" | "aarch64":
             return (
-                f"MLX has no backend here ({error}): `pip install 'pippin[cpu]'`, or `pippin[cuda13]` or "
-                "`pippin[cuda12]` for an NVIDIA GPU (`nvidia-smi` shows the driver's CUDA version)."
+                f"MLX has no backend here ({error}): `pip install 'mlx[cpu]'`, or `mlx[cuda13]` or "
+                "`mlx[cuda12]` for an NVIDIA GPU (`nvidia-smi` shows the driver's CUDA version)."
             )
     return f"MLX has no build for {system} on {machine}: use Apple silicon, or Linux on x86_64 or aarch64."
