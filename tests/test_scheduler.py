@@ -15,7 +15,6 @@ from pippin.scheduler import Scheduler
 from pippin.types import Request, RowResult, SamplingParams
 from tests.fake_device import VOCAB, Loop, Story, alone, check_idle, endless
 
-
 loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "page": st.sampled_from([1, 1, 2, 4]),
