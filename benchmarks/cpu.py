@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -188,11 +189,9 @@ def overhead(scale: Scale, server: Server, tokenizer: Tokenizer, rng: random.Ran
     _, answers = ask_all(server, prompts, scale.served_steps)
     after = cpu_seconds(server)
     tokens = sum(a.tokens for a in answers)
-    begun, ended = max(a.arrivals[0] for a in answers), min(a.arrivals[-1] for a in answers)
-    gaps = [len([t for t in a.arrivals if begun <= t <= ended]) - 1 for a in answers]
-    served = (ended - begun) / max(1.0, statistics.median(gaps))
+    gaps = [later - earlier for a in answers for earlier, later in pairwise(a.arrivals)]
     cpu = None if before is None or after is None else (after - before) / tokens
-    return Overhead(scale.streams, step, served, cpu)
+    return Overhead(scale.streams, step, statistics.median(gaps), cpu)
 
 
 def environment() -> dict[str, str]:
