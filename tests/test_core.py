@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
+from tokenizers import Tokenizer, models
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
 from pippin.runner import InFlight, MlxModelRunner
-from pippin.types import Batch, Output, SamplingParams, Submit
+from pippin.types import Batch, Finish, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
@@ -204,6 +208,26 @@ def test_prompt_and_output_logprobs_are_the_models(core: EngineCore, checkpoint:
             assert p.top[0][1] == pytest.approx(exact[at].max().item(), abs=2e-4)
 
 
+def test_the_tokenizers_end_ends_an_answer_too_and_ids_that_it_skips_are_still_drawn(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """config.json may name another end, or none, and a vocabulary may have holes: its size is no highest id."""
+    row = prompts(1)[0]
+    whole = greedy_by_mlx_lm(checkpoint, row, 12)
+    end = max(whole)
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    known = {f"t{i}": i for i in {*whole, *row}}
+    vocabulary = models.WordLevel({**{t: i for t, i in known.items() if i != end}, "<end>": end}, unk_token="t0")
+    Tokenizer(vocabulary).save(str(tmp_path / "tokenizer.json"))
+    for eos in ("<end>", {"content": "<end>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        core = make_core(tmp_path)
+        assert core.info.eos_token_ids == [2, end]
+        found = collect(core, [Submit("a", row, len(row), replace_params(GREEDY, ignore_eos=False))])["a"]
+        assert [t for o in found for t in o.tokens] == whole[: whole.index(end) + 1]
+        assert found[-1].finish == Finish("stop", end)
+
+
 def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
     import msgspec
 
@@ -267,6 +291,29 @@ class FlakyFlight:
         return self._flight.read()
 
 
+def test_after_a_step_that_failed_midway_there_is_one_pool_not_two(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        logging.getLogger("pippin.core"), "disabled", True
+    )  # pytest keeps what is logged, traceback too
+    core = make_core(checkpoint, max_total_tokens=60_000)
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    size, last = runner.pool.nbytes, runner.model.model.layers[-1]
+    planted, last.mlp = last.mlp, None  # the last layer raises, and its caches are in the traceback
+    core.add(submits(prompts(1))[0])
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    step = core.step()
+    assert step is not None
+    assert step.outputs[0].finish is not None
+    assert step.outputs[0].finish.reason == "error"
+    assert mx.get_peak_memory() - before < size / 4
+    last.mlp = planted
+    assert run(core, submits(prompts(1)))["r0"] == greedy_by_mlx_lm(checkpoint, prompts(1)[0], 12)
+
+
 @pytest.mark.parametrize("where", ["launch", "read"])
 def test_a_step_that_fails_ends_its_requests_and_nobody_elses(checkpoint: Path, where: str) -> None:
     rows = prompts(4)
@@ -325,6 +372,21 @@ def test_peak_memory_over_200_overlapped_steps_is_less_than_a_pool_array_above_i
         pass
     assert core.stats.overlapped_steps > 190
     assert mx.get_peak_memory() - before < array_bytes
+
+
+def test_the_cache_can_be_emptied_once_the_last_answer_is_out_though_a_step_is_in_flight(core: EngineCore) -> None:
+    row = prompts(1)[0]
+    whole = run(core, [Submit("a", row, len(row), GREEDY)])["a"]
+    stop = whole[3]
+    core.add(Submit("b", row, len(row), replace_params(GREEDY, stop_token_ids=(stop,))))
+    with pytest.raises(RequestError, match="while requests run"):
+        core.flush()
+    next(output for output in drain(core) if output.finish)
+    assert core.has_work, "the next step was queued before the stop token was read"
+    core.flush()
+    assert core.stats.slots_free == core.stats.slots_total
+    list(drain(core))
+    assert run(core, [Submit("c", row, len(row), GREEDY)])["c"] == whole
 
 
 Row = Callable[[int], list[int]]

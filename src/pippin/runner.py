@@ -165,7 +165,9 @@ class MlxModelRunner:
 
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
-        self.pool = KVPool(self.pool.shapes, self.pool.num_slots, self.pool.page_size)
+        shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size
+        del self.pool  # before the next is made: there may not be memory for two
+        self.pool = KVPool(*shape)
         self._last_token = mx.zeros_like(self._last_token)
         self._after = self._last_token
         mx.eval(self._last_token)
@@ -178,8 +180,7 @@ class MlxModelRunner:
         At least one row of logits comes back, whether anyone wants it or not: the step's outcome hangs on it.
         """
         for work in works:
-            if len(work.request.slots) < work.end or work.request.row < 0:
-                raise AssertionError(f"{work.request.id} was scheduled without slots or row")
+            _check(work, self.pool.num_slots)
         heads: list[mx.array] = []
         tails: list[mx.array] = []
         tokens: list[mx.array] = []
@@ -215,6 +216,14 @@ class MlxModelRunner:
             targets += works[p.work].request.tokens[p.first : p.first + p.count]
         top = max(works[p.work].request.params.top_logprobs for p in prompts)
         return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top, self._vocab_size)
+
+
+def _check(work: Work, num_slots: int) -> None:
+    """MLX checks no bounds: a wrong slot would read or write another request's memory, or anybody's."""
+    request = work.request
+    slots = request.slots[work.start : work.end]
+    if request.row < 0 or len(slots) < work.end - work.start or not 0 < min(slots) <= max(slots) < num_slots:
+        raise AssertionError(f"{request.id} was scheduled without a row or slots of the pool")
 
 
 def _prompt_rows(works: Sequence[Work]) -> list[PromptRows]:

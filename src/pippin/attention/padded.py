@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from pippin.attention.plain import positional_mask
+from pippin.attention.plain import fetch, positional_mask
 from pippin.cache.pool import KVPool
 from pippin.inputs import Step, padded_step
 from pippin.models.seam import Seam
@@ -45,8 +45,11 @@ class PaddedLayer:
         """Stores keys and values [B, kv_heads, L, …] and returns the works' whole K and V, padded."""
         slots = self._step.write_slots.reshape(-1)
         flat = [x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (keys, values)]
+        if keys.shape[2] > 1:  # a NaN in scratch would reach everyone: a mask makes a weight 0, and 0 * NaN is NaN
+            flat = [mx.where((slots > 0)[:, None, None], x, 0) for x in flat]
         written = self._pool.write(self._layer, slots, flat[0], flat[1], self._step.after)
-        self._stored = self._pool.gather(self._layer, self._step.groups[0].head_rows(keys.shape[1]), written)
+        group = self._step.groups[0]
+        self._stored = fetch(self._pool, self._layer, group, written, lambda: group.head_rows(keys.shape[1]))
         return self._stored
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -77,7 +80,7 @@ class Padded:
         return list(runs)
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
-        return padded_step(works, last_token)
+        return padded_step(works, last_token, pool.page_size if pool.in_place else None)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         masks: dict[int | None, mx.array] = {}
