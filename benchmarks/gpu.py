@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    facts = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
+    facts = {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
     print(json.dumps(facts), flush=True)
     for name in options.shapes:
         shape, _, bits = name.partition(":")

@@ -68,7 +68,7 @@ class Step:
 def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
 
-    With ``page_size``, all works of a single token are one group that names pages, for a kernel.
+    With ``page_size``, groups name pages, for kernels that read the pool, and all single tokens are one group.
     """
     order = sorted(range(len(works)), key=lambda i: _group_key(works[i]))
     starts, total = [0] * len(works), 0
@@ -94,8 +94,8 @@ def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None 
     )
 
 
-def padded_step(works: Sequence[Work], last_token: mx.array) -> Step:
-    """The step in the padded layout, one group for all works."""
+def padded_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
+    """The step in the padded layout, one group for all works; the arguments are ``row_step``'s."""
     rows = max(w.end - w.start for w in works)
     shape = (len(works), rows)
     tokens, slots, unseen = (np.zeros(shape, np.int32) for _ in range(3))
@@ -109,7 +109,7 @@ def padded_step(works: Sequence[Work], last_token: mx.array) -> Step:
         tokens=_with_unseen(tokens, unseen, last_token),
         positions=mx.array(np.array([w.start for w in works], np.int32)),
         write_slots=mx.array(slots),
-        groups=(_group(works, 0, rows),),
+        groups=(_group(works, 0, rows, page_size),),
         lasts=tuple(i * rows + w.end - w.start - 1 for i, w in enumerate(works)),
     )
 
@@ -133,7 +133,7 @@ def _groups(works: Sequence[Work], page_size: int | None) -> list[Group]:
         rows, stop = head.end - head.start, at + 1
         while stop < len(works) and _fits(head, works[stop], paged=page_size is not None):
             stop += 1
-        groups.append(_group(works[at:stop], first, rows, page_size if rows == 1 else None))
+        groups.append(_group(works[at:stop], first, rows, page_size))
         first += rows * (stop - at)
         at = stop
     return groups
@@ -147,7 +147,7 @@ def _fits(head: Work, work: Work, paged: bool) -> bool:
     return work.end == head.end
 
 
-def _group(works: Sequence[Work], first: int, rows: int, page_size: int | None = None) -> Group:
+def _group(works: Sequence[Work], first: int, rows: int, page_size: int | None) -> Group:
     """Slots of all contexts, or with ``page_size`` the pages: every page's first slot tells which it is."""
     context, stride = max(w.end for w in works), page_size or 1
     table = np.zeros((len(works), -(-context // stride)), np.int32)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
+from pippin.cache.pool import KVPool
 from pippin.inputs import Group
 from pippin.kernels.cpu import softmax_values
+
+KeysAndValues = tuple[mx.array, mx.array]
 
 # Most attention scores at once on the CPU, where MLX computes them all: a few arrays of them fit in its cache.
 _MOST_SCORES = 1 << 18
 _LEAST_ROWS = 32
+
+
+def fetch(pool: KVPool, layer: int, group: Group, after: mx.array, rows: Callable[[], mx.array]) -> KeysAndValues:
+    """K and V of a group's contexts, [count, kv_heads, context, …], once ``after`` is computed.
+
+    ``rows`` makes ``Group.head_rows`` for this layer, where MLX's own indexing reads the pool.
+    """
+    if group.pages is None:
+        return pool.gather_rows(layer, rows())
+    keys, values = pool.gather_pages(layer, group.pages, after)
+    return keys[:, :, : group.context], values[:, :, : group.context]
 
 
 def group_attention(

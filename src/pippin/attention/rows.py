@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from pippin.attention.plain import group_attention
+from pippin.attention.plain import fetch, group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.inputs import Group, Step, row_step
@@ -74,8 +74,8 @@ class RowLayer:
         self, q: mx.array, group: Group, scale: float, window: int | None, sinks: mx.array | None
     ) -> mx.array:
         assert self._written is not None
-        if group.pages is None:
-            keys, values = self._pool.gather(self._layer, self._head_rows(group), self._written)
+        if group.pages is None or group.rows > 1:
+            keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
             return group_attention(q, keys, values, group, scale, window, sinks)
         out = paged_decode(
             q[:, :, 0],

@@ -68,14 +68,20 @@ class KVPool:
         """
         return kernels.kv_write(*self.layer(index), k, v, slots, after=after)
 
-    def gather(self, index: int, rows: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
+    def gather_pages(self, index: int, pages: mx.array, after: mx.array) -> tuple[mx.array, mx.array]:
+        """K and V of whole ``pages`` [b, n] int32, as attention wants them: [b, kv_heads, n * page_size, …].
+
+        Where writes are ``in_place`` this is the only way to gather: MLX orders its own operations by what they are
+        known to write, and does not know of these.
+        """
+        return kernels.kv_gather(*self.layer(index), pages, page_size=self.page_size, after=after)
+
+    def gather_rows(self, index: int, rows: mx.array) -> tuple[mx.array, mx.array]:
         """K and V as attention wants them, [b, kv_heads, n, key_dim or value_dim], without a transposition.
 
         ``rows`` [b, kv_heads, n] int32 are lines of an array of one head each: ``slot * kv_heads + head``.
         """
         keys, values = self.layer(index)
-        if self.in_place:
-            keys, values = mx.depends([keys, values], [after])
         return keys.reshape(-1, keys.shape[-1])[rows], values.reshape(-1, values.shape[-1])[rows]
 
 
