@@ -127,7 +127,7 @@ def test_an_id_can_be_used_once_at_a_time(make: Make) -> None:
                 with pytest.raises(RequestError, match="in use") as caught:
                     await anext(client.submit([1], GREEDY, id="x"))
                 assert caught.value.field == "rid"
-            assert len([o async for o in client.submit([1], GREEDY, id="x")]) == 5
+            assert len([t async for o in client.submit([1], GREEDY, id="x") for t in o.tokens]) == 5
 
     finish(main())
 
@@ -139,6 +139,38 @@ def test_a_refused_request_raises_and_names_the_field(make: Make) -> None:
                 await answer(client, [])
             assert (caught.value.field, caught.value.status) == ("prompt", 400)
             assert await answer(client, [7]) == expected([7], 5)
+
+    finish(main())
+
+
+def test_a_slow_reader_gets_more_at_a_time_and_loses_nothing() -> None:
+    async def main() -> None:
+        async with started(in_thread("fast")) as client:
+            params = SamplingParams(max_new_tokens=50, temperature=0, logprobs=True)
+            stream = client.submit([1], params)
+            found = [await anext(stream)]
+            await until(lambda: client.live == ())
+            found += [output async for output in stream]
+            assert len(found) <= 3
+            assert [t for o in found for t in o.tokens] == expected([1], 50)
+            assert [x.token for o in found for x in o.logprobs] == expected([1], 50)
+            assert [o.finish is not None for o in found] == [False] * (len(found) - 1) + [True]
+
+    finish(main())
+
+
+def test_what_came_before_a_failure_is_read_first() -> None:
+    async def main() -> None:
+        async with started(in_thread("fast")) as client:
+            stream = client.submit([1], LONG)
+            first = await anext(stream)
+            live = client._journal[next(iter(client.live))]
+            await until(lambda: len(live.unread) > 3)
+            live.fail(EngineError("lost"))
+            second = await anext(stream)
+            assert first.tokens + second.tokens == expected([1], len(first.tokens + second.tokens))
+            with pytest.raises(EngineError, match="lost"):
+                await anext(stream)
 
     finish(main())
 

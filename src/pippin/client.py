@@ -38,11 +38,38 @@ from pippin.worker import CORE, Load
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """A request in flight: what was asked, the tokens received since, and those that nobody has read yet."""
+    """A request in flight: what was asked, the tokens received since, and what nobody has read yet."""
 
     submit: Submit
     tokens: list[int] = field(default_factory=list)
-    unread: asyncio.Queue[Output | PippinError] = field(default_factory=asyncio.Queue)
+    unread: list[Output] = field(default_factory=list)
+    failure: PippinError | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def read(self) -> Output:
+        """All that came since the last read, as one Output: a reader that is slow gets more at a time.
+
+        Raises the failure, if there is one and nothing before it.
+        """
+        await self.news.wait()
+        outputs, self.unread = self.unread, []
+        if not outputs and self.failure is not None:
+            raise self.failure
+        if self.failure is None:
+            self.news.clear()
+        return outputs[0] if len(outputs) == 1 else joined(outputs)
+
+    def put(self, output: Output) -> None:
+        if (failure := error_of(output)) is not None:
+            self.fail(failure)
+            return
+        self.tokens += output.tokens
+        self.unread.append(output)
+        self.news.set()
+
+    def fail(self, failure: PippinError) -> None:
+        self.failure = failure
+        self.news.set()
 
 
 class EngineClient:
@@ -99,7 +126,7 @@ class EngineClient:
         id: str | None = None,
         num_prompt: int | None = None,
     ) -> AsyncGenerator[Output, None]:
-        """Yield a request's Outputs as steps produce them; the last has ``finish``.
+        """Yield a request's Outputs as steps produce them, or several steps' as one; the last has ``finish``.
 
         ``tokens`` is the prompt, of which all after ``num_prompt`` were generated before. Closing the iterator
         aborts the request. Raises RequestError if it can't be served as asked, EngineError if the engine failed.
@@ -108,9 +135,7 @@ class EngineClient:
         live = self._begin(id, Submit("", list(tokens), num_prompt or len(tokens), params, priority))
         try:
             while True:
-                output = await live.unread.get()
-                if isinstance(output, PippinError):
-                    raise output
+                output = await live.read()
                 yield output
                 if output.finish is not None:
                     return
@@ -185,8 +210,7 @@ class EngineClient:
         live = self._journal.get(id)
         if live is None or live.submit.id != output.id:  # the asker went away
             return
-        live.tokens += output.tokens
-        live.unread.put_nowait(error_of(output) or output)
+        live.put(output)
         if output.finish is not None:
             del self._journal[id]
 
@@ -199,11 +223,23 @@ class EngineClient:
             self.failure = failure
         journal, self._journal = self._journal, {}
         for live in journal.values():
-            live.unread.put_nowait(self.failure)
+            live.fail(self.failure)
         flushes, self._flushes = self._flushes, {}
         for waiter in [*flushes.values(), self._ready]:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(self.failure)
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Successive Outputs of one request as one."""
+    return Output(
+        outputs[-1].id,
+        [token for output in outputs for token in output.tokens],
+        [logprob for output in outputs for logprob in output.logprobs],
+        [logprob for output in outputs for logprob in output.prompt_logprobs],
+        max(output.num_cached for output in outputs),
+        outputs[-1].finish,
+    )
 
 
 def error_of(output: Output) -> PippinError | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +28,7 @@ from pippin.server.launch import listen
 from pippin.transport import ProcessTransport
 from tests.fake_core import KILL
 from tests.server.conftest import Running, Serve
+from tests.server.test_openai import told
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG: dict[str, dict[str, Any]] = {
@@ -92,7 +96,42 @@ def test_a_client_that_reads_slowly_loses_nothing(server: Running) -> None:
         found = b""
         while b"[DONE]" not in found:
             found += connection.recv(100)
-    assert found.count(b'"text":') == 900
+    texts = [json.loads(e[6:])["choices"][0]["text"] for e in re.findall(rb"data: \{.*\}", found)]
+    assert "".join(texts) == told("a", 900)
+
+
+def test_a_storm_of_clients_that_come_and_go_leaves_nothing_behind(server: Running) -> None:
+    chance = random.Random(1)
+    answered: list[int] = []
+
+    async def one(client: httpx.AsyncClient, i: int) -> None:
+        path = chance.choice(sorted(LONG))
+        body = LONG[path] | {"stream": chance.random() < 0.5, "rid": f"storm{i}"}
+        stay = chance.random() < 0.3
+        if stay:
+            body |= {"max_tokens": 5} if path.startswith("/v1") else {"sampling_params": {"max_new_tokens": 5}}
+        if path == "/v1/chat/completions" and not stay:
+            body |= {"max_tokens": 1000}
+        try:
+            async with asyncio.timeout(None if stay else chance.random() / 4):
+                response = await client.post(path, json=body)
+                answered.append(response.status_code)
+        except TimeoutError:
+            assert not stay
+
+    async def main() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits, verify=False) as client:
+            await asyncio.gather(*(one(client, i) for i in range(80)))
+
+    asyncio.run(main())
+    assert len(answered) > 10
+    assert set(answered) == {200}
+    until(lambda: server.client.live == () and server.core.running == {})
+    with server.http() as http:
+        assert http.post("/flush_cache").status_code == 200
+        for i in range(80):  # every id is free again
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "rid": f"storm{i}"}).is_success
 
 
 # --- the engine dies ---

@@ -55,9 +55,11 @@ def test_generate_takes_sglangs_name_of_the_seed(http: httpx.Client) -> None:
 
 def test_generate_streams_all_text_so_far(http: httpx.Client) -> None:
     found = events(http.post("/generate", json={"text": "abc", "sampling_params": FOUR, "stream": True}))
-    assert [e["text"] for e in found] == [told("abc", i) for i in (1, 2, 3, 4)]
-    assert [e["meta_info"]["completion_tokens"] for e in found] == [1, 2, 3, 4]
-    assert [e["meta_info"]["finish_reason"] is None for e in found] == [True, True, True, False]
+    counts = [e["meta_info"]["completion_tokens"] for e in found]  # under load, several tokens may come at once
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 4
+    assert [e["text"] for e in found] == [told("abc", count) for count in counts]
+    assert [e["meta_info"]["finish_reason"] is None for e in found] == [True] * (len(found) - 1) + [False]
     assert "index" not in found[0]
 
 

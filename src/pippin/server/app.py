@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,7 +18,7 @@ from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
 from pippin.server import native, openai
-from pippin.server.http import CLIENT_CLOSED, ClientGone, JsonResponse, error_response
+from pippin.server.http import CLIENT_CLOSED, JsonResponse, error_response
 from pippin.server.protocol import (
     AbortRequest,
     ChatRequest,
@@ -71,7 +71,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
         app.add_api_route(
             path, bound(service, route), methods=[method], response_model=None, name=route.__name__, openapi_extra=extra
         )
-    for kind in (PippinError, HTTPException, ClientGone, Exception):
+    for kind in (PippinError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_error)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key)
@@ -105,7 +105,7 @@ def bound(service: Service, route: Route) -> Callable[[Request], Awaitable[Respo
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Any error in OpenAI's shape; nobody reads the answer to a client that went away."""
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED)
     if isinstance(error, HTTPException):
         text = {

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -65,12 +65,12 @@ async def gone(receive: Receive) -> None:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; a client that goes away cancels the work, and ClientGone is raised."""
+    """The work's result; a client that goes away cancels the work, and ClientDisconnect is raised."""
     task, watch = asyncio.create_task(work), asyncio.create_task(gone(request.receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnect
         return task.result()
     finally:
         await cancel(task, watch)
@@ -83,10 +83,6 @@ async def next_of(items: AsyncIterator[T]) -> T:
 async def off_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """Call it, in a thread if there is much to do: a long text must not hold up everyone's streams."""
     return await asyncio.to_thread(function, *arguments) if size > LONG_TEXT else function(*arguments)
-
-
-class ClientGone(Exception):
-    """The client went away before its answer was ready."""
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:
