@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,6 +128,25 @@ def test_a_stop_string_ends_the_answer_and_the_request(step: int, keep: bool) ->
     assert deltas[-1].finish == Finish("stop", "END")
     assert client.aborted == ["r"]
     assert not client.open
+
+
+def test_stops_that_are_special_tokens_end_it_though_they_are_no_text() -> None:
+    """Clients send the names of their model's special tokens as stop strings."""
+    tokenizer = byte_level()
+    end = tokenizer.encode("<|im_start|>")[0]
+    client = ScriptedClient([*tokenizer.encode("well!", False), end], finish=Finish("stop", end))
+    deltas = collect(client, SamplingParams(stop=("<|im_start|>", "!!"), stop_token_ids=(9,)))
+    assert client.asked["r"].stop_token_ids == (9, end)
+    assert text_of(deltas) == "well!"
+    assert deltas[-1].finish == Finish("stop", "<|im_start|>")
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_tokenizers_own_end_ends_it(ignore_eos: bool) -> None:
+    """Fine-tuned checkpoints often name their chat's end in the tokenizer's files alone."""
+    client = ScriptedClient(byte_level().encode("abc", False), info=msgspec.structs.replace(INFO, eos_token_ids=[7]))
+    collect(client, SamplingParams(ignore_eos=ignore_eos))
+    assert client.asked["r"].stop_token_ids == (() if ignore_eos else byte_level().eos_ids)
 
 
 def test_held_text_comes_with_the_end() -> None:

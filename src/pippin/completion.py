@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -103,43 +103,85 @@ async def complete(
 ) -> AsyncGenerator[Delta, None]:
     """Streams ``params.n`` answers to a prompt, as they come, told apart by ``Delta.index``.
 
-    Answer i is drawn with ``seed + i``; without a seed, ``draw_seed`` gives one, so that answers differ and yet each is
-    reproducible. Closing the generator (use ``aclosing``) aborts what is unfinished. Call ``check_prompt`` first.
+    Answer i is drawn with ``seed + i``; without a seed, ``draw_seed`` gives one, so that answers differ and yet each
+    is reproducible. The tokenizer's own end-of-text ends an answer too, unless ``ignore_eos``, and so does a stop
+    string that is a special token's name, which skipped text would never show. Closing the generator (use
+    ``aclosing``) aborts what is unfinished. Call ``check_prompt`` first.
     """
     seed = draw_seed() if params.seed is None else params.seed
     stops = StopAutomaton(params.stop) if params.stop else None
+    named = {token: stop for stop in params.stop if (token := tokenizer.special_id(stop)) is not None}
+    ends = _ends(params, {*named, *(() if params.ignore_eos else tokenizer.eos_ids)}, client.info)
     answers = []
     for i, id in enumerate(answer_ids(rid or new_id(), params.n)):
         one = msgspec.structs.replace(
-            params, n=1, seed=_nth_seed(seed, i), prompt_logprobs=params.prompt_logprobs and i == 0
+            params,
+            n=1,
+            seed=_nth_seed(seed, i),
+            prompt_logprobs=params.prompt_logprobs and i == 0,
+            stop_token_ids=ends,
         )
         stream = TextStream(tokenizer, one, stops)
-        answers.append(_answer(client, stream, i, tokens, one, priority, id))
+        answers.append(_answer(client, _Answer(i, stream, one, len(tokens), named), tokens, priority, id))
     deltas = answers[0] if len(answers) == 1 else merge(answers)
     async with aclosing(deltas):
         async for delta in deltas:
             yield delta
 
 
+def _ends(params: SamplingParams, more: set[int], info: ModelInfo) -> tuple[int, ...]:
+    """``stop_token_ids``, with those of the text layer that the model can draw and does not end at anyway."""
+    known = {*params.stop_token_ids, *(() if params.ignore_eos else info.eos_token_ids)}
+    return (*params.stop_token_ids, *sorted(t for t in more - known if t < info.vocab_size))
+
+
 def _nth_seed(seed: int, i: int) -> int:
     return seed + i if seed + i < 2**64 else seed + i - 2**64
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One answer in the making: its number, its text, and the stop strings that are tokens."""
+
+    index: int
+    stream: TextStream
+    params: SamplingParams
+    num_prompt: int
+    named: Mapping[int, str]
+
+    def delta(self, output: Output) -> Delta:
+        """What an Output adds; with a finish of its own if a stop string was completed."""
+        finish, tokens = output.finish, output.tokens
+        # The token that ended the answer is counted and reported, but it is no text.
+        ended = finish is not None and finish.reason == "stop" and bool(tokens) and finish.matched == tokens[-1]
+        piece = self.stream.push(tokens[:-1] if ended and not self.params.no_stop_trim else tokens)
+        text, matched = piece.text, piece.matched
+        if matched is not None:
+            tokens = tokens[: piece.num_tokens]
+        elif finish is not None:
+            rest = self.stream.finish()
+            text, matched = text + rest.text, rest.matched or (self.named.get(tokens[-1]) if ended else None)
+        return Delta(
+            self.index,
+            text,
+            tokens,
+            output.logprobs[: len(tokens)],
+            output.prompt_logprobs,
+            self.num_prompt,
+            output.num_cached,
+            finish if matched is None else Finish("stop", matched),
+        )
+
+
 async def _answer(
-    client: Client,
-    stream: TextStream,
-    index: int,
-    tokens: Sequence[int],
-    params: SamplingParams,
-    priority: int,
-    id: str,
+    client: Client, answer: _Answer, tokens: Sequence[int], priority: int, id: str
 ) -> AsyncGenerator[Delta, None]:
-    outputs = client.submit(tokens, params, priority=priority, id=id)
+    outputs = client.submit(tokens, answer.params, priority=priority, id=id)
     finished = False
     try:
         async for output in outputs:
             finished = output.finish is not None
-            delta = _delta(stream, index, output, len(tokens), params)
+            delta = answer.delta(output)
             if delta.finish is not None and not finished:
                 finished = True
                 client.abort(id)  # a stop string: the engine does not know yet
@@ -151,32 +193,6 @@ async def _answer(
             client.abort(id)
         if isinstance(outputs, AsyncGenerator):
             await outputs.aclose()
-
-
-def _delta(stream: TextStream, index: int, output: Output, num_prompt: int, params: SamplingParams) -> Delta:
-    finish = output.finish
-    tokens = output.tokens
-    # The token that ended the answer is counted and reported, but it is no text.
-    ended = finish is not None and finish.reason == "stop" and bool(tokens) and finish.matched == tokens[-1]
-    piece = stream.push(tokens[:-1] if ended and not params.no_stop_trim else tokens)
-    text, matched = piece.text, piece.matched
-    if matched is not None:
-        tokens = tokens[: piece.num_tokens]
-    elif finish is not None:
-        rest = stream.finish()
-        text, matched = text + rest.text, rest.matched
-    if matched is not None:
-        finish = Finish("stop", matched)
-    return Delta(
-        index,
-        text,
-        tokens,
-        output.logprobs[: len(tokens)],
-        output.prompt_logprobs,
-        num_prompt,
-        output.num_cached,
-        finish,
-    )
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

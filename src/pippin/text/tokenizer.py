@@ -47,6 +47,7 @@ class Tokenizer:
         self.special_ids = frozenset(
             {i for i, token in added.items() if token.special} | set(map(int, hf.all_special_ids))
         )
+        self._special_names = {self.piece(i): i for i in self.special_ids}
         self.scheme = Scheme.of(self._fast)
 
     @property
@@ -92,6 +93,10 @@ class Tokenizer:
         else:
             spelled = self.hf.convert_ids_to_tokens(token) if 0 <= token < self.vocab_size else None
         return None if spelled is None else str(spelled)
+
+    def special_id(self, name: str) -> int | None:
+        """The special token of that name, None if there is none."""
+        return self._special_names.get(name)
 
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to a text, in UTF-8; it may be part of a character. Special tokens give their names."""
