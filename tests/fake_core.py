@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError, RequestError
@@ -157,8 +158,11 @@ class FakeCore:
 
 
 def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore:
-    """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, else a number of seconds a step."""
-    what = config.model_path or ""
+    """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, else a number of seconds a step.
+
+    Of a path, the last part counts.
+    """
+    what = Path(config.model_path or "").name
     if what == "broken-model":
         raise ModelError("no such model")
     if what == "broken-option":
@@ -170,4 +174,4 @@ def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore
     progress(Progress("load", 1, 2))
     if what == "slow":
         time.sleep(1.5)
-    return FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, what)
+    return FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, config.model_path or "")

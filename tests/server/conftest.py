@@ -105,7 +105,7 @@ def serving(
         host, port = listener.getsockname()
         yield Running(f"http://{host}:{port}", client, core, loop)
     finally:
-        http.stop()
+        http.should_exit = True
         thread.join()
         listener.close()
 

@@ -27,7 +27,7 @@ from pippin.errors import ConfigError
 from pippin.server.launch import listen
 from pippin.transport import ProcessTransport
 from tests.fake_core import KILL
-from tests.server.conftest import Running, Serve
+from tests.server.conftest import Running, Serve, byte_tokenizer
 from tests.server.test_openai import told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +259,7 @@ def test_it_says_that_it_loads_and_ends_at_once_if_told_to() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_a_signal_and_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     port = free_port()
-    model = demo_like(tmp_path)
+    model = demo_like(tmp_path / "fast")
     with program(model, port) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"ready http://127.0.0.1:{port}\n"
@@ -272,12 +272,41 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(number: signal.Signa
             assert not Path(f"/proc/{child}").exists()
 
 
-def demo_like(tmp_path: Path) -> str:
+def demo_like(path: Path) -> str:
     """A model directory that holds a tokenizer; FakeCore needs no more."""
-    from tests.server.conftest import byte_tokenizer
+    byte_tokenizer().hf.save_pretrained(path)
+    return str(path)
 
-    byte_tokenizer().hf.save_pretrained(tmp_path)
-    return str(tmp_path)
+
+def test_streams_that_outlast_the_server_are_told(tmp_path: Path) -> None:
+    port = free_port()
+    with program(demo_like(tmp_path / "0.05"), port) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with ask(("127.0.0.1", port), "/v1/completions", {"prompt": "a", "max_tokens": 1000, "stream": True}) as stream:
+            found = stream.recv(4096)
+            process.send_signal(signal.SIGTERM)
+            while part := stream.recv(65536):
+                found += part
+        assert process.wait(5) == 0
+    *_, last = re.findall(rb"data: (\{.*\})", found)
+    assert "shutting down" in json.loads(last)["error"]["message"]
+    assert found.endswith(b"0\r\n\r\n")  # and the answer is whole, as HTTP goes
+
+
+def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
+    port = free_port()
+    with program(demo_like(tmp_path / "0.05"), port) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with ask(("127.0.0.1", port), "/v1/completions", {"prompt": "a", "max_tokens": 1000, "stream": True}) as stream:
+            stream.recv(4096)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(10)
+        assert time.monotonic() - began < 2.5
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ from pippin.worker import CORE
 
 log = logging.getLogger("pippin")
 
+GRACE_SECONDS = 3.0
+"""How long requests may go on once the server was told to stop."""
+
 
 def run(
     engine: EngineConfig,
@@ -77,23 +80,31 @@ class Serving:
                 lifespan="off",
                 ws="none",
                 log_level="debug" if self._config.log_level == "debug" else "warning",
-                timeout_graceful_shutdown=5,
+                timeout_graceful_shutdown=round(GRACE_SECONDS) + 2,
             )
         )
+        stop = asyncio.Event()
+
+        def on_signal() -> None:
+            http.force_exit = stop.is_set()  # asked a second time
+            stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, http.stop)
-        serving = asyncio.create_task(http.serve([listener]))
-        loading = asyncio.create_task(self._load())
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        serving, loading = asyncio.create_task(http.serve([listener])), asyncio.create_task(self._load())
+        stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((serving, loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 on_ready(loading.result(), f"http://{f'[{host}]' if ':' in host else host}:{port}")
-                await serving
+                await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         finally:
             loading.cancel()
-            http.stop()
+            stopping.cancel()
+            http.should_exit = True
+            await asyncio.wait([serving], timeout=GRACE_SECONDS)
+            await self._client.close()  # streams that still run end with an error that says so
             await serving
-            await self._client.close()
 
     async def _load(self) -> ModelInfo:
         path = self._engine.tokenizer_path or self._engine.model_path
@@ -120,11 +131,6 @@ class HttpServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-    def stop(self) -> None:
-        """Finish what is being answered, for a while; asked a second time, don't."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
 
 
 def listen(config: ServerConfig) -> socket.socket:
