@@ -19,6 +19,7 @@ import pytest
 
 from pippin.cli import app
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
+from pippin.server.app import ROUTES
 from pippin.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,3 +358,13 @@ def test_docs_list_every_sampling_parameter() -> None:
 def named_first(row: str) -> list[str]:
     """The code spans in a table row's first cell."""
     return re.findall(r"`(\w+)`", row.split("|")[1])
+
+
+def test_every_endpoint_and_field_is_documented() -> None:
+    page = text_of("docs/api.md")
+    paths = {path.replace("{model:path}", "{name}") for _, path, _, _ in ROUTES}
+    assert {path for path in paths if f"{path}`" not in page} == set()
+    spelled = set(re.findall(r"(?:GET|POST) `?(/[^`\s]*)`", page)) - {"/openapi.json"}
+    assert spelled <= paths
+    fields_of_bodies = {name for *_, body in ROUTES if body is not None for name in body.__struct_fields__}
+    assert {name for name in fields_of_bodies if f"`{name}`" not in page} == set()
