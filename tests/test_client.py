@@ -296,14 +296,21 @@ def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> Non
     finish(main())
 
 
-def test_the_sockets_are_private(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sockets_are_private_and_gone_once_both_ends_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     async def main() -> None:
-        async with started(spawned("fast")) as client:
-            assert isinstance(client.transport, ProcessTransport)
-            assert client.transport._directory is not None
-            assert client.transport._directory.stat().st_mode & 0o777 == 0o700
+        client = spawned("slow")
+        assert isinstance(client.transport, ProcessTransport)
+        start = asyncio.create_task(client.start())
+        await until(lambda: client.progress is not None)
+        directory = client.transport._directory
+        assert directory is not None
+        assert directory.stat().st_mode & 0o777 == 0o700
+        await start
+        assert not directory.exists()
+        assert await answer(client, [3]) == expected([3], 5)
+        await client.close()
 
     finish(main())
 

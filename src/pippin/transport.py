@@ -19,7 +19,7 @@ import zmq
 
 from pippin.backend import leave_thread
 from pippin.config import EngineConfig
-from pippin.types import Command, Event, Shutdown
+from pippin.types import Command, Event, Ready, Shutdown
 from pippin.worker import CORE, Hello, Load, run
 
 OnEvent = Callable[[Event], None]
@@ -137,7 +137,15 @@ class ProcessTransport:
                 message = self._events.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._on_event(self._decoder.decode(message))
+            event: Event = self._decoder.decode(message)
+            if isinstance(event, Ready):
+                self._forget()
+            self._on_event(event)
+
+    def _forget(self) -> None:
+        """Both ends are connected, so the paths have done their service: nothing is left behind, however we end."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _wait(self, process: asyncio.subprocess.Process, on_end: OnEnd) -> None:
         code = await process.wait()
@@ -159,8 +167,7 @@ class ProcessTransport:
         self._commands.close(linger=0)
         self._events.close(linger=0)
         self._context.term()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self._forget()
 
     async def _end(self, process: asyncio.subprocess.Process, patience: float) -> None:
         try:
