@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks import sampling
 from benchmarks.checkpoint import SMALL, make_tokenizer, text_of
 from benchmarks.cpu import (
     OURS,
@@ -97,3 +98,10 @@ def test_made_up_text_has_the_tokens_asked_for() -> None:
     ids = tokenizer.encode(text).ids
     assert 50 <= len(ids) < 75
     assert tokenizer.decode(ids) == text
+
+
+def test_sampling_s_cost_is_measured_for_every_case(tmp_path: Path) -> None:
+    sampling.main(["--vocab", "50", "--rows", "2", "--json", str(tmp_path / "out.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {line["case"] for line in lines} == {*sampling.CASES, "mlx.sort"}
+    assert all(line["device_ms"] > 0 for line in lines)

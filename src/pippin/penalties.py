@@ -177,6 +177,13 @@ class _Counted:
         self.times[at] += 1
 
 
+def _count(request: Request, end: int, vocab_size: int) -> _Counted:
+    ids, at = np.unique(np.array(request.tokens[:end], np.int64), return_inverse=True)
+    times = np.bincount(at[request.num_prompt :], minlength=ids.size)
+    exists = (ids >= 0) & (ids < vocab_size)
+    return _Counted(ids[exists], times[exists], end)
+
+
 class TokenCounts:
     """What the penalised requests' prompts and answers hold, kept from step to step: a prompt is counted once."""
 
@@ -189,9 +196,7 @@ class TokenCounts:
         end = min(work.end, len(request.tokens))
         counted = self._counted.get(request)
         if counted is None or counted.seen > end:
-            prompt = np.unique(np.array(request.tokens[: request.num_prompt], np.int64))
-            prompt = prompt[(prompt >= 0) & (prompt < vocab_size)]
-            counted = self._counted[request] = _Counted(prompt, np.zeros_like(prompt), request.num_prompt)
+            counted = self._counted[request] = _count(request, end, vocab_size)
         for token in request.tokens[counted.seen : end]:
             if 0 <= token < vocab_size:
                 counted.add(token)
