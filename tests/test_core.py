@@ -187,6 +187,17 @@ def test_a_shared_prefix_is_computed_once_even_by_those_who_come_together(core: 
     assert core.stats.prefill_tokens <= len(prefix) + 2 * 16
 
 
+@pytest.mark.parametrize("backend", ["rows", "padded"])
+def test_who_needs_one_token_beyond_a_prefix_of_the_same_step_reads_it_after_it_is_written(
+    checkpoint: Path, backend: str
+) -> None:
+    """A step of several forwards must not run the short work before the long one that computes its prefix."""
+    whole = prompts(1, 60, seed=1)[0]
+    rows = [whole, [*whole[:20], 9], [*whole[:30], 8]]
+    expected = {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+    assert run(make_core(checkpoint, attention_backend=backend), submits(rows)) == expected
+
+
 def test_prompt_and_output_logprobs_are_the_models(core: EngineCore, checkpoint: Path) -> None:
     params = replace_params(GREEDY, logprobs=True, top_logprobs=3, prompt_logprobs=True)
     rows = prompts(3, 40)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pippin.attention.padded import Padded
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
 from pippin.core import load_core
@@ -239,6 +240,31 @@ def test_a_reset_forgets_all_and_never_holds_two_pools(rig: Rig) -> None:
     first = rig().launch(Batch(tuple(map(whole, requests)))).read()
     again = runner.launch(Batch(tuple(map(whole, requests)))).read()
     assert [r.token for r in again] == [r.token for r in first]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 40), st.booleans()), min_size=1, max_size=8))
+def test_padded_forwards_pad_little_and_read_what_was_written(shapes: list[tuple[int, int, bool]]) -> None:
+    """Works are (start, tokens, whether the prefix is that of the work before, as far as it goes)."""
+    works: list[Work] = []
+    slot = 1
+    for i, (start, count, shares) in enumerate(shapes):
+        if shares and works and works[-1].end <= start + count - 1:
+            before, start = works[-1].request.slots[: works[-1].end], works[-1].end
+        else:
+            before, slot = array("i", range(slot, slot + start)), slot + start
+        request = Request(str(i), [], 1, GREEDY)
+        request.slots = before + array("i", range(slot, slot + count))
+        slot += count
+        works.append(Work(request, start, start + count, True))
+    ran: list[Work] = []
+    for part in Padded("padded", grouped=False).forwards(works):
+        later = {s for w in works if w not in ran and w not in part for s in w.request.slots[w.start : w.end]}
+        assert all(later.isdisjoint(w.request.slots[: w.start]) for w in part)
+        rows, contexts = [w.end - w.start for w in part], [w.end for w in part]
+        assert len(part) * max(rows) <= 1.5 * sum(rows)
+        assert len(part) * max(contexts) <= max(4 * sum(contexts), 1 << 14)
+        ran += part
+    assert sorted(ran, key=lambda w: w.request.id) == works
 
 
 def test_a_step_without_anyone_to_sample_for_still_fills_the_pool(rig: Rig, model: nn.Module) -> None:

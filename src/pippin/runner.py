@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -54,24 +55,29 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A queued step of MlxModelRunner. Holds only small arrays: a reference to the pool would force its copy."""
+    """A queued step of MlxModelRunner. Holds only small arrays: a reference to the pool would force its copy.
+
+    ``works`` are the batch's, in the order in which the backend runs them.
+    """
 
     batch: Batch
+    works: tuple[Work, ...]
     sampled: Sampled | None
     prompts: tuple[PromptRows, ...]
     prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
 
     def read(self) -> list[RowResult]:
-        results = [RowResult() for _ in self.batch.works]
+        results = [RowResult() for _ in self.works]
         if self.sampled is not None:
-            self._read_samples(self.sampled, [i for i, w in enumerate(self.batch.works) if w.samples], results)
+            self._read_samples(self.sampled, [i for i, w in enumerate(self.works) if w.samples], results)
         if self.prompt_values is not None:
             self._read_prompts(self.prompt_values, results)
-        for work, result in zip(self.batch.works, results, strict=True):
+        for work, result in zip(self.works, results, strict=True):
             if work.logprobs_from is not None and work.start == 0 and work.logprobs_from <= 1:
                 nothing_before = TokenLogprob(work.request.tokens[0], None)
                 result.prompt_logprobs = [nothing_before, *result.prompt_logprobs]
-        return results
+        at = {id(work): i for i, work in enumerate(self.works)}
+        return [results[at[id(work)]] for work in self.batch.works]
 
     def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:
         tokens = _list(sampled.tokens)
@@ -81,7 +87,7 @@ class InFlight:
         for row, i in enumerate(works):
             results[i].token = tokens[row]
             results[i].finite = finite[row]
-            params = self.batch.works[i].request.params
+            params = self.works[i].request.params
             if logprobs is not None and params.logprobs:
                 top = tops[row][: params.top_logprobs] if tops else []
                 results[i].logprob = TokenLogprob(tokens[row], logprobs[row], top)
@@ -92,7 +98,7 @@ class InFlight:
         logprobs, tops = _list(values[0]), _tops(values[1], values[2])
         at = 0
         for rows in self.prompts:
-            request = self.batch.works[rows.work].request
+            request = self.works[rows.work].request
             found = []
             for i in range(rows.count):
                 top = tops[at + i][: request.params.top_logprobs] if tops else []
@@ -133,12 +139,14 @@ class MlxModelRunner:
         MLX's own indexed update does, it is in place only if no step in flight still holds the pool: then the graph is
         built while the step before runs, but queued only after it.
         """
-        samples = [i for i, w in enumerate(batch.works) if w.samples]
-        prompts = tuple(_prompt_rows(batch.works))
-        logits, step_tokens = self._forward(batch.works, samples, prompts)
+        forwards = self.backend.forwards(batch.works)
+        ordered = tuple(chain.from_iterable(forwards))
+        samples = [i for i, w in enumerate(ordered) if w.samples]
+        prompts = tuple(_prompt_rows(ordered))
+        logits, step_tokens = self._forward(forwards, samples, prompts)
         sampled, values = None, None
         if samples:
-            works = [batch.works[i] for i in samples]
+            works = [ordered[i] for i in samples]
             plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
             rows = mx.array([w.request.row for w in works], dtype=mx.int32)
@@ -147,19 +155,22 @@ class MlxModelRunner:
         else:
             self._after = logits[0, :_LEAST_AFTER].astype(mx.int32)
         if prompts:
-            values = self._prompt_logprobs(batch.works, prompts, logits[len(samples) :])
+            values = self._prompt_logprobs(ordered, prompts, logits[len(samples) :])
         if not self.pool.in_place:
             mx.synchronize()
         mx.async_eval(  # type: ignore[no-untyped-call]
             self._last_token, self._after, self.pool.arrays, _arrays(sampled), _arrays(values)
         )
-        return InFlight(batch, sampled, prompts, values)
+        return InFlight(batch, ordered, sampled, prompts, values)
 
     def logits(self, batch: Batch) -> mx.array:
         """Runs a batch to the logits of its sampling works, [n, vocab] float32, and draws nothing."""
-        samples = [i for i, w in enumerate(batch.works) if w.samples]
-        logits, _ = self._forward(batch.works, samples, ())
-        logits = logits.astype(mx.float32)
+        forwards = self.backend.forwards(batch.works)
+        works = list(chain.from_iterable(forwards))
+        samples = [i for i, w in enumerate(works) if w.samples]
+        logits, _ = self._forward(forwards, samples, ())
+        at = {id(works[i]): row for row, i in enumerate(samples)}
+        logits = logits[mx.array([at[id(w)] for w in batch.works if w.samples], mx.int32)].astype(mx.float32)
         mx.eval(logits, self.pool.arrays)
         return logits
 
@@ -173,19 +184,18 @@ class MlxModelRunner:
         mx.eval(self._last_token)
 
     def _forward(
-        self, works: Sequence[Work], samples: Sequence[int], prompts: Sequence[PromptRows]
+        self, forwards: Sequence[Sequence[Work]], samples: Sequence[int], prompts: Sequence[PromptRows]
     ) -> tuple[mx.array, mx.array]:
         """Lazy: logits [samples + prompt rows, vocab] and the input token [samples] int32 of each sampling row.
 
         At least one row of logits comes back, whether anyone wants it or not: the step's outcome hangs on it.
         """
-        for work in works:
+        for work in chain.from_iterable(forwards):
             _check(work, self.pool.num_slots)
         heads: list[mx.array] = []
         tails: list[mx.array] = []
         tokens: list[mx.array] = []
         first = 0
-        forwards = self.backend.forwards(works)
         for part in forwards:
             step = replace(self.backend.step(part, self._last_token, self.pool), after=self._after)
             mine = [i - first for i in samples if first <= i < first + len(part)]

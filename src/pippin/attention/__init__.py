@@ -23,7 +23,10 @@ class AttentionBackend(Protocol):
     def name(self) -> str: ...
 
     def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
-        """Splits a step's works, in order, over forwards; most backends need one."""
+        """Splits a step's works over forwards, to run in this order; most backends need one.
+
+        A work may read slots that another one of this step writes: its forward must be the same, or come later.
+        """
         ...
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:

@@ -6,8 +6,10 @@ For models that compute with their mask, or hide queries from the attention call
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from pippin.attention.plain import fetch, positional_mask
 from pippin.cache.pool import KVPool
@@ -15,8 +17,11 @@ from pippin.inputs import Step, padded_step
 from pippin.models.seam import Seam
 from pippin.types import Work
 
-# How much larger than the real tokens a padded forward may be before the works are split over two.
+# How much larger than the real ones a forward's padded tokens, and its gathered contexts, may be before works are split
+# over two: another forward reads all weights again. So many gathered tokens never matter.
 _MOST_PADDING = 1.5
+_MOST_GATHERED = 4
+_FREELY_GATHERED = 1 << 14
 
 
 class PaddedLayer:
@@ -70,14 +75,15 @@ class Padded:
         self._grouped = grouped
 
     def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
-        """Runs of works, in order, each padding its tokens to no more than half as many again."""
-        runs: list[list[Work]] = []
-        for work in works:
-            if runs and _padded_size([*runs[-1], work]) <= _MOST_PADDING * _size([*runs[-1], work]):
-                runs[-1].append(work)
-            else:
-                runs.append([work])
-        return list(runs)
+        """Runs that pad little: single tokens by context, then the rest as given.
+
+        A prefix may be written in the step that reads it. Its writer starts at an earlier position than its readers,
+        so in order of their starts no work comes before one that it stands on.
+        """
+        runs = _runs(sorted(works, key=_size_key))
+        if len(runs) > 1 and _share_new_slots(works):
+            runs = _runs(sorted(works, key=lambda w: w.start))
+        return [run.works for run in runs]
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
         return padded_step(works, last_token, pool.page_size if pool.in_place else None)
@@ -87,9 +93,51 @@ class Padded:
         return [PaddedLayer(i, step, pool, masks, self._grouped) for i in range(len(pool.shapes))]
 
 
-def _size(works: Sequence[Work]) -> int:
-    return sum(w.end - w.start for w in works)
+@dataclass(slots=True)
+class _Run:
+    """Works of one forward; the tokens and the contexts that they have, and the longest of each."""
+
+    works: list[Work] = field(default_factory=list)
+    tokens: int = 0
+    contexts: int = 0
+    rows: int = 0
+    context: int = 0
+
+    def takes(self, work: Work) -> bool:
+        """Whether ``work`` may join: the first may, others if padding stays bearable."""
+        count, tokens, rows = len(self.works) + 1, work.end - work.start, max(self.rows, work.end - work.start)
+        gathered = count * max(self.context, work.end)
+        return count == 1 or (
+            count * rows <= _MOST_PADDING * (self.tokens + tokens)
+            and gathered <= max(_MOST_GATHERED * (self.contexts + work.end), _FREELY_GATHERED)
+        )
+
+    def add(self, work: Work) -> None:
+        self.works.append(work)
+        self.tokens += work.end - work.start
+        self.contexts += work.end
+        self.rows, self.context = max(self.rows, work.end - work.start), max(self.context, work.end)
 
 
-def _padded_size(works: Sequence[Work]) -> int:
-    return len(works) * max(w.end - w.start for w in works)
+def _runs(works: Sequence[Work]) -> list[_Run]:
+    """Cuts works, in order, into runs."""
+    runs = [_Run()]
+    for work in works:
+        if not runs[-1].takes(work):
+            runs.append(_Run())
+        runs[-1].add(work)
+    return runs
+
+
+def _size_key(work: Work) -> tuple[bool, int]:
+    single = work.end - work.start == 1
+    return (not single, work.end if single else 0)
+
+
+def _share_new_slots(works: Sequence[Work]) -> bool:
+    """Whether any work's prefix is written by another in this step."""
+    slots = [np.frombuffer(w.request.slots, np.int32)[: w.end] for w in works]
+    written = np.zeros(1 + max(int(s.max()) for s in slots), np.bool_)
+    for work, mine in zip(works, slots, strict=True):
+        written[mine[work.start :]] = True
+    return any(bool(written[mine[: work.start]].any()) for work, mine in zip(works, slots, strict=True))
