@@ -195,39 +195,59 @@ def test_many_threads(engine: Engine) -> None:
     assert found == {i: expected([i], 6) for i in range(8)}
 
 
+ENDLESS = {"max_new_tokens": 4000, "temperature": 0}
+
+
+@pytest.fixture
+def slow() -> Iterator[Engine]:
+    """An engine that takes 40 s for ENDLESS."""
+    with make(0.01) as made:
+        yield made
+
+
 def until_idle(engine: Engine) -> None:
     deadline = time.monotonic() + 5
     while engine.get_server_info()["num_running"]:
         assert time.monotonic() < deadline
-        engine.generate("x", GREEDY)  # stats arrive with steps
+        engine.generate("x", {"max_new_tokens": 1})  # counts arrive with steps
 
 
-ENDLESS = {"max_new_tokens": 4000, "temperature": 0}
-
-
-def test_leaving_a_stream_aborts_the_request(engine: Engine) -> None:
-    for i, _ in enumerate(engine.generate("a", ENDLESS, stream=True)):
+def test_leaving_a_stream_aborts_the_request(slow: Engine) -> None:
+    began = time.monotonic()
+    for i, _ in enumerate(slow.generate("a", ENDLESS, stream=True)):
         if i == 3:
             break
-    until_idle(engine)
+    until_idle(slow)
+    assert time.monotonic() - began < 10
 
 
-def test_ctrl_c_aborts_the_request(engine: Engine) -> None:
-    for ask in (lambda: engine.generate("a", ENDLESS), lambda: list(engine.generate("a", ENDLESS, stream=True))):
-        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+def test_leaving_an_async_stream_aborts_the_request(slow: Engine) -> None:
+    async def run() -> None:
+        stream = await slow.async_generate("a", ENDLESS, stream=True)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(run())
+    until_idle(slow)
+
+
+def test_ctrl_c_aborts_the_request(slow: Engine) -> None:
+    for ask in (lambda: slow.generate("a", ENDLESS), lambda: list(slow.generate("a", ENDLESS, stream=True))):
+        timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             ask()
-        until_idle(engine)
+        until_idle(slow)
 
 
-def test_cancelling_aborts_the_request(engine: Engine) -> None:
+def test_cancelling_aborts_the_request(slow: Engine) -> None:
     async def run() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(engine.async_generate(["a", "b"], ENDLESS), 0.05)
+            await asyncio.wait_for(slow.async_generate(["a", "b"], ENDLESS), 0.1)
 
     asyncio.run(run())
-    until_idle(engine)
+    until_idle(slow)
 
 
 # --- the rest of the engine ---
@@ -282,6 +302,27 @@ def test_shutdown_fails_what_runs() -> None:
     assert len(failed) == 1
 
 
+def test_nobody_waits_for_ever_when_the_engine_shuts_down() -> None:
+    engine = make()
+    ended: list[str] = []
+
+    def ask() -> None:
+        try:
+            while True:
+                engine.generate("a", {"max_new_tokens": 2, "n": 2})
+        except EngineError as error:
+            ended.append(error.message)
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    engine.shutdown()
+    for thread in threads:
+        thread.join(5)
+    assert len(ended) == 8
+
+
 def test_an_engine_that_cannot_start_leaves_no_threads() -> None:
     def broken(progress: object) -> FakeCore:
         raise ModelError("no such model")
@@ -321,7 +362,6 @@ def test_a_program_that_forgets_shutdown_ends_cleanly() -> None:
         ({"input_ids": [1, 999]}, "input_ids"),
         ({"prompt": "a", "sampling_params": 3}, "sampling_params"),
         ({"prompt": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
-        ({"prompt": ["a", "b"], "rid": ["x", "x"]}, "rid"),
         ({"prompt": "a", "sampling_params": {"top_q": 1}}, "sampling_params.top_q"),
         ({"prompt": "a", "sampling_params": {"logprobs": True}}, "sampling_params.logprobs"),
         ({"prompt": "a", "sampling_params": {"top_p": 0}}, "sampling_params.top_p"),
@@ -335,6 +375,11 @@ def test_bad_arguments_are_named(engine: Engine, arguments: dict[str, Any], fiel
     with pytest.raises(RequestError) as caught:
         engine.generate(**arguments)
     assert caught.value.field == field
+
+
+def test_names_of_requests_are_unique_before_any_starts(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="an rid of its own"):
+        engine.generate(["a", "b"], rid=["x", "x"])
 
 
 def test_a_close_name_is_suggested() -> None:

@@ -35,9 +35,10 @@ def test_pieces_joined_equal_decoding_at_once(data: st.DataObject, name: str, sk
     assert streamed(tokenizer, ids, skip) == tokenizer.decode(ids, skip)
 
 
-@given(names, texts)
-def test_text_comes_back_whole(name: str, text: str) -> None:
+@given(names, st.sampled_from(["", " ", "   "]), texts)
+def test_text_comes_back_whole(name: str, spaces: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
+    text = spaces + text
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert streamed(tokenizer, ids, False) == tokenizer.decode(ids, False)
     if tokenizer.scheme.kind == "bytes":
@@ -68,6 +69,15 @@ def test_special_tokens_are_skipped_or_shown() -> None:
     ids = tokenizer.encode("a<|im_end|>b<think>c")
     assert streamed(tokenizer, ids, True) == "ab<think>c"
     assert streamed(tokenizer, ids, False) == "a<|im_end|>b<think>c"
+
+
+@given(texts)
+def test_the_window_waits_for_whole_characters(text: str) -> None:
+    """A decoder that is only known by its results may have byte tokens too."""
+    tokenizer = byte_level()
+    ids = tokenizer.encode(text, False)
+    stream = WindowDetokenizer(tokenizer, False, True)
+    assert "".join([*map(stream.push, ids), stream.flush()]) == text
 
 
 def test_the_window_gives_up_waiting() -> None:

@@ -79,6 +79,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="pippin-loop", daemon=True)
         self._thread.start()
         self._open = True
+        self._lock = threading.Lock()
         atexit.register(self.shutdown)  # a thread that computes while the interpreter ends would crash it
         try:
             self.info: ModelInfo = self._wait(client.start())
@@ -210,9 +211,10 @@ class Engine:
 
     def shutdown(self) -> None:
         """End the engine; requests that still run fail with EngineError. A second call does nothing."""
-        if not self._open:
-            return
-        self._open = False
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
         atexit.unregister(self.shutdown)
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -236,10 +238,11 @@ class Engine:
     # --- between the caller's thread and the loop's ---
 
     def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if not self._open:
-            work.close()
-            raise EngineError("the engine was shut down", 503)
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:  # between the question and the answer the loop must not stop
+            if self._open:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise EngineError("the engine was shut down", 503)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._call(work)
