@@ -98,9 +98,9 @@ def test_time_grows_with_length_only(name: str) -> None:
     def seconds(count: int) -> float:
         best = float("inf")
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.thread_time()
             streamed(tokenizer, ids[:count], True)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
     assert seconds(10_000) < 100 * max(seconds(500), 1e-4)
@@ -207,9 +207,9 @@ def test_many_stops_cost_no_more() -> None:
     text = "abc zq" * 3000
 
     def seconds(automaton: StopAutomaton) -> float:
-        began, state = time.perf_counter(), 0
+        began, state = time.thread_time(), 0
         for char in text:
             state = automaton.step(state, char)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     assert min(seconds(many) for _ in range(3)) < 10 * min(seconds(few) for _ in range(3))
