@@ -40,17 +40,22 @@ class Generator(Protocol):
         """Prefills all prompts and decodes ``steps`` further tokens of each; nothing is left afterwards."""
 
 
-def timed(step: Callable[[], Sequence[tuple[int, int]]], streams: int, steps: int) -> Timing:
+def timed(
+    step: Callable[[], Sequence[tuple[int, int]]],
+    streams: int,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
     """Calls ``step``, which returns (stream, token) pairs, until every stream has 1 + ``steps`` tokens."""
     tokens: dict[int, list[int]] = {i: [] for i in range(streams)}
-    began = time.perf_counter()
+    began = clock()
     firsts = 0.0
     while min(map(len, tokens.values())) < 1 + steps:
         for stream, token in step():
             tokens[stream].append(token)
         if not firsts and all(tokens.values()):
-            firsts, early = time.perf_counter(), Counter({i: len(t) for i, t in tokens.items()})
-    ended = time.perf_counter()
+            firsts, early = clock(), Counter({i: len(t) for i, t in tokens.items()})
+    ended = clock()
     # Streams that were prefilled first have decoded beside the others' prefill: those tokens are not decode's.
     done = sum(map(len, tokens.values())) - sum(early.values())
     decode = (ended - firsts) * streams * steps / done if done else 0.0
