@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pippin.text.tokenizer import BYTE_OF, Tokenizer
 
@@ -111,10 +111,17 @@ def wordpiece() -> Tokenizer:
     return Tokenizer(wrap(fast, eos_token="[SEP]", unk_token="[UNK]"))
 
 
+@cache
+def python_bytes() -> Tokenizer:
+    """ByT5's, one of the few that are written in Python: bytes again, and what is incomplete is left out."""
+    return Tokenizer(ByT5Tokenizer())
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": byte_level,
     "fallback": fallback,
     "fallback-no-strip": lambda: fallback(strip=False),
     "metaspace": metaspace,
     "wordpiece": wordpiece,
+    "python-bytes": python_bytes,
 }

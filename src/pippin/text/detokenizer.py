@@ -95,7 +95,8 @@ class WindowDetokenizer:
     """For every other tokenizer: decode a short window with and without the newest tokens, and take the difference.
 
     The window starts with the tokens of the piece before, so that what a decoder does at the very beginning (drop a
-    space, say) happens on both sides. Text that ends in U+FFFD may be half a character and waits, but not for ever.
+    space, say) happens on both sides. Text that ends in U+FFFD, or that is not there yet (some decoders leave out what
+    is incomplete), may be half a character and waits, but not for ever.
     """
 
     MOST_WAITING = 16  # tokens; a character has at most 4 bytes, and byte tokens carry at least one each
@@ -113,7 +114,8 @@ class WindowDetokenizer:
             return ""
         self._waiting.append(token)
         text = self._decode(self._context + self._waiting)
-        if text.endswith("\ufffd") and len(self._waiting) < self.MOST_WAITING:
+        half = len(text) <= len(self._shown) or text.endswith("\ufffd")
+        if half and len(self._waiting) < self.MOST_WAITING:
             return ""
         return self._release(text)
 
