@@ -89,7 +89,7 @@ class Pippin:
 
 
 class MlxLm:
-    """BatchGenerator with all prompts in one prefill batch, which is faster for it here than its default of 8."""
+    """BatchGenerator with all prompts in one prefill batch: at least as fast for it here as its default of 8."""
 
     name = "mlx-lm"
 

@@ -24,7 +24,6 @@ from benchmarks.cpu import (
     overhead_lines,
     show,
     slower_lines,
-    ticks,
 )
 from benchmarks.generators import timed
 
