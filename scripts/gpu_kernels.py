@@ -109,7 +109,7 @@ def make_pool(shape: Shape, seed: int = 0) -> Pool:
 def checks() -> Iterator[Row]:
     """Each kernel on ragged batches of every dtype and head dim, compared with the reference on the same GPU."""
     launch = gpu_launcher(kernels.backend() or "cuda")
-    for name, ok in check_all(launch).items():
+    for name, ok in check_all(launch, mx.float32, paged.Tuning()).items():
         yield {"check": name, "ok": ok}
     yield check_order()
     dims = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
@@ -119,10 +119,10 @@ def checks() -> Iterator[Row]:
                 continue
             shape = Shape("check", 5, 40 + 7 * i, 2, (1, 4, 8, 7)[(i + j) % 4], dim, value_dim, dtype, (1, 16)[j % 2])
             shape = replace(shape, longest=900 + i)
-            yield check_decode(shape, paged.Tuning(splits=1), {})
             options = {"window": 300, "softcap": 3.0} if i % 2 else {}
-            yield check_decode(shape, paged.Tuning(splits=4, heads=4, unroll=2), options)
-            yield check_extend(shape)
+            for matrix in (False, True)[: 1 + (dtype != "float32")]:
+                yield check_decode(shape, paged.Tuning(splits=(1, 4)[j % 2], matrix=matrix), options)
+                yield check_extend(shape, matrix)
 
 
 def check_decode(shape: Shape, tuning: paged.Tuning, options: dict[str, float]) -> Row:
@@ -197,13 +197,13 @@ def check_order(steps: int = 40) -> Row:
     return {"check": "order of queued steps", "ok": error == 0.0, "error": error}
 
 
-def check_extend(shape: Shape) -> Row:
+def check_extend(shape: Shape, matrix: bool) -> Row:
     """The last 9 tokens of the longest sequence and the last 3 of the next, as rows."""
     pool, counts = make_pool(shape), (9, 3)
     lengths = [n - count + 1 + i for n, count in zip(shape.lengths, counts, strict=False) for i in range(count)]
     q = mx.random.normal((sum(counts), shape.kv_heads * shape.group, shape.dim)).astype(DTYPES[shape.dtype])
-    tuning = paged.Tuning(splits=2, unroll=2)
-    tiles = mx.array(paged.tile_rows(counts, paged.rows_per_tile(shape.group, tuning.heads)))
+    tuning = paged.Tuning(splits=2, unroll=2, matrix=matrix)
+    tiles = mx.array(paged.tile_rows(counts, paged.rows_per_tile(shape.group, DTYPES[shape.dtype], tuning)))
     rows, form = mx.array(np.array(lengths, np.int32)), paged.Form(shape.page_size, shape.dim**-0.5)
     launch = gpu_launcher(kernels.backend() or "cuda")
     got = paged.paged_extend(launch, q, pool.k, pool.v, pool.table, rows, tiles, form, tuning)
@@ -211,7 +211,7 @@ def check_extend(shape: Shape) -> Row:
         q, pool.k, pool.v, pool.table, rows, tiles, page_size=shape.page_size, scale=form.scale
     )
     error = largest_difference(got, want)
-    return {"check": "extend", "ok": error <= TOLERANCE[shape.dtype], "error": error, **asdict(shape)}
+    return {"check": "extend", "ok": error <= TOLERANCE[shape.dtype], "error": error, **asdict(shape), "matrix": matrix}
 
 
 def largest_difference(got: mx.array, want: mx.array) -> float:
@@ -223,18 +223,28 @@ def largest_difference(got: mx.array, want: mx.array) -> float:
 
 
 def seconds(step: Callable[[int, mx.array], mx.array], start: mx.array, repeats: int = 48) -> float:
-    """Median seconds of one ``step(i, last)``, each of which waits for the last."""
+    """Median seconds of one ``step(i, last)``, each of which waits for the last; the host's part is not in it."""
     times = []
-    for _ in range(4):
+    for _ in range(5):
         x = start
-        mx.synchronize()
-        begin = time.perf_counter()
         for i in range(repeats):
             x = step(i, x)
+        mx.synchronize()
+        begin = time.perf_counter()
         mx.eval(x)
         mx.synchronize()
         times.append((time.perf_counter() - begin) / repeats)
     return statistics.median(times[1:])
+
+
+def host_seconds(step: Callable[[int, mx.array], mx.array], start: mx.array, repeats: int = 200) -> float:
+    """Seconds that the host takes to describe one step, before anything runs."""
+    begin, x = time.perf_counter(), start
+    for i in range(repeats):
+        x = step(i, x)
+    taken = (time.perf_counter() - begin) / repeats
+    mx.eval(x)
+    return taken
 
 
 def copy_bandwidth() -> float:
@@ -253,50 +263,37 @@ def decode_times(shape: Shape, quick: bool) -> Iterator[Row]:
         taken = seconds(lambda i, q: run(pools[i % len(pools)], q), pools[0].q)
         return {"time": what, "us": taken * 1e6, "bytes": shape.kv_bytes, "shape": shape.name, **facts}
 
-    def public(p: Pool, q: mx.array) -> mx.array:
-        longest = max(shape.lengths)
+    longest = max(shape.lengths)
+    new = pools[0].k[1 : shape.rows + 1], pools[0].v[1 : shape.rows + 1]
+    mx.eval(new)
+
+    def public(p: Pool, q: mx.array, new: tuple[mx.array, mx.array] | None = None) -> mx.array:
         return kernels.paged_decode(
-            q, p.k, p.v, p.table, p.lengths, page_size=form.page_size, scale=form.scale, longest=longest
+            q, p.k, p.v, p.table, p.lengths, page_size=form.page_size, scale=form.scale, longest=longest, new=new
         )
 
-    yield timed("decode", public)
-    k, v = pools[0].k[1 : shape.rows + 1], pools[0].v[1 : shape.rows + 1]
-    mx.eval(k, v)
+    def fused(p: Pool, q: mx.array) -> mx.array:
+        return public(p, q, new)
+
+    row = timed("decode", public)
+    yield row | {"host_us": host_seconds(lambda i, q: public(pools[0], q), pools[0].q) * 1e6}
+    yield timed("decode + write", fused)
     for tuning in tunings(shape, quick):
-        facts = asdict(tuning)
-        yield timed("decode", lambda p, q, t=tuning: decode(launch, p, q, form, t), **facts)  # type: ignore[misc]
-        if tuning == paged.Tuning():
-            yield timed("decode + write", lambda p, q, t=tuning: decode(launch, p, q, form, t, (k, v)), **facts)  # type: ignore[misc]
+        yield timed("decode", lambda p, q, t=tuning: decode(launch, p, q, form, t), **asdict(tuning))  # type: ignore[misc]
     yield from mlx_times(shape, pools[0])
 
 
-def decode(
-    launch: Launcher,
-    pool: Pool,
-    q: mx.array,
-    form: paged.Form,
-    tuning: paged.Tuning,
-    new: tuple[mx.array, mx.array] | None = None,
-) -> mx.array:
-    return paged.paged_decode(launch, q, pool.k, pool.v, pool.table, pool.lengths, form, tuning, new=new)
+def decode(launch: Launcher, pool: Pool, q: mx.array, form: paged.Form, tuning: paged.Tuning) -> mx.array:
+    return paged.paged_decode(launch, q, pool.k, pool.v, pool.table, pool.lengths, form, tuning)
 
 
 def tunings(shape: Shape, quick: bool) -> list[paged.Tuning]:
-    plain = paged.Tuning()
+    """Cuts to compare with the engine's own choice."""
     if quick or shape.name not in TUNED:
-        return [plain]
-    found = [plain, replace(plain, unroll=2), replace(plain, unroll=8), replace(plain, warps=8)]
-    found += [replace(plain, warps=2), replace(plain, warps=8, unroll=2)]
-    if shape.group > 4:
-        found += [replace(plain, heads=4), replace(plain, heads=4, unroll=2)]
-    if shape.group == 4:
-        found += [replace(plain, heads=2)]
-    if shape.rows == 1:
-        found += [replace(plain, splits=s) for s in (4, 8, 16, 32, 64) if s * 32 <= shape.context]
-        found += [replace(plain, warps=8, splits=s) for s in (4, 16, 32) if s * 32 <= shape.context]
-    else:
-        found += [replace(plain, splits=s) for s in (2, 4)]
-    return found
+        return []
+    matrix = paged.Tuning(matrix=True)
+    found = [matrix, replace(matrix, warps=8), paged.Tuning(), paged.Tuning(warps=8, unroll=2)]
+    return found + [replace(matrix, splits=s) for s in (2, 4, 8, 16, 32) if s * 128 <= shape.context]
 
 
 def mlx_times(shape: Shape, pool: Pool) -> Iterator[Row]:
@@ -339,7 +336,7 @@ def extend_times(rows: int, context: int) -> Iterator[Row]:
     pool = make_pool(shape)
     q = mx.random.normal((rows, 32, 128)).astype(mx.bfloat16)
     lengths = mx.array(np.arange(context - rows + 1, context + 1, dtype=np.int32))
-    tiles = mx.array(kernels.tile_rows([rows], kernels.rows_per_tile(32, 8)))
+    tiles = mx.array(kernels.tile_rows([rows], kernels.rows_per_tile(32, 8, mx.bfloat16)))
     table = mx.contiguous(mx.broadcast_to(pool.table, (rows, pool.table.shape[1])))
     mx.eval(q, table, lengths, tiles)
     scale = 128**-0.5
@@ -356,15 +353,6 @@ def extend_times(rows: int, context: int) -> Iterator[Row]:
         out = mx.fast.scaled_dot_product_attention(q.transpose(1, 0, 2)[None], keys, values, scale=scale, mask="causal")
         return out[0].transpose(1, 0, 2)
 
-    launch, form = gpu_launcher(kernels.backend() or "cuda"), paged.Form(1, scale)
-    for splits in (8, 32, 64):
-        for unroll in (1, 2):
-            tuning = paged.Tuning(splits=splits, unroll=unroll)
-
-            def tuned(_: int, q: mx.array, t: paged.Tuning = tuning) -> mx.array:
-                return paged.paged_extend(launch, q, pool.k, pool.v, pool.table, lengths, tiles, form, t)
-
-            yield {"time": "extend", "us": seconds(tuned, q, 16) * 1e6, **facts, **asdict(tuning)}
     for name, step in (("extend", extend), ("decode of each row", decodes), ("MLX gather + attention", mlx)):
         yield {"time": name, "us": seconds(step, q, 16) * 1e6, **facts}
 
@@ -380,7 +368,7 @@ def show(row: Row, bandwidth: float) -> str:
         return f"{'ok  ' if row['ok'] else 'FAIL'} {row['check']} {detail}{row.get('error', '')}"
     us, moved = float(str(row["us"])), float(str(row["bytes"]))
     share = moved / (us * 1e-6) / bandwidth
-    cut = " ".join(f"{k}={row[k]}" for k in ("splits", "warps", "unroll", "heads") if k in row)
+    cut = " ".join(f"{k}={row[k]}" for k in ("splits", "warps", "unroll", "heads", "matrix", "host_us") if k in row)
     return f"{us:9.1f} us  {100 * share:5.1f} % of copy  {row['time']:<28} {row['shape']:<40} {cut}"
 
 
@@ -415,7 +403,7 @@ def results(quick: bool) -> Iterator[Row]:
     yield from write_times()
     for shape in SHAPES:
         yield from decode_times(shape, quick)
-    for rows, context in ((4, 8192), (8, 8192), (64, 8192)):
+    for rows, context in ((4, 8192), (16, 8192), (64, 8192)):
         yield from extend_times(rows, context)
 
 

@@ -146,14 +146,20 @@ FEATURES = {
 }
 
 
-def split(case: Case) -> Case:
-    return replace(case, tuning=replace(case.tuning, splits=4))
+def through_matrices(case: Case) -> Case:
+    """The same case in a 16-bit type and through matrix products."""
+    dtype = mx.bfloat16 if case.dtype == mx.float32 else case.dtype
+    return replace(case, dtype=dtype, tuning=replace(case.tuning, matrix=True))
 
 
-@pytest.mark.parametrize("name", [*DIMS, *FEATURES])
+CASES = {**DIMS, **FEATURES}
+CASES |= {f"{name}-matrix": through_matrices(case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_decode_equals_the_reference(name: str, splits: int) -> None:
-    case = {**DIMS, **FEATURES}[name]
+    case = CASES[name]
     lengths = tuple(5 * n for n in case.lengths) if splits > 1 else case.lengths
     case = replace(case, lengths=lengths, tuning=replace(case.tuning, splits=splits))
     for schedule in (0, 1, 2):
@@ -165,14 +171,16 @@ def test_decode_equals_the_reference(name: str, splits: int) -> None:
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=5),
     splits=st.sampled_from([1, 2, 8]),
     page_size=st.sampled_from([1, 16]),
+    matrix=st.booleans(),
     schedule=st.integers(0, 5),
     seed=st.integers(0, 2**16),
 )
 def test_decode_equals_the_reference_for_any_lengths(
-    lengths: list[int], splits: int, page_size: int, schedule: int, seed: int
+    lengths: list[int], splits: int, page_size: int, matrix: bool, schedule: int, seed: int
 ) -> None:
     tuning = paged.Tuning(splits=splits)
     case = Case(tuple(lengths), group=2, dim=16, value_dim=16, page_size=page_size, tuning=tuning, seed=seed)
+    case = through_matrices(case) if matrix else case
     got, want = decoded(case, host_launcher(schedule, seed=seed))
     assert agree(got, want), distance(got, want)
 
@@ -191,10 +199,13 @@ def fused(case: Case, launch: Launcher) -> tuple[Arrays, Arrays, mx.array, mx.ar
     return a, b, got, expected(case, b)
 
 
-@pytest.mark.parametrize("name", ["128", "192-128", "eleven-heads", "metal", "window", "all", "page-16", "one-row"])
+FUSED = ["128", "192-128", "eleven-heads", "metal", "window", "all", "page-16", "one-row"]
+
+
+@pytest.mark.parametrize("name", [*FUSED, *(f"{name}-matrix" for name in FUSED)])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_decode_stores_the_newest_token_and_attends_to_it(name: str, splits: int) -> None:
-    case = {**DIMS, **FEATURES}[name]
+    case = CASES[name]
     case = replace(case, tuning=replace(case.tuning, splits=splits), lengths=tuple(4 * n for n in case.lengths))
     a, b, got, want = fused(case, host_launcher(2, seed=3))
     assert agree(got, want), distance(got, want)
@@ -258,7 +269,7 @@ def extended(extend: Extend, launch: Launcher) -> tuple[mx.array, mx.array]:
     heads = case.kv_heads * case.group
     q = mx.array(random.standard_normal((len(lengths), heads, case.dim), np.float32)).astype(case.dtype)
     rows = mx.array(np.array(lengths, np.int32))
-    most = paged.rows_per_tile(case.group, case.tuning.heads)
+    most = paged.rows_per_tile(case.group, case.dtype, case.tuning)
     tiles = mx.array(paged.tile_rows(extend.counts, most, extend.pad_to))
     got = paged.paged_extend(launch, q, a.k_pool, a.v_pool, a.table, rows, tiles, case.form, case.tuning, sinks=a.sinks)
     want = reference.paged_extend(
@@ -291,6 +302,9 @@ EXTENDS = {
 }
 
 
+EXTENDS |= {f"{n}-matrix": replace(e, case=through_matrices(e.case)) for n, e in EXTENDS.items()}
+
+
 @pytest.mark.parametrize("name", EXTENDS)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_extend_equals_the_reference(name: str, splits: int) -> None:
@@ -307,14 +321,16 @@ def test_extend_equals_the_reference(name: str, splits: int) -> None:
     sequences=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 12)), min_size=1, max_size=4),
     window=st.sampled_from([None, 7]),
     splits=st.sampled_from([1, 2]),
+    matrix=st.booleans(),
     schedule=st.integers(0, 5),
 )
 def test_extend_equals_the_reference_for_any_sequences(
-    sequences: list[tuple[int, int]], window: int | None, splits: int, schedule: int
+    sequences: list[tuple[int, int]], window: int | None, splits: int, matrix: bool, schedule: int
 ) -> None:
     tuning = replace(TWO, splits=splits)
     contexts = tuple(before + count for before, count in sequences)
     case = Case(contexts, group=2, dim=16, value_dim=16, window=window, tuning=tuning)
+    case = through_matrices(case) if matrix else case
     got, want = extended(Extend(case, tuple(c for _, c in sequences)), host_launcher(schedule, seed=schedule))
     assert agree(got, want), distance(got, want)
 
@@ -335,6 +351,11 @@ def extend_run(extend: Extend) -> Run:
 def fused_run(launch: Launcher) -> bool:
     a, b, got, want = fused(Case((9, 64, 70)), launch)
     return agree(got, want) and bool(mx.array_equal(a.k_pool[1:], b.k_pool[1:], equal_nan=True))
+
+
+def matrix_fused_run(launch: Launcher) -> bool:
+    _, _, got, want = fused(through_matrices(Case((9, 64, 70))), launch)
+    return agree(got, want)
 
 
 WIDE = replace(DIMS["256"], lengths=(40, 3))
@@ -360,7 +381,7 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
         "size_t(row) * (table_shape[1] - 1)",
     ),
     "split: a token between two parts": (
-        decode_run(Case((700,), tuning=paged.Tuning(splits=2))),
+        decode_run(Case((1700,), tuning=paged.Tuning(splits=2))),
         "begin + blocks_y - 1) / blocks_y",
         "begin) / blocks_y - 1",
     ),
@@ -371,6 +392,32 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
     "write: neighbouring slot": (lambda f: written(Case(), [3, 9], f), "slots[block_x])", "slots[block_x]) + 1"),
     "write: last pack left out": (lambda f: written(Case(), [3, 9], f), "if (i < KEY)", "if (i < KEY - 1)"),
     "fused: newest token read from the pool": (fused_run, "smaller(end, length - 1)", "end"),
+    "matrix, race: warps joined too early": (
+        decode_run(CASES["128-matrix"]),
+        "    BARRIER();\n    for (int j = tid",
+        "    for (int j = tid",
+    ),
+    "matrix, race: sums overwritten": (
+        extend_run(EXTENDS["256-matrix"]),
+        "if (from > 0) BARRIER();",
+        "",
+    ),
+    "matrix: a row's last token": (extend_run(EXTENDS["128-matrix"]), "t >= seen[h] ||", "t > seen[h] ||"),
+    "matrix: tokens of a value swapped": (
+        decode_run(CASES["128-matrix"]),
+        "column * 2 + j % 2",
+        "column * 2 + 1 - j % 2",
+    ),
+    "matrix: maximum of half a line": (
+        decode_run(CASES["softcap-matrix"]),
+        "next = larger(next, shuffle_xor(next, 2));",
+        "",
+    ),
+    "matrix, fused: newest token read from the pool": (
+        matrix_fused_run,
+        "if (t == stop - 1) {\n          keys",
+        "if (false) {\n          keys",
+    ),
     "fused: nothing stored": (fused_run, "if (writes && part + n * LANES < KEY)", "if (false)"),
 }
 

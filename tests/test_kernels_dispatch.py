@@ -82,7 +82,7 @@ def attend(s: checks.Sample, new: bool = False) -> mx.array:
 
 def extend(s: checks.Sample) -> mx.array:
     lengths = mx.array([36, 37, 150], dtype=mx.int32)
-    tiles = mx.array(kernels.tile_rows((2, 1), kernels.rows_per_tile(8, 2), pad_to=3))
+    tiles = mx.array(kernels.tile_rows((2, 1), kernels.rows_per_tile(8, 2, mx.float32), pad_to=3))
     table = mx.stack([s.table[2], s.table[0]])
     return kernels.paged_extend(s.q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=4, scale=0.2)
 
@@ -149,7 +149,7 @@ def test_plain_mlx_writes_without_copying_the_pool() -> None:
 @needs_compiler
 def test_on_a_gpu_kernels_run_and_agree_with_plain_mlx(gpu: Gpu) -> None:
     mine = everything()
-    assert set(gpu.launched) >= {"kv_write", "kv_gather", "paged_decode_split", "paged_decode_split_fused"}
+    assert set(gpu.launched) >= {"kv_write", "kv_gather", "paged_decode_split", "paged_decode_fused_split"}
     assert any(name.startswith("paged_extend") for name in gpu.launched)
     assert kernels.writes_in_place(batch().k_pool, batch().v_pool)
     kernels.forget()
@@ -186,7 +186,7 @@ def test_pools_that_kernels_do_not_take_go_to_plain_mlx(gpu: Gpu) -> None:
         (("kv_gather",), {"kv_gather"}),
         (("paged_decode",), {"paged_decode"}),
         (("paged_reduce",), {"paged_decode", "paged_decode_write", "paged_extend"}),
-        (("paged_decode_split_fused",), {"paged_decode_write"}),
+        (("paged_decode_fused_split",), {"paged_decode_write"}),
         (("paged_extend_split",), {"paged_extend"}),
         (("paged_decode_fused",), {"paged_decode_write"}),
         (("paged_extend", "paged_extend_split"), {"paged_extend"}),
@@ -205,7 +205,7 @@ def test_a_kernel_that_fails_is_named_and_replaced(
     launcher = Gpu(wrong=wrong) if how == "wrong" else Gpu(raises=wrong)
     for gpu in played(monkeypatch, tmp_path, launcher):
         with caplog.at_level(logging.WARNING, "pippin.kernels"):
-            verdicts = kernels.verify()
+            verdicts = kernels.verify(mx.float32)
         assert {name for name, ok in verdicts.items() if not ok} == named
         warned = [r.getMessage() for r in caplog.records if "is not right" in r.getMessage()]
         assert len(warned) == len(named)
@@ -222,24 +222,24 @@ def test_nothing_is_written_in_place_where_a_reader_is_wrong(
 ) -> None:
     """MLX's own reads do not know of such writes, and could run before them."""
     for gpu in played(monkeypatch, tmp_path, Gpu(wrong=(reader,))):
-        kernels.verify()
+        kernels.verify(mx.float32)
         gpu.launched.clear()
         s = batch()
         assert not kernels.writes_in_place(s.k_pool, s.v_pool)
         kernels.kv_write(s.k_pool, s.v_pool, s.k, s.v, mx.array([3, 7, 8], dtype=mx.int32))
         attend(s, new=True)
-        assert not {"kv_write", "paged_decode_fused", "paged_decode_split_fused"} & set(gpu.launched)
+        assert not {"kv_write", "paged_decode_fused", "paged_decode_fused_split"} & set(gpu.launched)
 
 
 @needs_compiler
 def test_the_verdict_is_kept(gpu: Gpu, tmp_path: Path) -> None:
-    first = kernels.verify()
+    first = kernels.verify(mx.float32)
     assert first
     assert all(first.values())
     assert gpu.launched
     gpu.launched.clear()
     kernels.forget()
-    assert kernels.verify() == first
+    assert kernels.verify(mx.float32) == first
     assert gpu.launched == []
 
 
@@ -248,12 +248,12 @@ def test_the_verdict_is_kept(gpu: Gpu, tmp_path: Path) -> None:
     "damage", ["{", "[]", json.dumps({"kv_write": True}), json.dumps(dict.fromkeys(checks.CHECKS, 1))]
 )
 def test_a_damaged_verdict_is_made_anew_or_means_no(gpu: Gpu, tmp_path: Path, damage: str) -> None:
-    kernels.verify()
+    kernels.verify(mx.float32)
     (path,) = tmp_path.rglob("kernels-*.json")
     path.write_text(damage)
     kernels.forget()
     gpu.launched.clear()
-    again = kernels.verify()
+    again = kernels.verify(mx.float32)
     if gpu.launched:
         assert all(again.values())
     else:
@@ -273,7 +273,7 @@ def test_a_verdict_holds_for_these_sources_and_this_mlx_alone(monkeypatch: pytes
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_no_fault(gpu: Gpu, tmp_path: Path) -> None:
     (tmp_path / "pippin").write_text("a file where the folder should be")
-    assert all(kernels.verify().values())
+    assert all(kernels.verify(mx.float32).values())
 
 
 @needs_compiler
@@ -295,8 +295,25 @@ def test_each_check_finds_its_fault(check: checks.KernelName, line: str, planted
         return text.replace(line, planted)
 
     fault: Launcher = host_launcher(edit=edited)
-    assert checks.CHECKS[check](host_launcher())
-    assert not checks.CHECKS[check](fault)
+    for dtype, tuning in ((mx.float32, paged.Tuning()), (mx.bfloat16, paged.Tuning(unroll=2, heads=4))):
+        assert checks.CHECKS[check](host_launcher(), dtype, tuning)
+        assert not checks.CHECKS[check](fault, dtype, tuning)
+
+
+@needs_compiler
+@pytest.mark.parametrize("check", checks.CHECKS)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_matrix_products_pass_each_check(check: checks.KernelName, dtype: mx.Dtype) -> None:
+    assert checks.CHECKS[check](host_launcher(), dtype, paged.Tuning(matrix=True))
+
+
+@needs_compiler
+def test_16_bit_pools_go_through_matrix_products_and_have_a_verdict_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for _ in played(monkeypatch, tmp_path, Gpu(wrong=("paged_extend_mma",))):
+        assert all(kernels.verify(mx.float32).values())
+        assert [name for name, ok in kernels.verify(mx.bfloat16).items() if not ok] == ["paged_extend"]
 
 
 @given(blocks=st.integers(1, 10_000), longest=st.integers(1, 1 << 20), cores=st.integers(8, 200))
@@ -306,8 +323,8 @@ def test_splits_are_few_and_none_is_small(blocks: int, longest: int, cores: int)
     assert 1 <= splits <= paged.MOST_SPLITS
     assert splits == 1 or longest > paged.LEAST_SPLIT * splits // 2
     if splits < paged.MOST_SPLITS:
-        assert longest <= 4096 * splits
-    if blocks >= 2 * cores and longest <= 4096:
+        assert longest <= paged.LONGEST_SPLIT * splits
+    if blocks >= 2 * cores and longest <= paged.LONGEST_SPLIT:
         assert splits == 1
 
 

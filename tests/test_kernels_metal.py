@@ -104,7 +104,7 @@ LAUNCHES = launches()
 def test_every_variant_is_here() -> None:
     kernels = {name.split("-")[0] for name in LAUNCHES}
     suffixes = ("", "_split")
-    decodes = {f"paged_decode{split}{fused}" for split in suffixes for fused in ("", "_fused")}
+    decodes = {f"paged_decode{fused}{split}" for split in suffixes for fused in ("", "_fused")}
     assert kernels == {"kv_write", "kv_gather", "paged_reduce", *decodes, *(f"paged_extend{s}" for s in suffixes)}
 
 

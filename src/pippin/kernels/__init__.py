@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import mlx.core as mx
@@ -44,7 +44,7 @@ _IN_PLACE: tuple[KernelName, ...] = ("kv_write", "paged_decode_write")
 
 # Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
 _CORES: dict[str, int] = {"metal": 40, "cuda": 132}
-_TUNING = {"metal": paged.Tuning(unroll=2, heads=4), "cuda": paged.Tuning()}
+_TUNING = {"metal": paged.Tuning(unroll=2, heads=4), "cuda": paged.Tuning(matrix=True)}
 
 
 def backend() -> Platform | None:
@@ -54,13 +54,13 @@ def backend() -> Platform | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def verify() -> dict[KernelName, bool]:
-    """Which kernels compute what ``reference`` does on this machine; all of those that fail are logged once.
+def verify(dtype: mx.Dtype = mx.bfloat16) -> dict[KernelName, bool]:
+    """Which kernels compute what ``reference`` does here, for pools of ``dtype``; those that fail are logged.
 
     The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
     """
     platform = backend()
-    return {} if platform is None else _verdicts(platform)
+    return {} if platform is None else _verdicts(platform, dtype)
 
 
 def kv_write(
@@ -214,23 +214,28 @@ def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher 
     platform = backend()
     if platform is None or not paged.supported(k_pool, v_pool):
         return None
-    right = _verdicts(platform)
+    right = _verdicts(platform, k_pool.dtype)
     needed: tuple[KernelName, ...] = (name, "kv_gather", "paged_decode") if name in _IN_PLACE else (name,)
     return _gpu(platform) if all(right[n] for n in needed) else None
 
 
 def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:
     """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
-    platform = backend() or "cuda"
-    kv_heads = k_pool.shape[1]
-    _, parts = paged.head_tiles(q.shape[1] // kv_heads, _TUNING[platform].heads)
+    heads, kv_heads = q.shape[1], k_pool.shape[1]
     seen = longest if window is None else min(window, longest)
-    return replace(_TUNING[platform], splits=paged.choose_splits(units * kv_heads * parts, seen, _CORES[platform]))
+    return _tuning(backend() or "cuda", units, heads, kv_heads, k_pool.dtype, seen)
 
 
-def rows_per_tile(heads: int, kv_heads: int) -> int:
-    """Most rows that a tile of ``paged_extend`` may have here, for a model with so many heads."""
-    return paged.rows_per_tile(heads // kv_heads, _TUNING[backend() or "cuda"].heads)
+@lru_cache(maxsize=4096)
+def _tuning(platform: Platform, units: int, heads: int, kv_heads: int, dtype: mx.Dtype, longest: int) -> paged.Tuning:
+    tuning = _TUNING[platform]
+    _, parts = paged.head_tiles(heads // kv_heads, tuning.most_heads(dtype))
+    return replace(tuning, splits=paged.choose_splits(units * kv_heads * parts, longest, _CORES[platform]))
+
+
+def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
+    """Most rows that a tile of ``paged_extend`` may have here, for so many heads and a pool of ``dtype``."""
+    return paged.rows_per_tile(heads // kv_heads, dtype, _TUNING[backend() or "cuda"])
 
 
 def forget() -> None:
@@ -245,8 +250,8 @@ def _gpu(platform: Platform) -> Launcher:
 
 
 @cache
-def _verdicts(platform: Platform) -> dict[KernelName, bool]:
-    found = verdicts(platform, _gpu(platform))
+def _verdicts(platform: Platform, dtype: mx.Dtype) -> dict[KernelName, bool]:
+    found = verdicts(platform, _gpu(platform), dtype, _TUNING[platform])
     for name, ok in found.items():
         if not ok:
             log.warning("kernel %s is not right on this machine; plain MLX takes its place, slower", name)

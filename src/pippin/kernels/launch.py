@@ -26,7 +26,7 @@ class Source:
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""
-        known = ("FUSED", "SPLIT")
+        known = ("FUSED", "SPLIT", "TILED")
         macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
         return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h")
 

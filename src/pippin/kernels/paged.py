@@ -22,12 +22,15 @@ KV_GATHER = Source("kv_gather", "kv_gather", (*_POOLS, "table", "after"), ("k", 
 REDUCE = Source("paged_reduce", "paged_reduce", (*_PARTS, "sinks"), ("out",))
 
 _DECODE_INPUTS = ("q", *_POOLS, "table", "lengths", *_REST)
-_EXTEND_INPUTS = ("q", *_POOLS, "table", "lengths", "tiles", *_REST)
 
-# Fewest tokens that are worth a split of their own, and most splits of one row.
-LEAST_SPLIT = 64
+# Tokens of a context that are worth a part of their own where the GPU is not full, tokens of the longest part
+# otherwise, and most parts of a context.
+LEAST_SPLIT = 256
+LONGEST_SPLIT = 1024
 MOST_SPLITS = 64
 _SHARED_BYTES = 16384
+# Queries in one matrix product.
+_QUERIES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,18 @@ class Tuning:
 
     ``heads`` is the most query heads that a warp keeps in registers, each with about 8 values of q and 8 of the sum
     in every lane. More of them read K and V less often; too many spill (CUDA has 255 registers a lane, Apple 128).
+    ``matrix`` takes 16-bit types through matrix products (``bodies/paged_mma.h``), where the dialect has them.
     """
 
     splits: int = 1
     warps: int = 4
     unroll: int = 4
     heads: int = 8
+    matrix: bool = False
+
+    def most_heads(self, dtype: mx.Dtype) -> int:
+        """Query heads of a KV head that one block takes."""
+        return _QUERIES if self.matrix and dtype != mx.float32 else self.heads
 
 
 def supported(k_pool: mx.array, v_pool: mx.array) -> bool:
@@ -63,10 +72,11 @@ def supported(k_pool: mx.array, v_pool: mx.array) -> bool:
 def choose_splits(blocks: int, longest: int, cores: int) -> int:
     """Into how many parts the tokens of each row are cut, a power of 2.
 
-    Enough that ``blocks`` (without splits) fill the GPU's ``cores`` four times over, and that no block has more than
-    4096 tokens, since one long row would keep the others waiting; but no part under LEAST_SPLIT tokens.
+    Enough that ``blocks`` (without splits) fill the GPU's ``cores`` four times over, and that no part is longer than
+    LONGEST_SPLIT, since one long row would keep the others waiting; but no part under LEAST_SPLIT tokens, since a
+    second launch costs as much as reading those.
     """
-    wanted = max(-(-4 * cores // max(blocks, 1)) if blocks < 2 * cores else 1, -(-longest // 4096))
+    wanted = max(-(-4 * cores // max(blocks, 1)) if blocks < 2 * cores else 1, -(-longest // LONGEST_SPLIT))
     most = min(wanted, -(-longest // LEAST_SPLIT), MOST_SPLITS)
     return 1 << max(most - 1, 0).bit_length()
 
@@ -139,22 +149,12 @@ def paged_decode(
     new: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """See ``kernels.paged_decode``; with ``new`` (k, v) it stores each row's newest K and V too."""
-    rows = q.shape[0]
-    plan = _plan(q, k_pool, v_pool, form, tuning, sinks)
-    per_head = tuning.warps * v_pool.shape[2] * 4
-    source = _source("paged_decode", _DECODE_INPUTS, tuning.splits > 1, new is not None)
-    constants = (
-        *plan.constants,
-        ("WARPS", tuning.warps),
-        ("U", tuning.unroll),
-        ("HEADS_AT_ONCE", max(1, min(plan.tile, _SHARED_BYTES // per_head))),
-        ("LEAST", LEAST_SPLIT if tuning.splits > 1 else 1),
-    )
-    blocks = rows * k_pool.shape[1] * plan.tiles
+    shape = Shape.of(q, k_pool, v_pool)
+    first, second = _decode_launches(shape, form, tuning, sinks is not None, new is not None)
     inputs = [q, k_pool, v_pool, table, lengths, *_rest(q, sinks, form, after)]
     if new is not None:
         inputs += [a.astype(k_pool.dtype) for a in new]
-    return _attend(launch, source, constants, blocks, inputs, tuning, plan)
+    return _attend(launch, first, second, inputs)
 
 
 def paged_extend(
@@ -171,31 +171,21 @@ def paged_extend(
     after: mx.array | None = None,
 ) -> mx.array:
     """See ``kernels.paged_extend``; ``tiles`` have at most ``rows_per_tile`` rows each."""
-    plan = _plan(q, k_pool, v_pool, form, tuning, sinks)
-    size, dims = k_pool.dtype.size, (q.shape[2], v_pool.shape[2])
-    at_once = tuning.unroll * 32 // _lanes(max(dims) * size // 16)
-    tokens = max(at_once, _SHARED_BYTES // (sum(dims) * size) // at_once * at_once)
-    constants = (
-        *plan.constants,
-        ("WARPS", tuning.warps),
-        ("U", tuning.unroll),
-        ("ROWS", rows_per_tile(q.shape[1] // k_pool.shape[1], tuning.heads)),
-        ("TOKENS", min(tokens, 64 // at_once * at_once or at_once)),
-        ("LEAST", LEAST_SPLIT if tuning.splits > 1 else 1),
-    )
-    blocks = tiles.shape[0] * k_pool.shape[1] * plan.tiles
-    source = _source("paged_extend", _EXTEND_INPUTS, tuning.splits > 1, False)
-    inputs = [q, k_pool, v_pool, table, lengths, tiles, *_rest(q, sinks, form, after)]
-    return _attend(launch, source, constants, blocks, inputs, tuning, plan)
+    shape = Shape.of(q, k_pool, v_pool)
+    first, second = _extend_launches(shape, tiles.shape[0], form, tuning, sinks is not None)
+    inputs = [q, k_pool, v_pool, table, lengths, *_rest(q, sinks, form, after), tiles]
+    return _attend(launch, first, second, inputs)
 
 
-def rows_per_tile(group: int, most_heads: int) -> int:
-    """Most rows of one sequence that a block of ``paged_extend`` takes: 4 or 8, by what its registers hold.
+def rows_per_tile(group: int, dtype: mx.Dtype, tuning: Tuning) -> int:
+    """Most rows of one sequence that a block of ``paged_extend`` takes, by what its registers hold.
 
-    ``group`` is the number of query heads to a KV head, ``most_heads`` is ``Tuning.heads``.
+    ``group`` is the number of query heads to a KV head.
     """
-    tile, _ = head_tiles(group, most_heads)
-    return 8 if 2 * tile <= most_heads else 4
+    tile, _ = head_tiles(group, tuning.most_heads(dtype))
+    if tuning.matrix and dtype != mx.float32:
+        return max(1, _QUERIES // tile)
+    return 8 if 2 * tile <= tuning.heads else 4
 
 
 def tile_rows(counts: Sequence[int], most: int, pad_to: int | None = None) -> npt.NDArray[np.int32]:
@@ -212,74 +202,141 @@ def tile_rows(counts: Sequence[int], most: int, pad_to: int | None = None) -> np
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """What decode and extend share: heads a block (``tile``), blocks a KV head (``tiles``), constants, output."""
+class Shape:
+    """What a launch must know of q [rows, heads, dim] and the pools; small and hashable."""
 
-    tile: int
-    tiles: int
-    constants: tuple[Constant, ...]
-    shape: tuple[int, int, int]
+    rows: int
+    heads: int
+    dim: int
+    value_dim: int
+    kv_heads: int
     dtype: mx.Dtype
-    sinks: mx.array
+    kv_dtype: mx.Dtype
+
+    @staticmethod
+    def of(q: mx.array, k_pool: mx.array, v_pool: mx.array) -> Shape:
+        rows, heads, dim = q.shape
+        return Shape(rows, heads, dim, v_pool.shape[2], k_pool.shape[1], q.dtype, k_pool.dtype)
 
 
-def _plan(q: mx.array, k_pool: mx.array, v_pool: mx.array, form: Form, tuning: Tuning, sinks: mx.array | None) -> _Plan:
-    rows, heads, dim = q.shape
-    kv_heads, value_dim = k_pool.shape[1], v_pool.shape[2]
-    tile, tiles = head_tiles(heads // kv_heads, tuning.heads)
+# Launches are made once for each shape: a step asks for the same ones in every layer.
+
+
+@lru_cache(maxsize=1024)
+def _decode_launches(
+    shape: Shape, form: Form, tuning: Tuning, sinks: bool, fused: bool
+) -> tuple[Launch, Launch | None]:
+    matrix = _takes_matrix(shape, tuning)
+    tile, tiles = _heads(shape, tuning, matrix)
+    cut: tuple[Constant, ...]
+    if matrix:
+        cut = (("ROWS", 1), ("AT_ONCE", _at_once(tile, shape, tuning)))
+    else:
+        cut = (("U", tuning.unroll), ("HEADS_AT_ONCE", _at_once(tile, shape, tuning)))
+    macros = ("FUSED",) * fused
+    blocks = shape.rows * shape.kv_heads * tiles
+    body = "paged_mma" if matrix else "paged_decode"
+    return _launches(body, "paged_decode", _DECODE_INPUTS, macros, shape, form, tuning, sinks, cut, blocks, tile, tiles)
+
+
+@lru_cache(maxsize=1024)
+def _extend_launches(
+    shape: Shape, num_tiles: int, form: Form, tuning: Tuning, sinks: bool
+) -> tuple[Launch, Launch | None]:
+    matrix = _takes_matrix(shape, tuning)
+    tile, tiles = _heads(shape, tuning, matrix)
+    rows = rows_per_tile(shape.heads // shape.kv_heads, shape.kv_dtype if matrix else mx.float32, tuning)
+    cut: tuple[Constant, ...]
+    if matrix:
+        cut = (("ROWS", rows), ("AT_ONCE", _at_once(tile * rows, shape, tuning)))
+    else:
+        size, dims = shape.kv_dtype.size, (shape.dim, shape.value_dim)
+        at_once = tuning.unroll * 32 // _lanes(max(dims) * size // 16)
+        tokens = max(at_once, min(64, _SHARED_BYTES // (sum(dims) * size)) // at_once * at_once)
+        cut = (("U", tuning.unroll), ("ROWS", rows), ("TOKENS", tokens))
+    blocks = num_tiles * shape.kv_heads * tiles
+    body = "paged_mma" if matrix else "paged_extend"
+    inputs = (*_DECODE_INPUTS, "tiles")
+    return _launches(body, "paged_extend", inputs, ("TILED",), shape, form, tuning, sinks, cut, blocks, tile, tiles)
+
+
+def _takes_matrix(shape: Shape, tuning: Tuning) -> bool:
+    return tuning.matrix and shape.dtype == shape.kv_dtype != mx.float32
+
+
+def _heads(shape: Shape, tuning: Tuning, matrix: bool) -> tuple[int, int]:
+    return head_tiles(shape.heads // shape.kv_heads, tuning.most_heads(shape.kv_dtype if matrix else mx.float32))
+
+
+def _at_once(queries: int, shape: Shape, tuning: Tuning) -> int:
+    """How many queries' sums the warps of a block join at once in shared memory."""
+    return max(1, min(queries, _SHARED_BYTES // (tuning.warps * shape.value_dim * 4)))
+
+
+def _launches(
+    body: str,
+    name: str,
+    inputs: tuple[str, ...],
+    macros: tuple[str, ...],
+    shape: Shape,
+    form: Form,
+    tuning: Tuning,
+    sinks: bool,
+    cut: tuple[Constant, ...],
+    blocks: int,
+    tile: int,
+    tiles: int,
+) -> tuple[Launch, Launch | None]:
+    """One launch, or with splits two: their partial sums, and the sum of those."""
+    split, threads = tuning.splits > 1, 32 * tuning.warps
+    macros = (*macros, *("SPLIT",) * split)
+    suffix = "".join(f"_{m.lower()}" for m in (*("MMA",) * (body == "paged_mma"), *macros) if m != "TILED")
+    given = (*inputs, "k", "v") if "FUSED" in macros else inputs
+    source = Source(name + suffix, body, given, _PARTS if split else ("out",), macros)
     constants: tuple[Constant, ...] = (
-        ("T", q.dtype),
-        ("KT", k_pool.dtype),
-        ("D", dim),
-        ("DV", value_dim),
-        ("HKV", kv_heads),
-        ("G", heads // kv_heads),
+        ("T", shape.dtype),
+        ("KT", shape.kv_dtype),
+        ("D", shape.dim),
+        ("DV", shape.value_dim),
+        ("HKV", shape.kv_heads),
+        ("G", shape.heads // shape.kv_heads),
         ("GT", tile),
         ("TILES", tiles),
         ("PAGE", form.page_size),
         ("WINDOW", form.window or 0),
-        ("SINKS", sinks is not None),
+        ("SINKS", sinks),
         ("SOFTCAP", form.softcap is not None),
+        ("WARPS", tuning.warps),
+        ("LEAST", LEAST_SPLIT if split else 1),
+        *cut,
     )
-    held = _no_sinks(q.dtype) if sinks is None else sinks.astype(q.dtype)
-    return _Plan(tile, tiles, constants, (rows, heads, value_dim), q.dtype, held)
-
-
-def _attend(
-    launch: Launcher,
-    source: Source,
-    constants: tuple[Constant, ...],
-    blocks: int,
-    inputs: list[mx.array],
-    tuning: Tuning,
-    plan: _Plan,
-) -> mx.array:
-    """One launch, or with splits two: their partial sums, and the sum of those."""
-    threads = 32 * tuning.warps
-    rows, heads, value_dim = plan.shape
-    if tuning.splits == 1:
-        return launch(Launch(source, constants, (blocks, 1), threads, ((plan.shape, plan.dtype),)), inputs)[0]
+    queries = shape.rows * shape.heads
+    whole = (((shape.rows, shape.heads, shape.value_dim), shape.dtype),)
+    if not split:
+        return Launch(source, constants, (blocks, 1), threads, whole), None
     parts = (
-        ((rows * heads, tuning.splits, value_dim), mx.float32),
-        ((rows * heads, tuning.splits, 2), mx.float32),
+        ((queries, tuning.splits, shape.value_dim), mx.float32),
+        ((queries, tuning.splits, 2), mx.float32),
     )
-    accumulated, stats = launch(Launch(source, constants, (blocks, tuning.splits), threads, parts), inputs)
-    has_sinks = ("SINKS", True) in constants
-    reduce_constants = (("T", plan.dtype), ("DV", value_dim), ("HQ", heads), ("SINKS", has_sinks), ("THREADS", 128))
-    what = Launch(REDUCE, reduce_constants, (rows * heads, 1), 128, ((plan.shape, plan.dtype),))
-    return launch(what, [accumulated, stats, plan.sinks])[0]
+    reduce_constants: tuple[Constant, ...] = (
+        ("T", shape.dtype),
+        ("DV", shape.value_dim),
+        ("HQ", shape.heads),
+        ("SINKS", sinks),
+        ("THREADS", 128),
+    )
+    first = Launch(source, constants, (blocks, tuning.splits), threads, parts)
+    return first, Launch(REDUCE, reduce_constants, (queries, 1), 128, whole)
 
 
-@lru_cache
-def _source(name: str, inputs: tuple[str, ...], split: bool, fused: bool) -> Source:
-    macros = ("SPLIT",) * split + ("FUSED",) * fused
-    suffix = "".join(f"_{m.lower()}" for m in macros)
-    return Source(name + suffix, name, (*inputs, "k", "v") if fused else inputs, _PARTS if split else ("out",), macros)
+def _attend(launch: Launcher, first: Launch, second: Launch | None, inputs: list[mx.array]) -> mx.array:
+    results = launch(first, inputs)
+    return results[0] if second is None else launch(second, [*results, inputs[5]])[0]
 
 
-def _rest(q: mx.array, sinks: mx.array | None, form: Form, after: mx.array | None) -> list[mx.array]:
-    held = _no_sinks(q.dtype) if sinks is None else sinks.astype(q.dtype)
-    return [held, _params(form.scale, form.softcap or 1.0), _token(after)]
+def _rest(q: mx.array, sinks: mx.array | None, form: Form, after: mx.array | None) -> tuple[mx.array, ...]:
+    held = _no_sinks(q.dtype) if sinks is None else sinks if sinks.dtype == q.dtype else sinks.astype(q.dtype)
+    return held, _params(form.scale, form.softcap or 1.0), _token(after)
 
 
 def head_tiles(group: int, most: int) -> tuple[int, int]:

@@ -14,6 +14,22 @@ struct PACK_ALIGN Pack {
   T v[16 / sizeof(T)];
 };
 
+// The same 16 bytes as words, for mma().
+struct PACK_ALIGN Words {
+  unsigned w[4];
+};
+
+INLINE Words no_words() {
+  Words x;
+  x.w[0] = x.w[1] = x.w[2] = x.w[3] = 0;
+  return x;
+}
+
+template <typename T>
+INLINE Words load_words(const DEVICE T* p, size_t at) {
+  return ((const DEVICE Words*)p)[at];
+}
+
 // The smallest power of 2 that is at least n, at most 32: how many lanes share a vector of n packs.
 INLINE constexpr int lanes_for(int n) { return n > 16 ? 32 : n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n > 1 ? 2 : 1; }
 

@@ -16,6 +16,38 @@ INLINE float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// c [16, 8] += a [16, 16] b [16, 8] over a warp. Of lane 4 * line + column, a0 and a2 are row `line`, a1 and a3 row
+// line + 8, at k = 2 * column (+ 1, and + 8 for a2, a3); b0, b1 column `line` of b at the same k; c as a, 8 wide.
+template <typename T>
+INLINE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1);
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(
+    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<__half>(
+    float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two numbers as the 16-bit halves of a word, the first in the lower half.
+template <typename T>
+INLINE unsigned two(float low, float high) {
+  union {
+    unsigned short h[2];
+    unsigned w;
+  } x;
+  const T l = T(low), h = T(high);
+  x.h[0] = reinterpret_cast<const unsigned short&>(l);
+  x.h[1] = reinterpret_cast<const unsigned short&>(h);
+  return x.w;
+}
+
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 }  // namespace pippin

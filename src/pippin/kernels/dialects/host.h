@@ -30,6 +30,7 @@ struct Fiber {
   int site;  // the barrier's line, or the shuffle's mask: must agree among those that wait together
   float value;
   size_t shared;
+  uint32_t words[6];  // mma's fragments
 };
 
 static Fiber fibers[MOST_THREADS];
@@ -114,6 +115,31 @@ struct half {
     return float_of(sign | (e + 112) << 23 | m << 13);
   }
 };
+
+// See cuda.h. Lanes show each other their fragments; shuffles with mask 0 only wait for the warp.
+template <typename T>
+INLINE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(fibers[self].words, mine, sizeof mine);
+  shuffle_xor(0.0f, 0);
+  const int lane = self % 32, warp = self - lane;
+  for (int i = 0; i < 4; i++) {
+    const int row = i / 2, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; k++) {
+      const int from = k % 8 / 2, late = k / 8;
+      T a, b;
+      a.b = uint16_t(fibers[warp + lane / 4 * 4 + from].words[late * 2 + row] >> k % 2 * 16);
+      b.b = uint16_t(fibers[warp + column * 4 + from].words[4 + late] >> k % 2 * 16);
+      c[i] += float(a) * float(b);
+    }
+  }
+  shuffle_xor(0.0f, 0);
+}
+
+template <typename T>
+INLINE unsigned two(float low, float high) {
+  return unsigned(T(low).b) | unsigned(T(high).b) << 16;
+}
 
 static uint32_t random_bits() {
   seed = seed * 6364136223846793005u + 1442695040888963407u;
