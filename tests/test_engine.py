@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pippin.config import EngineConfig
 from pippin.engine import Engine
 from pippin.errors import ConfigError, EngineError, ModelError, RequestError
 from pippin.sglang import sampling_params
-from pippin.types import SamplingParams
+from pippin.types import Progress, SamplingParams
 from tests.fake_core import FakeCore, expected
 from tests.tokenizers_for_tests import byte_ids
 
@@ -331,6 +331,27 @@ def test_an_engine_that_cannot_start_leaves_no_threads() -> None:
     with pytest.raises(ModelError, match="no such model"):
         Engine.over(EngineClient.in_thread(broken), byte_ids())
     assert threading.active_count() == before
+
+
+def load_slowly(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore:
+    """Ten seconds of progress."""
+    for i in range(200):
+        progress(Progress("load", i, 200))
+        time.sleep(0.05)
+    return FakeCore()
+
+
+def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("pippin.engine.CORE", f"{__name__}:load_slowly")
+    before, began = threading.active_count(), time.monotonic()
+    heard: list[Progress] = []
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        Engine(progress=heard.append)
+    assert time.monotonic() - began < 5
+    assert heard[0] == Progress("load", 0, 200)
+    assert threading.active_count() == before
+    assert caplog.records == []
 
 
 def test_a_program_that_forgets_shutdown_ends_cleanly() -> None:

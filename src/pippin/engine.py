@@ -57,7 +57,12 @@ class Engine:
         template = read_template(chat_template) if chat_template is not None else None
 
         def load(tell: Callable[[Progress], None]) -> Core:
-            core: Core = pkgutil.resolve_name(CORE)(config, progress or tell)
+            def hear(event: Progress) -> None:
+                if not self._open:  # Ctrl-C while loading
+                    raise EngineError("the engine was shut down while it loaded", 503)
+                (progress or tell)(event)
+
+            core: Core = pkgutil.resolve_name(CORE)(config, hear)
             return core
 
         self._begin(EngineClient.in_thread(load, config.random_seed), config, template)
@@ -75,11 +80,11 @@ class Engine:
         self.config = config
         self._client = client
         self._seeds = Random(config.random_seed)
+        self._open = True
+        self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pippin-loop", daemon=True)
         self._thread.start()
-        self._open = True
-        self._lock = threading.Lock()
         atexit.register(self.shutdown)  # a thread that computes while the interpreter ends would crash it
         try:
             self.info: ModelInfo = self._wait(client.start())
