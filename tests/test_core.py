@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, models
 from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
+from pippin.graph import DecodeGraphs
 from pippin.runner import InFlight, MlxModelRunner
 from pippin.types import Batch, Finish, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
@@ -116,15 +118,46 @@ def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoint: Path, options: dic
     assert core.stats.slots_free == core.stats.slots_total
 
 
-@pytest.mark.parametrize("page_size", [1, 8])
-def test_tokens_are_the_same_where_rows_read_the_pool_by_page(
-    checkpoint: Path, page_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What runs on a GPU, with the kernels' definitions in their place: pages, tokens of order, no waiting."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, with the kernels' definitions in their place: pages, order by tables, graphs, no waiting.
+
+    Nothing is compiled, which on a CPU takes a compiler and would capture arrays that the definitions replace.
+    """
     monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
+    monkeypatch.setattr("pippin.runner.DecodeGraphs", partial(DecodeGraphs, compile=lambda run: run))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("options", [{}, {"page_size": 8}, {"graph_max_rows": 4}, {"disable_graph": True}], ids=str)
+def test_tokens_are_the_same_where_rows_read_the_pool_by_page(checkpoint: Path, options: dict[str, Any]) -> None:
     rows = prompts(9)
-    core = make_core(checkpoint, page_size=page_size, chunked_prefill_size=16)
+    core = make_core(checkpoint, chunked_prefill_size=16, **options)
     assert run(core, submits(rows)) == {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    assert (runner.graphs is not None) == ("disable_graph" not in options)
+    assert runner.graphs is None or runner.graphs.num_traced > 4
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_graphs_sample_as_single_steps_do(checkpoint: Path) -> None:
+    rows = prompts(5)
+    kinds = [
+        SamplingParams(temperature=0.9, top_p=0.9, max_new_tokens=10, ignore_eos=True, seed=7),
+        SamplingParams(temperature=0.7, top_k=9, repetition_penalty=1.4, max_new_tokens=10, ignore_eos=True, seed=8),
+        SamplingParams(temperature=1.2, min_p=0.1, min_new_tokens=9, max_new_tokens=10, stop_token_ids=(5,), seed=9),
+        SamplingParams(temperature=0.0, logprobs=True, top_logprobs=3, max_new_tokens=10, ignore_eos=True),
+        SamplingParams(temperature=1.0, frequency_penalty=0.5, logit_bias={7: 3.0}, max_new_tokens=10, seed=10),
+    ]
+    asked = [Submit(f"r{i}", row, len(row), kind) for i, (row, kind) in enumerate(zip(rows, kinds, strict=True))]
+    found = collect(make_core(checkpoint), asked)
+    single = collect(make_core(checkpoint, disable_graph=True), asked)
+    assert found.keys() == single.keys()
+    for id, outputs in found.items():
+        assert [t for o in outputs for t in o.tokens] == [t for o in single[id] for t in o.tokens]
+        mine, theirs = ([p for o in x for p in o.logprobs] for x in (outputs, single[id]))
+        assert [(p.token, [t for t, _ in p.top]) for p in mine] == [(p.token, [t for t, _ in p.top]) for p in theirs]
 
 
 def test_sampled_tokens_do_not_depend_on_company_or_schedule(checkpoint: Path) -> None:

@@ -41,7 +41,8 @@ cache <- attention
 errors <- kernels <- cache
 kernels <- models
 config <- models <- attention
-types <- penalties <- sampler <- runner
+types <- penalties <- sampler <- graph <- runner
+inputs <- attention <- graph
 demo <- models
 demo <- text
 config <- worker <- transport <- client <- completion <- server <- cli <- launch_server

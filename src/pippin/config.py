@@ -52,6 +52,12 @@ class EngineConfig:
     )
     disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
     disable_overlap_schedule: bool = option(False, "Finish each step before the next is built.")
+    disable_graph: bool = option(
+        False, "Build every step anew instead of compiling the small ones.", "--disable-cuda-graph"
+    )
+    graph_max_rows: int = option(
+        32, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
+    )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
 
     def __post_init__(self) -> None:
@@ -74,6 +80,7 @@ class EngineConfig:
             ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("page_size", self.page_size >= 1, "at least 1"),
+            ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),
         ):
             if not ok:
                 raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))

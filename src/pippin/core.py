@@ -17,7 +17,6 @@ from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
 
-import mlx.core as mx
 from tokenizers import Tokenizer
 
 from pippin.cache.pool import KVPool
@@ -25,7 +24,7 @@ from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.config import EngineConfig
 from pippin.errors import RequestError
-from pippin.memory import Limits, MemoryPlan, limits, plan_memory, use_device
+from pippin.memory import Limits, MemoryPlan, limits, on_gpu, plan_memory, use_device
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
@@ -214,6 +213,7 @@ def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progre
         pool,
         max_running=sizes.max_running,
         vocab_size=tokenizer.vocab_size,
+        graph_rows=0 if config.disable_graph else config.graph_max_rows,
     )
     return EngineCore(
         _scheduler(config, plan.slots, sizes, loaded.context_length),
@@ -265,7 +265,7 @@ def _info(
     eos_ids: Sequence[int],
 ) -> ModelInfo:
     return ModelInfo(
-        model_path=config.model_path or str(loaded.path),
+        model_path=config.model_path or loaded.path.name,
         tokenizer_path=config.tokenizer_path or str(loaded.path),
         model_type=loaded.model_type,
         dtype=str(loaded.dtype).removeprefix("mlx.core."),
@@ -281,5 +281,5 @@ def _info(
         page_size=config.page_size,
         weight_bytes=plan.weight_bytes,
         pool_bytes=plan.pool_bytes,
-        device=str(mx.default_device()),
+        device="gpu" if on_gpu() else "cpu",
     )

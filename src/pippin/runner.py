@@ -13,6 +13,7 @@ import numpy as np
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
+from pippin.graph import DecodeGraphs
 from pippin.inputs import Step
 from pippin.models.seam import Seam, active
 from pippin.penalties import TokenCounts
@@ -20,7 +21,7 @@ from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
 
 # Inputs of fewer elements are of another address space in a Metal kernel.
-_LEAST_AFTER = 8
+_LEAST_TABLE = 8
 
 
 class Flight(Protocol):
@@ -111,7 +112,8 @@ class MlxModelRunner:
     """Queues batches for one model on one device.
 
     ``_last_token`` [max_running + 1] int32 holds each row's newest token, perhaps not computed yet: step n+1 reads it
-    there, and so is built before the host has seen step n. Row 0 is scratch.
+    there, and so is built before the host has seen step n. Row 0 is scratch. Every step's table hangs on all that the
+    step reads, so whatever takes it waits for that. ``graph_rows``: most single tokens of a step that is compiled.
     """
 
     def __init__(
@@ -122,23 +124,32 @@ class MlxModelRunner:
         *,
         max_running: int,
         vocab_size: int,
+        graph_rows: int = 0,
     ) -> None:
         self.model = model
         self.backend = backend
         self.pool = pool
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
-        self._last_token = mx.zeros((max(max_running + 1, _LEAST_AFTER),), dtype=mx.int32)
-        self._after = self._last_token
+        self._graph_rows = graph_rows
+        self.graphs = self._make_graphs()
+        self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
         mx.eval(self._last_token)
+
+    def _make_graphs(self) -> DecodeGraphs | None:
+        if not self.pool.in_place or not self._graph_rows:
+            return None
+        return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows)
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.
 
-        Where our kernel writes the pool in place, the step waits on the device for the one before (``_after``). Where
-        MLX's own indexed update does, it is in place only if no step in flight still holds the pool: then the graph is
-        built while the step before runs, but queued only after it.
+        Where our kernel writes the pool in place, the step waits on the device for the one before. Where MLX's own
+        indexed update does, it is in place only if no step in flight still holds the pool: then the graph is built
+        while the step before runs, but queued only after it.
         """
+        if self.graphs is not None and self.graphs.takes(batch.works):
+            return self._launch_graph(self.graphs, batch)
         forwards = self.backend.forwards(batch.works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
@@ -151,17 +162,26 @@ class MlxModelRunner:
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
             rows = mx.array([w.request.row for w in works], dtype=mx.int32)
             self._last_token[rows] = sampled.tokens
-            self._after = self._last_token
         else:
-            self._after = logits[0, :_LEAST_AFTER].astype(mx.int32)
+            self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
             values = self._prompt_logprobs(ordered, prompts, logits[len(samples) :])
         if not self.pool.in_place:
             mx.synchronize()
         mx.async_eval(  # type: ignore[no-untyped-call]
-            self._last_token, self._after, self.pool.arrays, _arrays(sampled), _arrays(values)
+            self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values)
         )
         return InFlight(batch, ordered, sampled, prompts, values)
+
+    def _launch_graph(self, graphs: DecodeGraphs, batch: Batch) -> InFlight:
+        works = batch.works
+        for work in works:
+            _check(work, self.pool.num_slots)
+        size = graphs.size(works)
+        plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
+        self._last_token, sampled = graphs.step(works, plan, inputs, self._last_token)
+        mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
+        return InFlight(batch, works, sampled, (), None)
 
     def logits(self, batch: Batch) -> mx.array:
         """Runs a batch to the logits of its sampling works, [n, vocab] float32, and draws nothing."""
@@ -177,10 +197,10 @@ class MlxModelRunner:
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
         shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size
-        del self.pool  # before the next is made: there may not be memory for two
+        del self.pool, self.graphs  # before the next is made: there may not be memory for two
         self.pool = KVPool(*shape)
+        self.graphs = self._make_graphs()
         self._last_token = mx.zeros_like(self._last_token)
-        self._after = self._last_token
         mx.eval(self._last_token)
 
     def _forward(
@@ -197,7 +217,7 @@ class MlxModelRunner:
         tokens: list[mx.array] = []
         first = 0
         for part in forwards:
-            step = replace(self.backend.step(part, self._last_token, self.pool), after=self._after)
+            step = replace(self.backend.step(part, self._last_token, self.pool), after=self._last_token)
             mine = [i - first for i in samples if first <= i < first + len(part)]
             rows = [step.lasts[i] for i in mine]
             more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
