@@ -83,10 +83,12 @@ class Serving:
                 timeout_graceful_shutdown=round(GRACE_SECONDS) + 2,
             )
         )
-        stop = asyncio.Event()
+        stop, stop_now = asyncio.Event(), asyncio.Event()
 
         def on_signal() -> None:
-            http.force_exit = stop.is_set()  # asked a second time
+            if stop.is_set():  # asked a second time
+                http.force_exit = True
+                stop_now.set()
             stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,7 +104,9 @@ class Serving:
             loading.cancel()
             stopping.cancel()
             http.should_exit = True
-            await asyncio.wait([serving], timeout=GRACE_SECONDS)
+            hurried = asyncio.create_task(stop_now.wait())
+            await asyncio.wait((serving, hurried), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            hurried.cancel()
             await self._client.close()  # streams that still run end with an error that says so
             await serving
 
