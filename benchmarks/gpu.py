@@ -164,7 +164,9 @@ def median_of(rounds: int, run: Callable[[int], tuple[float, float]]) -> tuple[f
     return statistics.median(f for f, _ in found), statistics.median(d for _, d in found)
 
 
-def measure(shape: str, bits: int | None, streams: Sequence[int], rounds: int, peers: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: str, bits: int | None, streams: Sequence[int], rounds: int, peers: bool, graph_rows: int
+) -> Iterator[dict[str, Any]]:
     model = make_model(shape, bits)
     sides: list[Ours | MlxLm] = [MlxLm(model)] if peers else []
     core = make_core(
@@ -173,6 +175,8 @@ def measure(shape: str, bits: int | None, streams: Sequence[int], rounds: int, p
         max_running_requests=max(16, *streams),
         chunked_prefill_size=8192,
         disable_radix_cache=True,
+        disable_graph=not graph_rows,
+        graph_max_rows=graph_rows or 1,
     )
     sides.append(Ours(core))
     vocab = int(model.args.vocab_size)
@@ -193,13 +197,17 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--graph-rows", type=int, default=32, help="0: no graphs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     facts = {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
     print(json.dumps(facts), flush=True)
     for name in options.shapes:
         shape, _, bits = name.partition(":")
-        for row in measure(shape, int(bits) if bits else None, options.streams, options.rounds, not options.no_peers):
+        peers = not options.no_peers
+        for row in measure(
+            shape, int(bits) if bits else None, options.streams, options.rounds, peers, options.graph_rows
+        ):
             print(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
             if options.json:
                 with options.json.open("a") as file:
