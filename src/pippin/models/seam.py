@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -94,20 +95,28 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def install(model: nn.Module, vocab_size: int) -> None:
-    """Hooks a loaded model: attention and ``swiglu`` in every mlx-lm module imported by now, and the model's head.
+    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, and the model's head.
 
     Without an active seam, attention and head do exactly what they did. Installing twice changes nothing.
     """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models."):
-            for key, value in list(vars(module).items()):
-                if value is _original:
-                    setattr(module, key, attention)
-                elif value is _original_swiglu:
-                    setattr(module, key, swiglu)
+    for namespace in _namespaces(model):
+        for key, value in list(namespace.items()):
+            if value is _original:
+                namespace[key] = attention
+            elif value is _original_swiglu:
+                namespace[key] = swiglu
     for _, module in model.named_modules():
         if _is_head(module, vocab_size) and not isinstance(module, _Selecting):
             module.__class__ = type(f"{type(module).__name__}OfRows", (_Selecting, type(module)), {})
+
+
+def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+    """Globals of mlx-lm's model files and of the model's own: a checkpoint's file is not among ``sys.modules``."""
+    found = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
+    classes = {cls for _, module in model.named_modules() for cls in type(module).__mro__}
+    calls = [vars(cls).get("__call__") for cls in classes]
+    found += [call.__globals__ for call in calls if isinstance(call, FunctionType)]
+    return [namespace for namespace in found if namespace is not globals()]  # a hooked head's class is of this file
 
 
 def _is_head(module: nn.Module, vocab_size: int) -> bool:
