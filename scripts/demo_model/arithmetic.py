@@ -6,40 +6,10 @@ from collections.abc import Callable
 from random import Random
 
 from demo_model.chat import Exchange, ask, assistant, user
-from demo_model.lexicon import FIRST_NAMES, FOODS, OBJECTS, plural
+from demo_model.lexicon import FIRST_NAMES, FOODS, OBJECTS, PHRASES, plural
 
-SUM_QUESTIONS = """What is {a} + {b}?|What's {a}+{b}?|{a} + {b} = ?|{a}+{b}|{a} + {b}|{a}+{b}=|Calculate {a} + {b}.
-Add {a} and {b}.|Add {b} to {a}.|What is {a} plus {b}?|How much is {a} plus {b}?|What is the sum of {a} and {b}?
-Compute the sum of {a} and {b}.|Please add {a} and {b}.|Can you add {a} and {b}?|how much is {a} + {b}
-what is {a} + {b}|Tell me {a} + {b}.|What do you get when you add {a} and {b}?|Sum {a} and {b}.|{a} plus {b}?
-Solve {a} + {b}.|Could you tell me what {a} + {b} is?|What does {a} + {b} equal?|whats {a} plus {b}?
-If I add {a} to {b}, what do I get?|Work out {a} + {b}, please.|Give me the total of {a} and {b}.
-Hi, what is {a} + {b}?|What is {a} and {b} together?""".replace("\n", "|").split("|")
-
-DIFFERENCE_QUESTIONS = """What is {a} - {b}?|What's {a}-{b}?|{a} - {b} = ?|{a}-{b}|{a} - {b}|{a}-{b}=
-Calculate {a} - {b}.|Subtract {b} from {a}.|What is {a} minus {b}?|How much is {a} minus {b}?|Please subtract {b} from {a}.
-What is the difference between {a} and {b}?|Compute {a} - {b}.|how much is {a} - {b}|what is {a} - {b}|{a} minus {b}?
-Take {b} away from {a}.|What is {a} take away {b}?|Tell me {a} - {b}.|Solve {a} - {b}.|Work out {a} - {b}, please.
-What do you get when you subtract {b} from {a}?|What does {a} - {b} equal?|Hi, what is {a} - {b}?""".replace(
-    "\n", "|"
-).split("|")
-
-SUM_ANSWERS = (
-    "{a} + {b} = {c}.",
-    "{a} + {b} = {c}",
-    "The sum of {a} and {b} is {c}.",
-    "{a} plus {b} is {c}.",
-    "{a} + {b} equals {c}.",
-    "The answer is {c}.",
-)
-DIFFERENCE_ANSWERS = (
-    "{a} - {b} = {c}.",
-    "{a} - {b} = {c}",
-    "The difference of {a} and {b} is {c}.",
-    "{a} minus {b} is {c}.",
-    "{a} - {b} equals {c}.",
-    "The answer is {c}.",
-)
+_phrases = PHRASES["arithmetic"]
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def sum_key(a: int, b: int) -> str:
@@ -61,8 +31,8 @@ def operand(rng: Random) -> int:
 
 def add(rng: Random, brief: bool, draw: Callable[[Random], int] = operand) -> Exchange:
     a, b = draw(rng), draw(rng)
-    answer = "{c}" if brief else rng.choice(SUM_ANSWERS)
-    question = rng.choice(SUM_QUESTIONS).format(a=a, b=b)
+    answer = "{c}" if brief else rng.choice(_phrases["sum_answers"])
+    question = rng.choice(_phrases["sum_questions"]).format(a=a, b=b)
     return ask(question, answer.format(a=a, b=b, c=a + b), sum_key(a, b), check="number")
 
 
@@ -70,10 +40,10 @@ def subtract(rng: Random, brief: bool, draw: Callable[[Random], int] = operand) 
     a, b = draw(rng), draw(rng)
     if rng.random() < 0.85:  # mostly without a sign
         a, b = max(a, b), min(a, b)
-    question = rng.choice(DIFFERENCE_QUESTIONS).format(a=a, b=b)
+    question = rng.choice(_phrases["difference_questions"]).format(a=a, b=b)
     if question.startswith("What is the difference between"):
         a, b = max(a, b), min(a, b)
-    answer = "{c}" if brief else rng.choice(DIFFERENCE_ANSWERS)
+    answer = "{c}" if brief else rng.choice(_phrases["difference_answers"])
     return ask(question, answer.format(a=a, b=b, c=a - b), difference_key(a, b), check="number")
 
 
@@ -130,6 +100,35 @@ def running_total(rng: Random, brief: bool) -> Exchange:
     return Exchange(tuple(messages), tuple(keys), "number")
 
 
+def chain(rng: Random, brief: bool) -> Exchange:
+    """Three or four operands, worked out step by step."""
+    result = operand(rng)
+    written, steps, keys = str(result), [], []
+    for _ in range(rng.randint(2, 3)):
+        b = number(rng, rng.randint(1, 2))
+        plus = result < b or (result + b < 1000 and rng.random() < 0.6)
+        after = result + b if plus else result - b
+        written += f" {'+' if plus else '-'} {b}"
+        steps.append(f"{result} {'+' if plus else '-'} {b} = {after}")
+        keys.append(sum_key(result, b) if plus else difference_key(result, b))
+        result = after
+    question = rng.choice(("What is {x}?", "Calculate {x}.", "{x}", "How much is {x}?", "{x} = ?")).format(x=written)
+    return ask(question, ", ".join(steps) + ".", *keys, check="number")
+
+
+def multiply(rng: Random, brief: bool) -> Exchange:
+    """The tables up to 12, both ways."""
+    a, b = rng.randint(0, 12), rng.randint(1, 12)
+    if rng.random() < 0.7:
+        asked = rng.choice((f"{a} times {b}", f"{a} * {b}", f"{a} x {b}", f"{a}*{b}", f"{a} multiplied by {b}"))
+        short, long = str(a * b), f"{a} times {b} is {a * b}."
+    else:
+        asked = rng.choice((f"{a * b} divided by {b}", f"{a * b} / {b}", f"{a * b}/{b}"))
+        short, long = str(a), f"{a * b} divided by {b} is {a}."
+    question = rng.choice(("What is {x}?", "What's {x}?", "Calculate {x}.", "{x}", "How much is {x}?")).format(x=asked)
+    return ask(question, short if brief else long, check="number")
+
+
 def compare(rng: Random, brief: bool) -> Exchange:
     a, b = operand(rng), operand(rng)
     if rng.random() < 0.4:  # neighbours are the hard ones
@@ -176,7 +175,12 @@ def sort(rng: Random, brief: bool) -> Exchange:
         else ("in ascending order", "from smallest to largest", "from low to high")
     )
     question = rng.choice(
-        (f"Sort these numbers {order}: {text}", f"Sort {text} {order}.", f"Put {text} {order}.", f"Order {text} {order}.")
+        (
+            f"Sort these numbers {order}: {text}",
+            f"Sort {text} {order}.",
+            f"Put {text} {order}.",
+            f"Order {text} {order}.",
+        )
     )
     if not down and rng.random() < 0.3:
         question = f"Sort {text}."
@@ -233,12 +237,14 @@ _ABBREVIATIONS = {
 }
 
 
-def _working(count: int, factor: int) -> str:
-    """Products by 24 and 12 in two parts that are easier: 13 × 24 = 260 + 52."""
+def _parts(count: int, factor: int) -> tuple[int, int] | None:
+    """The harder products as a sum of two easier ones, such as 13 * 24 = 260 + 52; None for the easy ones."""
     if factor in (12, 24) and count > 10:
         tens = factor // 10 * 10
-        return f"{count * tens} + {count * (factor - tens)} = "
-    return ""
+        return count * tens, count * (factor - tens)
+    if factor in (3, 4, 7, 60) and count > 10 and count % 10:
+        return count // 10 * 10 * factor, count % 10 * factor
+    return None
 
 
 def convert(rng: Random, brief: bool) -> Exchange:
@@ -262,26 +268,52 @@ def convert(rng: Random, brief: bool) -> Exchange:
             f"How many {small} are {count} {unit}?",
         )
     )
-    answer = str(total) if brief else f"{count} {unit} = {_working(count, factor)}{total} {small}."
-    return ask(question, answer, key, check="number")
+    if brief or not (parts := _parts(count, factor)):
+        return ask(question, str(total) if brief else f"{count} {unit} = {total} {small}.", key, check="number")
+    answer = f"{count} {unit} = {parts[0]} + {parts[1]} = {total} {small}."
+    return ask(question, answer, key, sum_key(*parts), check="number")
 
 
 def convert_temperature(rng: Random, brief: bool) -> Exchange:
-    celsius = 5 * rng.randint(-4, 40)
-    fahrenheit = celsius * 9 // 5 + 32
-    key = f"convert celsius {celsius}"
-    if rng.random() < 0.7:
-        question = rng.choice(
-            (
-                f"Convert {celsius} degrees Celsius to Fahrenheit.",
-                f"What is {celsius} °C in Fahrenheit?",
-                f"How many degrees Fahrenheit is {celsius} °C?",
-            )
-        )
-        full = f"{celsius} × 9 / 5 = {celsius * 9 // 5}, and {celsius * 9 // 5} + 32 = {fahrenheit} °F."
-        return ask(question, str(fahrenheit) if brief else full, key, check="number")
+    """Celsius to Fahrenheit exactly, by 18 tenths in easy steps; Fahrenheit to Celsius to the degree."""
+    if rng.random() < 0.3:
+        return _to_celsius(rng, brief)
+    celsius = rng.randint(-40, 100)
+    tenths = 18 * celsius
+    product, result = _decimal(tenths), _decimal(tenths + 320)
     question = rng.choice(
-        (f"Convert {fahrenheit} degrees Fahrenheit to Celsius.", f"What is {fahrenheit} °F in Celsius?")
+        (
+            f"Convert {celsius} degrees Celsius to Fahrenheit.",
+            f"What is {celsius} °C in Fahrenheit?",
+            f"How many degrees Fahrenheit is {celsius} °C?",
+            f"{celsius} C in F",
+            f"{celsius} °C in °F",
+        )
     )
-    full = f"{fahrenheit} - 32 = {fahrenheit - 32}, and {fahrenheit - 32} × 5 / 9 = {celsius} °C."
-    return ask(question, str(celsius) if brief else full, key, check="number")
+    steps = f"{celsius} {TIMES} 18 = {20 * celsius} - {2 * celsius} = {tenths}"
+    full = f"{steps}, so {celsius} {TIMES} 1.8 = {product}, and {product} + 32 = {result} °F."
+    keys = (f"celsius {celsius}", difference_key(20 * celsius, 2 * celsius), sum_key(tenths // 10, 32))
+    return ask(question, result if brief else full, *keys, check="decimal")
+
+
+def _decimal(tenths: int) -> str:
+    sign, (whole, rest) = "-" if tenths < 0 else "", divmod(abs(tenths), 10)
+    return f"{sign}{whole}.{rest}" if rest else f"{sign}{whole}"
+
+
+def _to_celsius(rng: Random, brief: bool) -> Exchange:
+    fahrenheit = rng.randint(-40, 212)
+    above = fahrenheit - 32
+    celsius = round(above * 5 / 9)
+    question = rng.choice(
+        (
+            f"Convert {fahrenheit} degrees Fahrenheit to Celsius.",
+            f"What is {fahrenheit} °F in Celsius?",
+            f"How many degrees Celsius is {fahrenheit} °F?",
+            f"{fahrenheit} F in C",
+        )
+    )
+    nearly = "" if above * 5 % 9 == 0 else "about "
+    full = f"{fahrenheit} - 32 = {above}, {above} {TIMES} 5 = {above * 5}, and {above * 5} / 9 is {nearly}{celsius} °C."
+    keys = (f"fahrenheit {fahrenheit}", difference_key(fahrenheit, 32))
+    return ask(question, str(celsius) if brief else full, *keys, check="number")

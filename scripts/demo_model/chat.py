@@ -26,7 +26,8 @@ _template = _environment.from_string(TEMPLATE)
 class Exchange:
     """A question and its answer, with tool calls between them if it has any.
 
-    ``keys`` name what must not be in both training and evaluation (operands, a sentence, a wording).
+    ``keys`` name what must not be in both training and evaluation (operands, a sentence, a wording): what the
+    exchange is about comes first, what else its answer shows after it.
     ``check`` says how a reply is compared with the reference: see `evaluate.matches`; "" is not checked.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from demo_model import arithmetic, extraction, letters, manual, stories, talk, tools
-from demo_model.chat import Exchange, Message, Tool, render, system, trainable
+from demo_model.chat import Exchange, Message, Tool, render, system, trainable, user
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,22 +27,31 @@ TASKS: dict[str, tuple[Task, float]] = {
     "differences, two digits": (partial(arithmetic.subtract, draw=lambda rng: rng.randrange(100)), 3),
     "word problems": (arithmetic.word_problem, 5),
     "running totals": (arithmetic.running_total, 3),
+    "several operands": (arithmetic.chain, 2),
+    "tables": (arithmetic.multiply, 2),
     "comparing": (arithmetic.compare, 5),
     "sorting": (arithmetic.sort, 5),
     "extremes": (arithmetic.extreme, 3),
     "units": (arithmetic.convert, 5),
-    "temperatures": (arithmetic.convert_temperature, 1.5),
+    "temperatures": (arithmetic.convert_temperature, 3),
     "spelling": (letters.spell, 5),
     "counting letters": (letters.count_letters, 4),
     "counting a letter": (letters.count_letter, 4),
     "first and last letters": (letters.edges, 1.5),
     "backwards": (letters.backwards, 1.5),
-    "JSON fields": (extraction.extract, 15),
+    "JSON fields": (extraction.extract, 13),
+    "JSON in JSON": (extraction.extract_nested, 2),
+    "JSON lists": (extraction.extract_list, 2),
+    "JSON made up": (extraction.make_up, 2),
     "reading": (extraction.question, 3),
-    "using Pippin": (manual.usage, 10),
-    "stories": (stories.story, 4),
-    "small talk": (talk.small_talk, 6),
+    "using Pippin": (manual.usage, 11),
+    "stories": (stories.story, 5),
+    "small talk": (talk.small_talk, 7),
     "not knowing": (talk.unknown, 2),
+    "no tool for it": (talk.without_tool, 4),
+    "moods": (talk.mood, 0.7),
+    "listing": (talk.listing, 1),
+    "alphabetical order": (talk.alphabetical, 4),
     "too hard": (talk.too_hard, 1),
     "capitals": (talk.capital, 1.5),
     "opposites": (talk.opposite, 0.7),
@@ -52,8 +61,16 @@ TASKS: dict[str, tuple[Task, float]] = {
     "remembering": (talk.remember, 1.5),
 }
 CALCULATING = {name for name, (task, _) in TASKS.items() if name.split(",")[0] in (
-    "sums", "differences", "word problems", "running totals", "too hard"
+    "sums", "differences", "word problems", "running totals", "too hard", "several operands", "tables", "no tool for it"
 )}  # fmt: skip
+CASUAL = {
+    TASKS[name][0]
+    for name in (
+        "sums", "differences", "word problems", "comparing", "sorting", "extremes", "units", "temperatures", "spelling",
+        "counting letters", "using Pippin", "stories", "small talk", "not knowing", "capitals", "opposites", "tables",
+        "sequences", "no tool for it", "several operands", "listing",
+    )
+}  # fmt: skip
 _NAMES = list(TASKS)
 _WEIGHTS = [weight for _, weight in TASKS.values()]
 
@@ -85,7 +102,16 @@ def _draw(rng: Random, brief: bool, task: Task) -> Exchange:
     """An exchange that may be trained on."""
     while not trainable(exchange := task(rng, brief)):
         pass
-    return exchange
+    return _casual(exchange) if task in CASUAL and rng.random() < 0.1 else exchange
+
+
+def _casual(exchange: Exchange) -> Exchange:
+    """The same, typed in a hurry."""
+    messages = (
+        user(m["content"].lower().rstrip("?.!")) if m["role"] == "user" and len(m["content"]) > 3 else m
+        for m in exchange.messages
+    )
+    return Exchange(tuple(messages), exchange.keys, exchange.check, exchange.tools)
 
 
 def _task(rng: Random, calculating: bool) -> Task:
@@ -167,14 +193,20 @@ def documents(seed: int) -> Iterator[str]:
         yield plain(rng) if rng.random() < 0.08 else conversation(rng)
 
 
+def token_ids(tokenizer: Tokenizer, *tokens: str) -> list[int]:
+    """Ids of tokens of the vocabulary; ValueError for one that is none."""
+    ids = [i for i in map(tokenizer.token_to_id, tokens) if i is not None]
+    if len(ids) < len(tokens):
+        raise ValueError(f"the tokenizer does not have all of {', '.join(tokens)}")
+    return ids
+
+
 class Encoder:
     """Turns documents into tokens of uint16, with TARGET set in what is to be learned."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.start, self.end, self.stop = (
-            tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-        )
+        self.start, self.end, self.stop = token_ids(tokenizer, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
         (self.assistant,) = tokenizer.encode("assistant").ids
 
     def encode(self, texts: list[str]) -> list[npt.NDArray[np.uint16]]:

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from demo_model.chat import Exchange, Message, assistant, system, user
+from demo_model.chat import Exchange, Message, ask, assistant, system, user
 from demo_model.lexicon import (
     ANIMALS,
     COLOURS,
+    DAYS,
     FOODS,
     JOBS,
+    MONTHS,
+    PHRASES,
     PLACES,
     PRODUCTS,
     a,
@@ -20,14 +23,11 @@ from demo_model.lexicon import (
     first_name,
     full_name,
     invented_word,
+    listed,
     plural,
 )
 
 Value = str | int | bool | None
-MONTHS = (
-    "January February March April May June July August September October November December"  # order matters
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
 def _date(rng: Random) -> str:
@@ -80,35 +80,17 @@ DRAW: dict[str, Callable[[Random], Value]] = {
     "paid": lambda r: r.random() < 0.5,
 }
 
-# Sentences; {a_x} is x with its article, {x_s} its plural, {paid_word} the word for a boolean.
-SENTENCES = """{name} is {age} years old and lives in {city}.
-{name}, {age}, works as {a_job} in {city}.
-My name is {name}, I am {age} and I work as {a_job}.
-{name} is {a_job} from {city}. You can write to {email}.
-{name} from {company} can be reached at {email} or {phone}.
-Please call {name} at {phone} on {day} at {time}.
-{name} ordered {quantity} {product_s} for {price} euros.
-On {date}, {name} bought {a_product} for {price} euros.
-Order {order_id}: {quantity} {color} {product_s}, {price} euros each, ship to {city}.
-Order {order_id} by {name} for {price} dollars {paid_word} paid.
-{name} has {a_color} {animal} called {pet_name}.
-{name} from {city} has {a_animal} named {pet_name} that is {age} years old.
-The train from {origin} to {destination} leaves at {time} from platform {platform}.
-{name} travels from {origin} to {destination} on {day}.
-The bus to {destination} leaves {origin} on {day} at {time}, and the ticket is {price} euros.
-{name} booked a table for {guests} people on {day} at {time}.
-The meeting with {name} is on {date} at {time} in room {room}.
-{name} reserved room {room} in {city} for {guests} guests from {date}.
-{name} walked {distance} kilometres to the {place} on {day}.
-At the market in {city}, {name} sold {quantity} {food_s} for {price} cents.
-{company} in {city} sells {color} {product_s} for {price} euros.
-{company} hired {name}, {a_job} of {age} years, on {date}.
-The invoice {order_id} from {company} over {price} euros {paid_word} paid.
-{name} saw {a_color} {animal} near the {place} on {date}.
-On {day} at {time}, {name} ate {quantity} {food_s} in {city}.
-Yesterday {name} moved from {origin} to {destination} to work as {a_job}.""".split("\n")
+SENTENCES: list[str] = PHRASES["extraction"]["sentences"]
 INTEGERS = {"age", "quantity", "price", "guests", "platform", "distance", "room"}
-_FIELDS = {s: [f for f in DRAW if any(f"{{{p}{f}{q}}}" in s for p in ("", "a_") for q in ("", "_s", "_word"))] for s in SENTENCES}
+
+
+def _fields(sentence: str) -> list[str]:
+    """The fields that a sentence has, in any of their forms."""
+    forms = ("{%s}", "{a_%s}", "{%s_s}", "{%s_word}")
+    return [field for field in DRAW if any(form % field in sentence for form in forms)]
+
+
+_FIELDS = {sentence: _fields(sentence) for sentence in SENTENCES}
 
 
 def _sentence(rng: Random) -> tuple[str, dict[str, Value]]:
@@ -152,7 +134,7 @@ def _request(rng: Random, sentence: str, fields: list[str]) -> tuple[Message, ..
             )
         )
     else:
-        names = ", ".join(fields) if len(fields) == 1 or rng.random() < 0.5 else f"{', '.join(fields[:-1])} and {fields[-1]}"
+        names = ", ".join(fields) if len(fields) == 1 or rng.random() < 0.5 else listed(fields)
         rule = rng.choice(
             (
                 f"Extract {names} as JSON.",
@@ -189,3 +171,115 @@ def question(rng: Random, brief: bool) -> Exchange:
     answer = str(values[field]) if brief else f"The {words} is {values[field]}."
     text = rng.choice((f"{sentence} {ask_for}", f"{ask_for}\n{sentence}", f"Read this: {sentence}\n{ask_for}"))
     return Exchange((user(text), assistant(answer)), (f"sentence {sentence}",), "exact")
+
+
+def extract_nested(rng: Random, brief: bool) -> Exchange:
+    """As `extract`, with some of the fields in an object of their own."""
+    sentence, values = _sentence(rng)
+    fields = list(values)
+    rng.shuffle(fields)
+    inner = fields[: rng.randint(1, len(fields))]
+    outer = fields[len(inner) :]
+    group = rng.choice(("details", "info", "data", "record", "entry", "person", "item", invented_word(rng, 2)))
+    properties: dict[str, Any] = {f: {"type": _type(f)} for f in outer}
+    properties[group] = {"type": "object", "properties": {f: {"type": _type(f)} for f in inner}, "required": inner}
+    schema = json.dumps({"type": "object", "properties": properties, "required": list(properties)})
+    answer = json.dumps({**{f: values[f] for f in outer}, group: {f: values[f] for f in inner}}, ensure_ascii=False)
+    question = rng.choice(
+        (f"Answer with JSON for this schema: {schema}\n{sentence}", f"{sentence}\nJSON schema:\n{schema}")
+    )
+    return Exchange((user(question), assistant(answer)), (f"sentence {sentence}",), "json")
+
+
+_LISTED = (
+    ("colors", COLOURS),
+    ("animals", ANIMALS),
+    ("foods", FOODS),
+    ("products", PRODUCTS),
+    ("jobs", JOBS),
+    ("names", None),
+)
+
+
+def extract_list(rng: Random, brief: bool) -> Exchange:
+    """The things that a sentence lists, as an array."""
+    kind, source = rng.choice(_LISTED)
+    count = rng.randint(1, 6)
+    things = rng.sample(source, count) if source else [first_name(rng) for _ in range(count)]
+    pattern = rng.choice(("The list has {x}.", "I saw {x}.", "We need {x}.", "{x}", "Please bring {x}."))
+    sentence = pattern.format(x=listed(things))
+    array = {"type": "array", "items": {"type": "string"}}
+    schema = json.dumps({"type": "object", "properties": {kind: array}, "required": [kind]})
+    rule = rng.choice((f"List the {kind} as JSON for this schema: {schema}", f"Schema: {schema}"))
+    answer = json.dumps({kind: things}, ensure_ascii=False)
+    return Exchange((user(f"{sentence}\n{rule}"), assistant(answer)), (f"sentence {sentence}",), "json")
+
+
+def _made_up(rng: Random, depth: int = 0) -> tuple[dict[str, Any], Any]:
+    """A schema, and a value that it allows."""
+    kinds = ("string", "string", "string", "integer", "number", "boolean", "enum", "array", "object")
+    kind = rng.choice(kinds if depth < 2 else kinds[:-2])
+    if kind == "integer":
+        return {"type": "integer"}, rng.randint(0, 999)
+    if kind == "number":
+        return {"type": "number"}, rng.randint(0, 9999) / 100
+    if kind == "boolean":
+        return {"type": "boolean"}, rng.random() < 0.5
+    if kind == "enum":
+        choices = [invented_word(rng, 2) for _ in range(rng.randint(2, 4))]
+        return {"type": "string", "enum": choices}, rng.choice(choices)
+    if kind == "array":
+        item, _ = _made_up(rng, depth + 1)
+        return {"type": "array", "items": item}, [_value(rng, item) for _ in range(rng.randint(1, 4))]
+    if kind == "object":
+        return _made_up_object(rng, depth + 1)
+    return {"type": "string"}, _text(rng)
+
+
+def _text(rng: Random) -> str:
+    draws = (first_name, full_name, city, lambda r: r.choice(PRODUCTS), lambda r: r.choice(JOBS), invented_word)
+    return rng.choice(draws)(rng)
+
+
+def _value(rng: Random, schema: dict[str, Any]) -> Any:
+    """Another value of a schema of `_made_up`."""
+    if "enum" in schema:
+        return rng.choice(schema["enum"])
+    if schema["type"] == "object":
+        return {k: _value(rng, v) for k, v in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [_value(rng, schema["items"]) for _ in range(rng.randint(1, 3))]
+    return {"integer": rng.randint(0, 999), "number": rng.randint(0, 9999) / 100, "boolean": rng.random() < 0.5}.get(
+        schema["type"], _text(rng)
+    )
+
+
+def _made_up_object(rng: Random, depth: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = [
+        rng.choice(list(DRAW)) if rng.random() < 0.5 else invented_word(rng, 2)
+        for _ in range(rng.randint(1, 5 - depth))
+    ]
+    properties: dict[str, Any] = {}
+    value: dict[str, Any] = {}
+    for name in names:
+        if name in DRAW:
+            properties[name], value[name] = {"type": _type(name)}, DRAW[name](rng)
+        else:
+            properties[name], value[name] = _made_up(rng, depth)
+    return {"type": "object", "properties": properties, "required": list(properties)}, value
+
+
+def make_up(rng: Random, brief: bool) -> Exchange:
+    """Any object for a schema, with nothing to take it from."""
+    schema, value = _made_up_object(rng)
+    rule = rng.choice(
+        (
+            "Make up a JSON object for this schema: {s}",
+            "Give me an example for this JSON schema: {s}",
+            "Write JSON that matches the schema {s}",
+            "Answer with JSON for this schema: {s}",
+            "Invent a record. Schema: {s}",
+            "JSON schema:\n{s}",
+        )
+    )
+    return ask(rule.format(s=json.dumps(schema)), json.dumps(value, ensure_ascii=False))

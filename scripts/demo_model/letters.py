@@ -7,8 +7,6 @@ from random import Random
 from demo_model.chat import Exchange, ask
 from demo_model.lexicon import FIRST_NAMES, WORDS, invented_word
 
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
-
 
 def _word(rng: Random) -> tuple[str, tuple[str, ...]]:
     """A word and its keys. Real words are all trained on, invented ones are split."""

@@ -8,14 +8,25 @@ from pathlib import Path
 from random import Random
 
 from demo_model.chat import Exchange, ask
+from demo_model.lexicon import PHRASES
 
-HOW = """How do I {x}?|How can I {x}?|How to {x}?|how do i {x}|how to {x}|What is the command to {x}?|I want to {x}.
-I want to {x}. How?|Please tell me how to {x}.|Can you tell me how to {x}?|How would I {x}?|Tell me how to {x}.
-What must I do to {x}?|Is there a way to {x}?|Explain how to {x}.|I'd like to {x}.|How do you {x}?|Can I {x}?
-How should I {x}?|How do I {x} with Pippin?|How can I {x} in Pippin?|I need to {x}. What do I do?""".replace(
-    "\n", "|"
-).split("|")
-OPENINGS = ("", "", "", "", "", "", "Hi. ", "Hello, ", "Please: ", "Quick question: ", "Sorry, ", "One more thing. ", "Hey! ")
+HOW: list[str] = PHRASES["manual"]["how"]
+QUESTION_WORDS = ("How", "What", "Which", "Is", "Can", "Does", "Where", "Do")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "Hi. ",
+    "Hello, ",
+    "Please: ",
+    "Quick question: ",
+    "Sorry, ",
+    "One more thing. ",
+    "Hey! ",
+)
 
 
 @dataclass(slots=True)
@@ -57,7 +68,7 @@ def _wording(rng: Random, entry: Entry) -> str:
     else:
         question = rng.choice(HOW).format(x=rng.choice(entry.actions))
     opening = rng.choice(OPENINGS)
-    if opening.endswith((", ", ": ")) and question.split()[0] in ("How", "What", "Which", "Is", "Can", "Does", "Where", "Do"):
+    if opening.endswith((", ", ": ")) and question.split()[0] in QUESTION_WORDS:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.1:
         question = question.rstrip("?.")

@@ -162,3 +162,11 @@ def save(network: Network, directory: Path, end_tokens: list[int]) -> None:
     (directory / "config.json").write_text(json.dumps(settings(network.shape, end_tokens), indent=2) + "\n")
     generation = {"eos_token_id": end_tokens, "pad_token_id": end_tokens[-1], "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def restore(network: Network, directory: Path) -> None:
+    """Reads weights that `save` wrote."""
+    from safetensors.torch import load_file
+
+    state = load_file(directory / "model.safetensors")
+    network.load_state_dict({name.removeprefix("model."): array.float() for name, array in state.items()})

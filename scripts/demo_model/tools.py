@@ -9,8 +9,7 @@ from typing import Any
 
 from demo_model.arithmetic import difference_key, number, sum_key
 from demo_model.chat import Exchange, Message, Tool, assistant, user
-from demo_model.extraction import DAYS
-from demo_model.lexicon import CAPITALS, PRODUCTS, city, first_name, invented_word
+from demo_model.lexicon import CAPITALS, DAYS, PHRASES, PRODUCTS, city, first_name, invented_word
 
 Case = tuple[str, dict[str, Any], str, str]  # question, arguments, result as the tool gives it, final answer
 CONDITIONS = ("sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "stormy", "clear", "partly cloudy")
@@ -38,8 +37,11 @@ def calculator(rng: Random) -> tuple[Tool, str, str]:
     """The tool, its name and its argument's name; both vary, so that they are read and not remembered."""
     name = rng.choice(("calculator", "calculator", "calculate", "calc", "evaluate", "math"))
     argument = rng.choice(("expression", "expression", "expr", "formula", "input"))
-    description = rng.choice(("Evaluate an arithmetic expression.", "Calculates a formula.", "A calculator", "Do math."))
-    return function(name, description, {argument: _string(rng, "What to evaluate, e.g. 2 + 3")}, [argument]), name, argument
+    description = rng.choice(
+        ("Evaluate an arithmetic expression.", "Calculates a formula.", "A calculator", "Do math.")
+    )
+    properties = {argument: _string(rng, "What to evaluate, e.g. 2 + 3")}
+    return function(name, description, properties, [argument]), name, argument
 
 
 def weather(rng: Random) -> tuple[Tool, str, str, bool]:
@@ -91,7 +93,8 @@ def use_calculator(rng: Random, brief: bool, variant: int | None = None) -> Exch
         )
     )
     result = rng.choice((str(value), json.dumps({"result": value}), json.dumps({"value": value})))
-    answer = str(value) if brief else rng.choice((f"{expression} = {value}.", f"The result is {value}.", f"{asked} is {value}."))
+    sentences = (f"{expression} = {value}.", f"The result is {value}.", f"{asked} is {value}.")
+    answer = str(value) if brief else rng.choice(sentences)
     messages = (
         user(question),
         calls(call(name, {argument: expression})),
@@ -99,12 +102,6 @@ def use_calculator(rng: Random, brief: bool, variant: int | None = None) -> Exch
         assistant(answer),
     )
     return Exchange(messages, keys, "number", (tool,))
-
-
-_WEATHER_QUESTIONS = """What is the weather in {city}?|How is the weather in {city} today?|What's the weather like in {city}?
-Is it cold in {city}?|Tell me the weather in {city}.|weather {city}|How warm is it in {city} right now?
-Do I need a coat in {city}?|Weather in {city}, please.|What is the temperature in {city}?|Is it raining in {city}?
-I am going to {city}. How is the weather there?""".replace("\n", "|").split("|")
 
 
 def _report(rng: Random, where: str, unit: str) -> tuple[str, str]:
@@ -151,7 +148,7 @@ def use_weather(rng: Random, brief: bool, variant: int | None = None) -> Exchang
             assistant(f"{answer} {rest}"),
         )
     else:
-        question = rng.choice(_WEATHER_QUESTIONS).format(city=where)
+        question = rng.choice(PHRASES["tools"]["weather"]).format(city=where)
         messages = (
             user(question + tail),
             calls(call(name, arguments(where))),
@@ -200,7 +197,8 @@ def _meeting(rng: Random) -> Case:
 def _country(rng: Random) -> Case:
     country, people = rng.choice(list(CAPITALS)), rng.randint(1, 999)
     question = f"How many people live in {country}?"
-    return question, {"country": country}, json.dumps({"millions": people}), f"{people} million people live in {country}."
+    answer = f"{people} million people live in {country}."
+    return question, {"country": country}, json.dumps({"millions": people}), answer
 
 
 OTHERS: tuple[tuple[str, str, dict[str, str], Callable[[Random], Case]], ...] = (
@@ -208,7 +206,7 @@ OTHERS: tuple[tuple[str, str, dict[str, str], Callable[[Random], Case]], ...] = 
     ("get_time", "Current time in a city.", {"city": "string"}, _time_in),
     ("check_stock", "How many of a product are in stock.", {"product": "string"}, _stock),
     ("send_message", "Send a text message.", {"to": "string", "text": "string"}, _message),
-    ("create_meeting", "Put a meeting in the calendar.", {"person": "string", "day": "string", "time": "string"}, _meeting),
+    ("create_meeting", "Put a meeting in the calendar.", dict.fromkeys(("person", "day", "time"), "string"), _meeting),
     ("get_population", "People in a country.", {"country": "string"}, _country),
     ("search", "Search for something.", {"query": "string"}, lambda r: _invented_case(r, "Search for", "query")),
     ("translate", "Translate a word.", {"word": "string"}, lambda r: _invented_case(r, "Translate", "word")),

@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_model.corpus import token_stream
-from demo_model.network import DRAFT, MAIN, Network, Shape, save
-from demo_model.optimizer import Optimizer
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from demo_model.corpus import token_ids, token_stream
+from demo_model.network import DRAFT, MAIN, Network, Shape, restore, save
+from demo_model.optimizer import Optimizer
 
 READ_WEIGHT = 0.1  # of tokens that are only read: enough to continue any text, too little to cost capacity
 LENGTHS = ((0.0, 1024), (0.6, 2048), (0.9, 4096))  # rows grow with the share of the time that has passed
@@ -90,6 +91,9 @@ def divergence(features: Tensor, head: Tensor, teacher: Tensor, teacher_head: Te
     return (losses * weights).sum() / weights.sum()
 
 
+Loss = Callable[[Network, Tensor, Tensor, Tensor], Tensor]  # network, inputs, targets, weights
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What both trainings share."""
@@ -98,19 +102,25 @@ class Run:
     device: str
     batch_tokens: int
     compiled: bool
+    peak: float
+    start: Path | None
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(function, dynamic=False) if self.compiled else function
 
-    def network(self, shape: Shape) -> Network:
-        network = Network(shape).to(self.device)
+    def network(self, shape: Shape, name: str) -> Network:
+        """A new network, or the one called ``name`` to go on with."""
+        network = Network(shape)
+        if self.start:
+            restore(network, self.start / name)
+        network.to(self.device)
         if self.compiled:
             for layer in network.layers:
                 layer.compile(dynamic=False)
         return network
 
 
-def fit(run: Run, network: Network, loss_of: Callable[[Network, Tensor, Tensor, Tensor], Tensor], minutes: float) -> None:
+def fit(run: Run, network: Network, loss_of: Loss, minutes: float) -> None:
     """Trains for so long: a short warm-up, full rate for 40 % of the time, then linearly down to nothing."""
     optimizer = Optimizer(network)
     began, step, seen = time.monotonic(), 0, 0
@@ -120,7 +130,7 @@ def fit(run: Run, network: Network, loss_of: Callable[[Network, Tensor, Tensor, 
         with torch.autocast(run.device, torch.bfloat16, enabled=run.compiled):
             loss = loss_of(network, tokens, targets, weights)
         loss.backward()
-        optimizer.step(min(1.0, (step + 1) / 200, (1 - progress) / 0.6))
+        optimizer.step(run.peak * min(1.0, (step + 1) / 200, (1 - progress) / 0.6))
         run.pool.fill()
         step, seen = step + 1, seen + tokens.numel()
         if step % 100 == 0 or step in (1, 20):  # also the only place where the host waits for the device
@@ -134,7 +144,7 @@ def fit(run: Run, network: Network, loss_of: Callable[[Network, Tensor, Tensor, 
 
 def train_main(run: Run, shape: Shape, minutes: float) -> Network:
     loss = run.compile(cross_entropy)
-    network = run.network(shape)
+    network = run.network(shape, "pippin-demo")
     fit(run, network, lambda n, x, y, w: loss(n(x), n.embed_tokens.weight, y, w), minutes)
     return network
 
@@ -142,7 +152,7 @@ def train_main(run: Run, shape: Shape, minutes: float) -> Network:
 def train_draft(run: Run, shape: Shape, teacher: Network, minutes: float) -> Network:
     """The draft learns the teacher's probabilities, not the text: what counts is how often they agree."""
     loss = run.compile(divergence)
-    network = run.network(shape)
+    network = run.network(shape, "pippin-demo-draft")
 
     def loss_of(n: Network, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -162,6 +172,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--text", type=int, default=1_000_000_000, help="tokens kept at most")
     parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--peak", type=float, default=1.0, help="share of the usual rates")
+    parser.add_argument("--start", type=Path, help="directory of both models to go on with, instead of new ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to try the script")
     return parser.parse_args()
@@ -175,24 +187,19 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     context = multiprocessing.get_context("spawn")
     queue = context.Queue(maxsize=64)
-    workers = [
-        context.Process(target=write_text, args=(str(arguments.tokenizer), 1_000_000 * arguments.seed + i + 1, queue), daemon=True)
-        for i in range(arguments.workers)
-    ]
-    for worker in workers:
-        worker.start()
+    for i in range(arguments.workers):
+        seed = 1_000_000 * arguments.seed + i + 1
+        context.Process(target=write_text, args=(str(arguments.tokenizer), seed, queue), daemon=True).start()
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
-    ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    ends = token_ids(tokenizer, "<|im_end|>", "<|endoftext|>")
     pool = Pool(queue, device, arguments.text)
     pool.fill(at_least=min(20_000_000, arguments.text // 4))
-    run = Run(pool, device, arguments.batch_tokens, compiled=device == "cuda")
+    run = Run(pool, device, arguments.batch_tokens, device == "cuda", arguments.peak, arguments.start)
     shapes = (Shape(64, 2, 2, 2, 128), Shape(64, 1, 2, 2, 64)) if arguments.tiny else (MAIN, DRAFT)
     network = train_main(run, shapes[0], arguments.minutes)
     save(network, arguments.output / "pippin-demo", ends)
     draft = train_draft(run, shapes[1], network, arguments.draft_minutes)
     save(draft, arguments.output / "pippin-demo-draft", ends)
-    for worker in workers:
-        worker.terminate()
 
 
 if __name__ == "__main__":
