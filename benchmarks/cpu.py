@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import HAS_OPENBLAS
 from benchmarks.checkpoint import FULL, SMALL, Size, make_checkpoint, text_of
-from benchmarks.generators import MlxLm, Pippin
+from benchmarks.generators import Run, generator
 from benchmarks.servers import Server, ask_all, cpu_seconds, serve
 
 OURS, THEIRS = "pippin", "mlx-lm"
@@ -114,7 +114,7 @@ def measure(scale: Scale, directory: Path, tick: Tick) -> Report:
     tick("checkpoint")
     checkpoint = make_checkpoint(directory / "qwen3", scale.size)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    results, notes, step = in_process(scale, checkpoint, tick)
+    results, notes, step = without_servers(scale, checkpoint, directory, tick)
     served, overheads = over_http(scale, checkpoint, tokenizer, step, directory, tick)
     results.append(served)
     notes.append("mlx_lm.server was given a listen queue of 128: with its own, of 5, it resets some of 16 clients.")
@@ -131,28 +131,31 @@ def turns(rounds: int) -> Iterator[tuple[int, tuple[str, str]]]:
         yield i, (OURS, THEIRS) if i % 2 == 0 else (THEIRS, OURS)
 
 
-def in_process(scale: Scale, checkpoint: Path, tick: Tick) -> tuple[list[Result], list[str], float]:
-    """Prefill and decode without servers; also the seconds of one of our decode steps."""
-    generators: dict[str, Pippin | MlxLm] = {}
-    for kind in (Pippin, MlxLm):
-        tick(f"load {kind.name}")
-        generators[kind.name] = kind(checkpoint)
+def without_servers(
+    scale: Scale, checkpoint: Path, directory: Path, tick: Tick
+) -> tuple[list[Result], list[str], float]:
+    """Prefill and decode; also the seconds of one of our decode steps."""
     prefill = Result(f"prefill, {scale.streams} prompts of {scale.prompt} tokens", "tok/s", 1.5)
     decode = Result(f"decode, {scale.streams} streams", "tok/s", 1.0)
-    rng, notes, agreed, total = random.Random(1), list[str](), 0, 0
-    for i, order in turns(scale.rounds + 1):
-        prompts = [[rng.randrange(1, scale.size.vocab) for _ in range(scale.prompt)] for _ in range(scale.streams)]
-        answers = []
-        for name in order:
-            tick(f"prefill and decode, {name}")
-            timing = generators[name].run(prompts, scale.steps)
-            answers.append(timing.tokens)
-            if i:  # the first round warms up
-                prefill.values[name].append(scale.streams * scale.prompt / timing.prefill)
-                decode.values[name].append(scale.streams * scale.steps / timing.decode)
-        agreed += sum(answers[0][s][: scale.steps] == answers[1][s][: scale.steps] for s in range(scale.streams))
-        total += scale.streams
-    notes.append(f"{agreed} of {total} greedy answers agree token for token.")
+    rng, agreed, total = random.Random(1), 0, 0
+    with ExitStack() as stack:
+        generators: dict[str, Run] = {}
+        for name in (OURS, THEIRS):
+            tick(f"load {name}")
+            generators[name] = stack.enter_context(generator(name, checkpoint, directory / f"{name}-alone.log"))
+        for i, order in turns(scale.rounds + 1):
+            prompts = [[rng.randrange(1, scale.size.vocab) for _ in range(scale.prompt)] for _ in range(scale.streams)]
+            answers = []
+            for name in order:
+                tick(f"prefill and decode, {name}")
+                timing = generators[name](prompts, scale.steps)
+                answers.append([tokens[: scale.steps] for tokens in timing.tokens])
+                if i:  # the first round warms up
+                    prefill.values[name].append(scale.streams * scale.prompt / timing.prefill)
+                    decode.values[name].append(scale.streams * scale.steps / timing.decode)
+            agreed += sum(a == b for a, b in zip(*answers, strict=True))
+            total += scale.streams
+    notes = [f"{agreed} of {total} greedy answers agree token for token."]
     return [prefill, decode], notes, scale.streams / statistics.median(decode.values[OURS])
 
 

@@ -25,7 +25,7 @@ from benchmarks.cpu import (
     show,
     slower_lines,
 )
-from benchmarks.generators import timed
+from benchmarks.generators import generator, timed
 
 
 def test_the_whole_run_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,9 +83,17 @@ def test_decode_counts_only_tokens_after_every_stream_s_first() -> None:
     steps = iter([[(0, 7)], [(0, 7)], [(0, 7), (1, 8)], [(0, 7), (1, 8)], [(1, 8)]])
     clock = iter([100.0, 103.0, 105.0])  # one reading at the start, at stream 1's first token, and at the end
     timing = timed(lambda: next(steps), streams=2, steps=2, clock=lambda: next(clock))
-    assert timing.tokens == {0: [7] * 4, 1: [8] * 3}
+    assert timing.tokens == [[7] * 4, [8] * 3]
     assert timing.prefill == 3.0
     assert timing.decode == pytest.approx(2.0 * 4 / 3)  # three tokens took 2 s; two of each stream would be four
+
+
+def test_a_generator_that_can_t_load_says_why(tmp_path: Path) -> None:
+    with (
+        generator("mlx-lm", tmp_path / "nowhere", tmp_path / "log") as run,
+        pytest.raises(RuntimeError, match="nowhere"),
+    ):
+        run([[1, 2]], 1)
 
 
 def test_made_up_text_has_the_tokens_asked_for() -> None:
