@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -16,6 +17,8 @@ _GPU_FRACTION = 0.8
 _CPU_FRACTION = 0.5
 # On a CPU the pool competes with everything else in the machine's memory, so by default it is only this long.
 _CPU_SLOTS = 32768
+_LEAST_SLOTS = 16
+_CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,18 @@ def limits(config: EngineConfig) -> Limits:
 
 
 def device_bytes() -> int:
-    """What the device may use: Metal's recommended working set, a GPU's memory, else the machine's."""
+    """What the device may use: Metal's recommended working set, a GPU's memory, else the machine's or the container's."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if on_gpu() and isinstance(info.get(key), int):
             return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])
+
+
+def _container_limits() -> list[int]:
+    """What a Linux container is held to, in bytes, by either version of cgroups; nothing outside of one."""
+    found = [file.read_text().strip() for file in _CGROUP_FILES if file.exists()]
+    return [int(limit) for limit in found if limit.isdigit()]
 
 
 def plan_memory(
@@ -82,12 +91,17 @@ def plan_memory(
     fraction = config.mem_fraction_static or (_GPU_FRACTION if gpu else _CPU_FRACTION)
     budget = int(device * fraction)
     slot, page = bytes_per_slot(choice.shapes), config.page_size
-    fit = max(0, (budget - weight_bytes - activation_bytes) // slot)
-    want = min(fit, max_running * context_length)
+    fit = max(0, (budget - weight_bytes - activation_bytes) // slot - page)  # beside the scratch page
+    least = -(-_LEAST_SLOTS // page) * page
+    want = min(fit, max(least, -(-max_running * context_length // page) * page))
     if not gpu and config.mem_fraction_static is None:
-        want = min(want, max(_CPU_SLOTS, 2 * context_length))
+        want = min(want, max(_CPU_SLOTS, 2 * context_length, least))
     if config.max_total_tokens is not None:
-        want = config.max_total_tokens
+        want, least = config.max_total_tokens, page
+        if want < page:
+            raise ConfigError(
+                f"{want} slots are less than a page, which has {page} (--page-size)", "--max-total-tokens"
+            )
         if want > fit:
             raise ConfigError(
                 f"{want} slots take {_gb(want * slot)}, but weights ({_gb(weight_bytes)}) and activations "
@@ -96,7 +110,7 @@ def plan_memory(
                 "--max-total-tokens",
             )
     slots = want // page * page
-    if slots < max(page, 16):
+    if slots < least:
         raise ModelError(
             f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)}) leave no room for KV slots in "
             f"{_gb(budget)}; use --quantization, a smaller --chunked-prefill-size or a larger --mem-fraction-static"
