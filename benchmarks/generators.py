@@ -141,7 +141,8 @@ def main() -> None:
     name, checkpoint = sys.argv[1:]
     run = {"pippin": pippin, "mlx-lm": mlx_lm}[name](Path(checkpoint))
     for line in sys.stdin:
-        print(json.dumps(asdict(run(**json.loads(line)))), flush=True)
+        request = json.loads(line)
+        print(json.dumps(asdict(run(request["prompts"], request["steps"]))), flush=True)
 
 
 if __name__ == "__main__":
