@@ -56,7 +56,7 @@ def played(monkeypatch: pytest.MonkeyPatch, folder: Path, launcher: Gpu) -> Iter
     """Makes ``launcher`` the machine's GPU, with an empty cache of verdicts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(kernels, "backend", lambda: "cuda")
-    monkeypatch.setattr(kernels, "gpu_launcher", lambda platform: launcher)
+    monkeypatch.setattr(kernels, "gpu_launcher", lambda platform, stream=None: launcher)
     kernels.forget()
     yield launcher
     kernels.forget()
@@ -149,7 +149,7 @@ def test_plain_mlx_writes_without_copying_the_pool() -> None:
 @needs_compiler
 def test_on_a_gpu_kernels_run_and_agree_with_plain_mlx(gpu: Gpu) -> None:
     mine = everything()
-    assert set(gpu.launched) >= {"kv_write", "kv_gather", "paged_decode_split", "paged_decode_fused_split"}
+    assert set(gpu.launched) >= {"kv_write", "kv_gather", "paged_decode", "paged_decode_fused"}
     assert any(name.startswith("paged_extend") for name in gpu.launched)
     assert kernels.writes_in_place(batch().k_pool, batch().v_pool)
     kernels.forget()
@@ -316,16 +316,18 @@ def test_16_bit_pools_go_through_matrix_products_and_have_a_verdict_of_their_own
         assert [name for name, ok in kernels.verify(mx.bfloat16).items() if not ok] == ["paged_extend"]
 
 
-@given(blocks=st.integers(1, 10_000), longest=st.integers(1, 1 << 20), cores=st.integers(8, 200))
-def test_splits_are_few_and_none_is_small(blocks: int, longest: int, cores: int) -> None:
-    splits = paged.choose_splits(blocks, longest, cores)
-    assert splits & (splits - 1) == 0
-    assert 1 <= splits <= paged.MOST_SPLITS
-    assert splits == 1 or longest > paged.LEAST_SPLIT * splits // 2
-    if splits < paged.MOST_SPLITS:
-        assert longest <= paged.LONGEST_SPLIT * splits
-    if blocks >= 2 * cores and longest <= paged.LONGEST_SPLIT:
-        assert splits == 1
+@given(blocks=st.integers(1, 10_000), longest=st.integers(1, 1 << 20), cores=st.integers(8, 200), matrix=st.booleans())
+def test_splits_are_few_and_none_is_small(blocks: int, longest: int, cores: int, matrix: bool) -> None:
+    cut = paged.choose_cut(paged.Tuning(matrix=matrix), blocks, longest, cores)
+    assert cut.splits & (cut.splits - 1) == 0
+    assert 1 <= cut.splits <= paged.MOST_SPLITS
+    assert cut.warps in (4, 8)
+    assert cut.splits == 1 or longest >= paged.LEAST_SPLIT * cut.splits // 2
+    if cut.splits < paged.MOST_SPLITS:
+        assert longest <= paged.LONGEST_SPLIT * cut.splits
+    if blocks >= 2 * cores:
+        assert cut.warps == 4
+        assert cut.splits == 1 or longest > paged.LONGEST_SPLIT
 
 
 @given(counts=st.lists(st.integers(0, 30), max_size=8), most=st.sampled_from([4, 8]), extra=st.integers(0, 5))

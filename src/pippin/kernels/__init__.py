@@ -230,7 +230,7 @@ def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: 
 def _tuning(platform: Platform, units: int, heads: int, kv_heads: int, dtype: mx.Dtype, longest: int) -> paged.Tuning:
     tuning = _TUNING[platform]
     _, parts = paged.head_tiles(heads // kv_heads, tuning.most_heads(dtype))
-    return replace(tuning, splits=paged.choose_splits(units * kv_heads * parts, longest, _CORES[platform]))
+    return paged.choose_cut(tuning, units * kv_heads * parts, longest, _CORES[platform])
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
@@ -251,7 +251,8 @@ def _gpu(platform: Platform) -> Launcher:
 
 @cache
 def _verdicts(platform: Platform, dtype: mx.Dtype) -> dict[KernelName, bool]:
-    found = verdicts(platform, _gpu(platform), dtype, _TUNING[platform])
+    log.info("checking the %s kernels for %s, once on this machine", platform, dtype)
+    found = verdicts(platform, gpu_launcher(platform, mx.Device(mx.gpu)), dtype, _TUNING[platform])
     for name, ok in found.items():
         if not ok:
             log.warning("kernel %s is not right on this machine; plain MLX takes its place, slower", name)

@@ -58,8 +58,11 @@ class Launch:
 Launcher = Callable[[Launch, Sequence[mx.array]], list[mx.array]]
 
 
-def gpu_launcher(platform: str) -> Launcher:
-    """Runs launches on the GPU through MLX; ``platform`` is metal or cuda. Kernels compile at their first launch."""
+def gpu_launcher(platform: str, stream: mx.Device | None = None) -> Launcher:
+    """Runs launches on the GPU through MLX; ``platform`` is metal or cuda. Kernels compile at their first launch.
+
+    ``stream`` is None for MLX's current stream, or the device whose default stream to take.
+    """
 
     def launch(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
         constants = list(what.constants)
@@ -73,6 +76,7 @@ def gpu_launcher(platform: str) -> Launcher:
             threadgroup=(what.threads, 1, 1),
             output_shapes=[shape for shape, _ in what.outputs],
             output_dtypes=[dtype for _, dtype in what.outputs],
+            stream=stream,
         )
         return results
 

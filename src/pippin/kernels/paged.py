@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import mlx.core as mx
@@ -25,8 +25,8 @@ _DECODE_INPUTS = ("q", *_POOLS, "table", "lengths", *_REST)
 
 # Tokens of a context that are worth a part of their own where the GPU is not full, tokens of the longest part
 # otherwise, and most parts of a context.
-LEAST_SPLIT = 256
-LONGEST_SPLIT = 1024
+LEAST_SPLIT = 512
+LONGEST_SPLIT = 2048
 MOST_SPLITS = 64
 _SHARED_BYTES = 16384
 # Queries in one matrix product.
@@ -69,16 +69,19 @@ def supported(k_pool: mx.array, v_pool: mx.array) -> bool:
     return k_pool.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(d % 8 == 0 and 8 <= d <= 256 for d in dims)
 
 
-def choose_splits(blocks: int, longest: int, cores: int) -> int:
-    """Into how many parts the tokens of each row are cut, a power of 2.
+def choose_cut(tuning: Tuning, blocks: int, longest: int, cores: int) -> Tuning:
+    """``tuning`` with the warps and splits for ``blocks`` (without splits) whose longest context is ``longest``.
 
-    Enough that ``blocks`` (without splits) fill the GPU's ``cores`` four times over, and that no part is longer than
-    LONGEST_SPLIT, since one long row would keep the others waiting; but no part under LEAST_SPLIT tokens, since a
-    second launch costs as much as reading those.
+    Where two blocks a core do not come together, blocks get twice the warps, and then contexts are split until they do.
+    A part has at most LONGEST_SPLIT tokens anyway, since one long row would keep the others waiting, but not under
+    LEAST_SPLIT, since a second launch costs as much as reading those. Splits are a power of 2.
     """
-    wanted = max(-(-4 * cores // max(blocks, 1)) if blocks < 2 * cores else 1, -(-longest // LONGEST_SPLIT))
-    most = min(wanted, -(-longest // LEAST_SPLIT), MOST_SPLITS)
-    return 1 << max(most - 1, 0).bit_length()
+    few = blocks < 2 * cores
+    warps = 2 * tuning.warps if few and tuning.matrix else tuning.warps
+    fill = 2 * cores * tuning.warps // (blocks * warps) if few else 1
+    wanted = max(fill, -(-longest // LONGEST_SPLIT))
+    most = max(1, min(wanted, longest // LEAST_SPLIT, MOST_SPLITS))
+    return replace(tuning, warps=warps, splits=1 << (most - 1).bit_length())
 
 
 def kv_write(
@@ -226,7 +229,8 @@ class Shape:
 def _decode_launches(
     shape: Shape, form: Form, tuning: Tuning, sinks: bool, fused: bool
 ) -> tuple[Launch, Launch | None]:
-    matrix = _takes_matrix(shape, tuning)
+    # At 256 dims the fragments spill, and one row does not have enough queries to make up for that.
+    matrix = _takes_matrix(shape, tuning) and max(shape.dim, shape.value_dim) <= 192
     tile, tiles = _heads(shape, tuning, matrix)
     cut: tuple[Constant, ...]
     if matrix:

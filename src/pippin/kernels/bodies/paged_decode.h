@@ -137,7 +137,7 @@
       }
 #if SPLIT
       const size_t to = (first_head + g) * blocks_y + block_y;
-      accumulated[to * DV + at] = x;
+      if (sum > 0.0f) accumulated[to * DV + at] = x;
       if (at == 0) {
         stats[to * 2] = best;
         stats[to * 2 + 1] = sum;

@@ -108,7 +108,7 @@
       for (int e = 0; e < VEC; e++) {
         if (mine && pack < VALUE) {
 #if SPLIT
-          accumulated[to * DV + pack * VEC + e] = acc[i][n * VEC + e] * f;
+          if (total[i] > 0.0f) accumulated[to * DV + pack * VEC + e] = acc[i][n * VEC + e] * f;
 #else
           out[query * DV + pack * VEC + e] = T(acc[i][n * VEC + e] * f);
 #endif

@@ -60,12 +60,14 @@
   }
 
   const float scale = SOFTCAP ? params[0] / params[1] : params[0] * LOG2E;
-  for (int base = first + warp * 16; base < end; base += WARPS * 16) {
+  int key_slots[2], value_slots[4];  // of the tokens that come next: looked up one round ahead
+  for (int base = first + warp * 16 - WARPS * 16; base < end; base += WARPS * 16) {
     Words keys[2][NK], values[4][NV];
+    if (base >= first) {
     UNROLL
     for (int j = 0; j < 2; j++) {
       const int t = smaller(base + 8 * j + line, end - 1);
-      const size_t place = (size_t(table[pages + t / PAGE]) * PAGE + t % PAGE) * HKV + head;
+      const size_t place = size_t(key_slots[j]) * HKV + head;
       UNROLL
       for (int n = 0; n < NK; n++) {
         const int pack = n * 4 + column;
@@ -81,7 +83,7 @@
     UNROLL
     for (int j = 0; j < 4; j++) {
       const int t = smaller(base + j / 2 * 8 + column * 2 + j % 2, end - 1);
-      const size_t place = (size_t(table[pages + t / PAGE]) * PAGE + t % PAGE) * HKV + head;
+      const size_t place = size_t(value_slots[j]) * HKV + head;
       UNROLL
       for (int n = 0; n < NV; n++) {
         const int pack = n * 8 + line;
@@ -94,6 +96,21 @@
         values[j][n] = pack < VALUE ? load_words(v_pool, place * VALUE + pack) : no_words();
       }
     }
+
+    }
+    if (base + WARPS * 16 < end) {
+      UNROLL
+      for (int j = 0; j < 2; j++) {
+        const int t = smaller(base + WARPS * 16 + 8 * j + line, end - 1);
+        key_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+      }
+      UNROLL
+      for (int j = 0; j < 4; j++) {
+        const int t = smaller(base + WARPS * 16 + j / 2 * 8 + column * 2 + j % 2, end - 1);
+        value_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+      }
+    }
+    if (base < first) continue;
 
     float s[2][4];
     UNROLL
@@ -199,7 +216,7 @@
       }
 #if SPLIT
       const size_t to = place * blocks_y + block_y;
-      accumulated[to * DV + at] = x;
+      if (sum > 0.0f) accumulated[to * DV + at] = x;
       if (at == 0) {
         stats[to * 2] = best;
         stats[to * 2 + 1] = sum;
