@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--graph-rows", type=int, default=32, help="0: no graphs")
+    parser.add_argument("--graph-rows", type=int, default=256, help="0: no graphs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     facts = {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}

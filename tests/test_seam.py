@@ -214,3 +214,24 @@ def test_a_checkpoints_own_code_is_hooked_though_mlx_lm_puts_it_in_no_table_of_m
     assert own["scaled_dot_product_attention"] is seam._original
     install(model, VOCAB)
     assert own["scaled_dot_product_attention"] is seam.attention
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_products_get_flat_rows(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of [n, 1, in] is n products of one row on CUDA."""
+    model = build_model(family_config("qwen3", head_dim=32, tie_word_embeddings=tied))
+    nn.quantize(model, group_size=32, bits=4)
+    tokens = mx.array([[5], [6], [7]])
+    expected = model(tokens)
+    install(model, 288)
+    shapes: list[tuple[int, ...]] = []
+    product = mx.quantized_matmul
+
+    def seen(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shapes.append(x.shape)
+        return product(x, *args, **kwargs)
+
+    monkeypatch.setattr(mx, "quantized_matmul", seen)
+    assert mx.allclose(model(tokens), expected, atol=1e-5)
+    assert len(shapes) == 3 * 7 + 1
+    assert all(len(shape) == 2 for shape in shapes)

@@ -56,7 +56,7 @@ class EngineConfig:
         False, "Build every step anew instead of compiling the small ones.", "--disable-cuda-graph"
     )
     graph_max_rows: int = option(
-        32, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
+        256, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
     )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
 

@@ -95,7 +95,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def install(model: nn.Module, vocab_size: int) -> None:
-    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, and the model's head.
+    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, quantized layers, the head.
 
     Without an active seam, attention and head do exactly what they did. Installing twice changes nothing.
     """
@@ -106,8 +106,16 @@ def install(model: nn.Module, vocab_size: int) -> None:
             elif value is _original_swiglu:
                 namespace[key] = swiglu
     for _, module in model.named_modules():
-        if _is_head(module, vocab_size) and not isinstance(module, _Selecting):
-            module.__class__ = type(f"{type(module).__name__}OfRows", (_Selecting, type(module)), {})
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            _put_before(module, _Flattening)
+        if _is_head(module, vocab_size):
+            _put_before(module, _Selecting)
+
+
+def _put_before(module: nn.Module, cls: type) -> None:
+    """Gives a module a class that looks things up in ``cls`` first."""
+    if not isinstance(module, cls):
+        module.__class__ = type(f"{cls.__name__.strip('_')}{type(module).__name__}", (cls, type(module)), {})
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
@@ -136,3 +144,20 @@ class _Selecting(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     def as_linear(self, x: Any) -> Any:
         seam = _active.get()
         return super().as_linear(seam.take(x) if seam is not None else x)
+
+
+class _Flattening(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before a quantized layer's own class: its product gets rows [n, in], whatever lies around them.
+
+    MLX's CUDA backend takes [n, 1, in] as n products of one row: 2.7 ms in place of 0.12 for 128 rows of 4096 by 12288.
+    """
+
+    def __call__(self, x: Any) -> Any:
+        if x.ndim < 3 or not mx.issubdtype(x.dtype, mx.floating):
+            return super().__call__(x)
+        out = super().__call__(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], -1)
+
+    def as_linear(self, x: Any) -> Any:
+        out = super().as_linear(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], -1)
