@@ -95,7 +95,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def install(model: nn.Module, vocab_size: int) -> None:
-    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, quantized layers, the head.
+    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, quantized layers, head.
 
     Without an active seam, attention and head do exactly what they did. Installing twice changes nothing.
     """
