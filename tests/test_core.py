@@ -311,6 +311,7 @@ class FlakyRunner:
     def __init__(self, runner: MlxModelRunner) -> None:
         self.runner = runner
         self.fail: set[str] = set()
+        self.resets = 0
 
     def launch(self, batch: Batch) -> FlakyFlight:
         if "launch" in self.fail:
@@ -319,6 +320,7 @@ class FlakyRunner:
         return FlakyFlight(self.runner.launch(batch), self.fail)
 
     def reset(self) -> None:
+        self.resets += 1
         self.runner.reset()
 
 
@@ -378,6 +380,7 @@ def test_a_step_that_fails_ends_its_requests_and_nobody_elses(checkpoint: Path, 
         if output.finish:
             ended[output.id] = output.finish.reason
     assert [ended[f"r{i}"] for i in range(4)] == ["error", "error", "length", "length"]
+    assert flaky.resets == 1, "nothing in the pool is trusted after that"
     for i in (2, 3):
         assert tokens[f"r{i}"] == greedy_by_mlx_lm(checkpoint, rows[i], 12)
     assert run(core, submits(rows, name="again"))["again0"] == greedy_by_mlx_lm(checkpoint, rows[0], 12)

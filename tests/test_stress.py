@@ -178,11 +178,13 @@ def test_each_answer_is_what_the_request_alone_would_get(checkpoint: Path, alone
     options = random_options(source)
     core = load_core(EngineConfig(model_path=str(checkpoint), **options))
     pool = core.info.max_total_tokens
-    submits = random_submits(source, 18, min(pool, CONTEXT - 1, 60))
-    answers = drive(core, submits, source)
     limited = alone_within(alone, pool)
-    for submit in submits:
-        found, expected = answers[submit.id], limited(submit)
+    asked = [(s, limited(s)) for s in random_submits(source, 18, min(pool, CONTEXT - 1, 60))]
+    asked = [resumed(*pair, source) if source.random() < 0.2 else pair for pair in asked]
+    submits = [submit for submit, _ in asked]
+    answers = drive(core, submits, source)
+    for submit, expected in asked:
+        found = answers[submit.id]
         assert found.finish is not None
         if found.finish.reason == "abort":
             assert found.tokens == expected.tokens[: len(found.tokens)]
@@ -196,6 +198,14 @@ def test_each_answer_is_what_the_request_alone_would_get(checkpoint: Path, alone
     assert stats.cached_tokens == sum(a.num_cached for a in answers.values())
     core.flush()
     assert core.stats.slots_free == stats.slots_total
+
+
+def resumed(submit: Submit, whole: Answer, source: random.Random) -> tuple[Submit, Answer]:
+    """The request of a stream that broke off somewhere, and what is still to come; prompt logprobs were sent before."""
+    seen = source.randrange(len(whole.tokens))
+    rest = Answer(whole.tokens[seen:], whole.logprobs[seen:], [], 0, whole.finish)
+    again = msgspec.structs.replace(submit, tokens=submit.tokens + whole.tokens[:seen])
+    return again, rest if seen else whole
 
 
 def alone_within(alone: Alone, pool: int) -> Callable[[Submit], Answer]:

@@ -63,7 +63,7 @@ def limits(config: EngineConfig) -> Limits:
 
 
 def device_bytes() -> int:
-    """What the device may use: Metal's recommended working set, a GPU's memory, else the machine's or the container's."""
+    """What the device may use: Metal's recommended working set, a GPU's memory, else the machine's or container's."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if on_gpu() and isinstance(info.get(key), int):
