@@ -112,6 +112,7 @@ def checks(quick: bool) -> Iterator[Row]:
     for name, ok in check_all(apart, mx.float32, paged.Tuning()).items():
         yield {"check": name, "ok": ok}
     yield check_order()
+    yield check_compiled()
     dims = [(128, 128)] if quick else [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
     for i, (dim, value_dim) in enumerate(dims):
         for j, dtype in enumerate(DTYPES):
@@ -195,6 +196,27 @@ def check_order(steps: int = 40) -> Row:
         mx.eval(q_calm)
     error = largest_difference(q, q_calm)
     return {"check": "order of queued steps", "ok": error == 0.0, "error": error}
+
+
+def check_compiled() -> Row:
+    """A write and a decode inside ``mx.compile``, pools captured: the same as outside, step after step."""
+    shape = Shape("compiled", 4, 100)
+    pool, other = make_pool(shape), make_pool(shape)
+    slots = reference.newest_slots(pool.table, pool.lengths, shape.page_size)
+    mx.eval(slots)
+
+    def step(p: Pool, q: mx.array, after: mx.array) -> mx.array:
+        token = kernels.kv_write(p.k, p.v, q[:, :: shape.group], q[:, :: shape.group], slots, after=after)
+        return kernels.paged_decode(q, p.k, p.v, p.table, p.lengths, page_size=1, scale=0.1, after=token, longest=100)
+
+    compiled = mx.compile(lambda q, after: step(pool, q, after))
+    mine, theirs, after = pool.q, other.q, mx.zeros(8, dtype=mx.int32)
+    for _ in range(5):
+        mine = compiled(mine, after)
+        theirs = step(other, theirs, after)
+        mx.eval(mine, theirs)
+    error = largest_difference(mine, theirs)
+    return {"check": "inside mx.compile", "ok": error == 0.0, "error": error}
 
 
 def check_extend(shape: Shape, matrix: bool) -> Row:
