@@ -55,6 +55,8 @@ def test_a_ratio_above_one_means_ours_is_better_either_way(pairs: list[tuple[flo
     speed = Result("speed", "tok/s", 1.0, values={OURS: ours, THEIRS: theirs})
     seconds = Result("time", "s", 1.0, more_is_better=False, values={OURS: theirs, THEIRS: ours})
     assert speed.ratio == pytest.approx(seconds.ratio)
+    assert speed.best_ratio == pytest.approx(max(ours) / max(theirs))
+    assert seconds.best_ratio == pytest.approx(min(ours) / min(theirs))
     assert ("SLOWER" in speed.verdict) == (speed.ratio < 1)
     assert ("promised" in speed.verdict) == (speed.ratio < 1)
 
@@ -72,10 +74,13 @@ def test_the_report_says_what_is_slower_and_what_serving_costs() -> None:
     assert "20.0% of a step (≤ 5%: too much)" in overhead_lines([dear])[1]
     assert overhead_lines([unknown])[1] == "The HTTP process's CPU time is not known on this system."
     console = Console(record=True, width=160)
-    show(Report([good, close, bad], [cheap], {"machine": "this one"}, ["A note."]), console)
+    show(Report([good, close, bad], [cheap], {"load before": "3.1"}, ["A note."]), console)
     text = console.export_text()
     assert "2.00 times SLOWER than mlx-lm; under the 4 promised" in text
     assert "A note." in text
+    assert "The machine was busy" in text
+    show(Report([good], [cheap], {"load before": "0.2"}, []), console)
+    assert "The machine was busy" not in console.export_text()
 
 
 def test_decode_counts_only_tokens_after_every_stream_s_first() -> None:
