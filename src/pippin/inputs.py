@@ -64,6 +64,11 @@ class Step:
     lasts: tuple[int, ...]
     after: mx.array | None = None
 
+    @property
+    def stores_as_it_attends(self) -> bool:
+        """Whether one kernel can do both: every token is its sequence's newest, and no other row reads it."""
+        return all(g.rows == 1 and g.pages is not None for g in self.groups)
+
 
 def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.

@@ -45,12 +45,16 @@ class RowLayer:
         return Window(window_size or self._window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Stores keys and values [T, kv_heads, 1, …]; returns them as they are, since attention reads the pool."""
-        self._written = self._pool.write(
-            self._layer, self._step.write_slots, keys[:, :, 0], values[:, :, 0], self._step.after
-        )
-        self._seam.own(keys, self)
+        """Stores keys and values [T, kv_heads, 1, …]; returns them as they are, since attention reads the pool.
+
+        Where a kernel stores them as it attends, that comes with the first call of ``attend``.
+        """
         self._stored = keys, values
+        self._seam.own(keys, self)
+        if not self._step.stores_as_it_attends:
+            self._written = self._pool.write(
+                self._layer, self._step.write_slots, _flat(keys), _flat(values), self._step.after
+            )
         return self._stored
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -73,12 +77,16 @@ class RowLayer:
     def _attend_group(
         self, q: mx.array, group: Group, scale: float, window: int | None, sinks: mx.array | None
     ) -> mx.array:
-        assert self._written is not None
         if group.pages is None or group.rows > 1:
+            assert self._written is not None
             keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
             return group_attention(q, keys, values, group, scale, window, sinks)
+        new = None
+        if self._written is None:
+            keys, values = self.keys_and_values()
+            new = _flat(keys), _flat(values)
         out = paged_decode(
-            q[:, :, 0],
+            _flat(q),
             *self._pool.layer(self._layer),
             group.pages,
             group.starts + 1,
@@ -86,9 +94,12 @@ class RowLayer:
             scale=scale,
             window=window,
             sinks=sinks,
-            after=self._written,
+            after=self._step.after if new else self._written,
+            new=new,
             longest=group.context,
         )
+        if new is not None:
+            self._written = out  # for another layer that shares these keys: it reads after the write
         return out[:, :, None]
 
     def _head_rows(self, group: Group) -> mx.array:
@@ -98,6 +109,11 @@ class RowLayer:
         if key not in self._gathers:
             self._gathers[key] = group.head_rows(kv_heads)
         return self._gathers[key]
+
+
+def _flat(x: mx.array) -> mx.array:
+    """[T, heads, 1, dim] to [T, heads, dim], without a copy."""
+    return x.reshape(x.shape[0], x.shape[1], x.shape[3])
 
 
 class Rows:
