@@ -115,7 +115,7 @@ def test_it_is_ready_soon_and_small(served: Served, record_property: Callable[[s
     processor = sum(int(t[11]) + int(t[12]) for t in ticks) / os.sysconf("SC_CLK_TCK")
     print(f"ready after {served.seconds:.1f} s, {processor:.1f} s of processor, {served.resident / 1e6:.0f} MB")
     assert served.resident < 700e6
-    assert processor < 20
+    assert processor < 10
 
 
 def test_the_line_of_the_readme_answers(served: Served) -> None:
