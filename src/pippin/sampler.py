@@ -13,6 +13,9 @@ Filters need no sort. With d = (max logit - logit) / temperature >= 0, whose flo
 the kept set is {d < boundary} and the first few of {d == boundary}; the boundary is found by bisecting 31 bits
 with one masked sum each, or, where every filtered row has a modest top_k, by a partition. Probabilities are
 summed as integers (multiples of 2**-31), so that no order of summation, batch or path can change a decision.
+
+16 rows of 152 000 logits on one x86-64 core take MLX 171 ms to sort, 75 ms to bisect for top_p, 20 ms for top_k, and
+16 ms to partition (``python -m benchmarks.sampling``).
 """
 
 from __future__ import annotations
