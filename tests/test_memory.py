@@ -129,7 +129,7 @@ def test_the_plan_is_what_the_pool_takes(device: Any) -> None:
         (True, {}, (12_800_000_000 - 2 * GB) // 320 - 1),  # 0.8 of it
         (True, {"mem_fraction_static": 0.5}, 6 * GB // 320 - 1),
         (False, {}, 32768),
-        (False, {"context": 60_000}, 120_000),  # two whole requests
+        (False, {"context": 131_072}, 32768),  # zeroed memory: a longer context is asked for by flag
         (False, {"mem_fraction_static": 0.5}, 6 * GB // 320 - 1),
         (False, {"mem_fraction_static": 0.5, "context": 100, "running": 4}, 400),
         (False, {"max_total_tokens": 5_000_000}, 5_000_000),

@@ -126,7 +126,7 @@ def test_start_up_is_reported() -> None:
         return FakeCore()
 
     assert run(load, lambda wait: Shutdown(), events.append)
-    assert [type(e) for e in events] == [Progress, Ready]
+    assert [type(e) for e in events] == [Progress, StepOutput, Ready], "the pool's size is known when it is ready"
 
 
 @pytest.mark.parametrize(("error", "kind"), [(ModelError("no"), "ModelError"), (MemoryError(), "MemoryError")])

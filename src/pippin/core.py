@@ -24,7 +24,7 @@ from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.config import EngineConfig
 from pippin.errors import RequestError
-from pippin.memory import Limits, MemoryPlan, limits, on_gpu, plan_memory, use_device
+from pippin.memory import Limits, MemoryPlan, limit_buffers, limits, on_gpu, plan_memory, use_device
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
@@ -204,6 +204,7 @@ def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progre
         context_length=loaded.context_length,
         max_running=sizes.max_running,
     )
+    limit_buffers(plan)
     tell(Progress("probe", 2, 2))
     tokenizer = _read_tokenizer(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
     pool = KVPool(choice.shapes, plan.slots + config.page_size, config.page_size)

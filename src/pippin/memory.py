@@ -15,9 +15,11 @@ from pippin.probe import Choice
 
 _GPU_FRACTION = 0.8
 _CPU_FRACTION = 0.5
-# On a CPU the pool competes with everything else in the machine's memory, so by default it is only this long.
+# On a CPU the pool competes with everything else in the machine's memory, so by default it is only this long, even
+# where the context is longer: --max-total-tokens asks for more.
 _CPU_SLOTS = 32768
 _LEAST_SLOTS = 16
+_SPARE_BYTES = 256 << 20
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -95,7 +97,7 @@ def plan_memory(
     least = -(-_LEAST_SLOTS // page) * page
     want = min(fit, max(least, -(-max_running * context_length // page) * page))
     if not gpu and config.mem_fraction_static is None:
-        want = min(want, max(_CPU_SLOTS, 2 * context_length, least))
+        want = min(want, max(_CPU_SLOTS, least))
     if config.max_total_tokens is not None:
         want, least = config.max_total_tokens, page
         if want < page:
@@ -116,6 +118,11 @@ def plan_memory(
             f"{_gb(budget)}; use --quantization, a smaller --chunked-prefill-size or a larger --mem-fraction-static"
         )
     return MemoryPlan(device, budget, weight_bytes, activation_bytes, (slots + page) * slot, slots)
+
+
+def limit_buffers(plan: MemoryPlan) -> None:
+    """Bounds what MLX keeps of freed buffers: one step's, and some. Shapes that change for ever would pile up more."""
+    mx.set_cache_limit(plan.activation_bytes + _SPARE_BYTES)
 
 
 def _gb(count: int) -> str:

@@ -93,6 +93,7 @@ def run(load: Load, receive: Receive, send: Send) -> bool:
     """Load, say Ready, and serve until Shutdown. False, after a Fatal, if the engine could not start or go on."""
     try:
         core = load(send)
+        send(StepOutput([], core.stats))  # so that the pool's size is known before the first step
         send(Ready(core.info))
         serve(core, receive, send)
     except Exception as error:
