@@ -219,7 +219,7 @@ def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progre
     return EngineCore(
         _scheduler(config, plan.slots, sizes, loaded.context_length),
         runner,
-        _info(config, loaded, choice, plan, sizes, tokenizer.eos_ids),
+        _info(config, loaded, choice, plan, sizes, tokenizer),
         overlap=not config.disable_overlap_schedule,
     )
 
@@ -263,7 +263,7 @@ def _info(
     choice: Choice,
     plan: MemoryPlan,
     sizes: Limits,
-    eos_ids: Sequence[int],
+    tokenizer: _TokenizerFacts,
 ) -> ModelInfo:
     return ModelInfo(
         model_path=config.model_path or loaded.path.name,
@@ -271,9 +271,9 @@ def _info(
         model_type=loaded.model_type,
         dtype=str(loaded.dtype).removeprefix("mlx.core."),
         quantization=loaded.quantization,
-        vocab_size=loaded.vocab_size,
+        vocab_size=tokenizer.vocab_size,
         context_length=loaded.context_length,
-        eos_token_ids=list(dict.fromkeys([*loaded.eos_token_ids, *eos_ids])),
+        eos_token_ids=list(dict.fromkeys([*loaded.eos_token_ids, *tokenizer.eos_ids])),
         attention_backend=choice.backend.name,
         attention_reason=choice.reason,
         max_total_tokens=plan.slots,

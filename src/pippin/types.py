@@ -273,7 +273,10 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is served, for /get_model_info, /get_server_info and the text layer."""
+    """What is served, for /get_model_info, /get_server_info and the text layer.
+
+    ``vocab_size`` counts ids that are tokens; the model's own may be padded beyond.
+    """
 
     model_path: str
     tokenizer_path: str
