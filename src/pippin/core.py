@@ -163,11 +163,11 @@ class EngineCore:
         Not to be called while the error is handled: its traceback keeps the pool alive that ``reset`` replaces.
         """
         message = f"the engine failed on this step ({kind})"
-        flight, self._in_flight = self._in_flight, None
-        for part in (batch, flight.batch if flight is not None else None):
-            if part is not None:
-                failed = self._scheduler.drop(part)
-                outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
+        parts = [batch] if self._in_flight is None else [batch, self._in_flight.batch]
+        self._in_flight = None  # it holds the pool that ``reset`` replaces
+        for part in parts:
+            failed = self._scheduler.drop(part)
+            outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
         self._runner.reset()
 
 

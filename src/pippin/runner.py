@@ -132,6 +132,7 @@ class MlxModelRunner:
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
         self._graph_rows = graph_rows
+        self._unqueued: list[mx.array] = []
         self.graphs = self._make_graphs()
         self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
         mx.eval(self._last_token)
@@ -145,11 +146,13 @@ class MlxModelRunner:
         """Queues a step; returns before it has run.
 
         Where our kernel writes the pool in place, the step waits on the device for the one before. Where MLX's own
-        indexed update does, it is in place only if no step in flight still holds the pool: then the graph is built
-        while the step before runs, but queued only after it.
+        indexed update does, it is in place only if no step in flight still holds the pool: then the step before is
+        queued now, and this one, built while that runs, by the next launch or by whoever reads it first.
         """
         if self.graphs is not None and self.graphs.takes(batch.works):
             return self._launch_graph(self.graphs, batch)
+        if not self.pool.in_place:
+            self._queue()
         forwards = self.backend.forwards(batch.works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
@@ -166,12 +169,17 @@ class MlxModelRunner:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
             values = self._prompt_logprobs(ordered, prompts, logits[len(samples) :])
+        self._unqueued = [*_arrays(sampled), *_arrays(values)]
+        if self.pool.in_place:
+            self._queue()
+        return InFlight(batch, ordered, sampled, prompts, values)
+
+    def _queue(self) -> None:
+        """Queues what is built and not queued yet, writes to the pool too: those nobody evaluates would pile up."""
         if not self.pool.in_place:
             mx.synchronize()
-        mx.async_eval(  # type: ignore[no-untyped-call]
-            self._last_token, self.pool.arrays, _arrays(sampled), _arrays(values)
-        )
-        return InFlight(batch, ordered, sampled, prompts, values)
+        mx.async_eval(self._last_token, self.pool.arrays, self._unqueued)  # type: ignore[no-untyped-call]
+        self._unqueued = []
 
     def _launch_graph(self, graphs: DecodeGraphs, batch: Batch) -> InFlight:
         works = batch.works
@@ -197,11 +205,12 @@ class MlxModelRunner:
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
         shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size
+        self._unqueued = []
+        self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
+        mx.eval(self._last_token)
         del self.pool, self.graphs  # before the next is made: there may not be memory for two
         self.pool = KVPool(*shape)
         self.graphs = self._make_graphs()
-        self._last_token = mx.zeros_like(self._last_token)
-        mx.eval(self._last_token)
 
     def _forward(
         self, forwards: Sequence[Sequence[Work]], samples: Sequence[int], prompts: Sequence[PromptRows]
@@ -227,7 +236,9 @@ class MlxModelRunner:
             tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
             first += len(part)
             if len(forwards) > 1:
-                # A pool array that is written twice in one graph would be copied.
+                # A pool array that is written twice in one graph would be copied, or while a step in flight holds it.
+                if not self.pool.in_place:
+                    mx.synchronize()
                 mx.eval(logits, self.pool.arrays)
         return mx.concatenate([*heads, *tails] if samples or prompts else [logits]), mx.concatenate(tokens)
 

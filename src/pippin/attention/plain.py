@@ -78,17 +78,18 @@ def _composed(
     """
     count, heads, rows, dim = q.shape
     kv_heads, value_dim = keys.shape[1], values.shape[-1]
-    q = (q * scale).reshape(count, kv_heads, heads // kv_heads, rows, dim)
-    keys, values = keys[:, :, None].swapaxes(-1, -2), values[:, :, None]
+    shape = count, kv_heads, heads // kv_heads
+    q, keys = (q * scale).reshape(*shape, rows, dim), keys.swapaxes(-1, -2)
     if sinks is not None:
         sinks = sinks.astype(q.dtype).reshape(kv_heads, heads // kv_heads, 1, 1)
-    whole = causal_mask(group, window) is None
-    mask = None if whole else positional_mask(group, window)[:, :, None]
+    mask = None if causal_mask(group, window) is None else positional_mask(group, window)[:, :, None]
     step = max(_LEAST_ROWS, _MOST_SCORES // (count * heads * group.context))
     parts = []
     for at in range(0, rows, step):
         seen = group.context if group.ragged else group.context - rows + min(at + step, rows)
-        scores = q[..., at : at + step, :] @ keys[..., :seen]
+        # Query heads of one KV head are rows of one product: broadcasting K over them takes half as long again.
+        some = q[..., at : at + step, :].reshape(count, kv_heads, -1, dim)
+        scores = (some @ keys[..., :seen]).reshape(*shape, -1, seen)
         if mask is not None:
             scores = mx.where(mask[..., at : at + step, :seen], scores, mx.finfo(scores.dtype).min)
         parts.append(softmax_values(scores, values[..., :seen, :], sinks))

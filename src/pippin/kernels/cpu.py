@@ -20,7 +20,7 @@ _ROUNDING = 12582912.0 + 127
 
 
 def exp(x: mx.array) -> mx.array:
-    """e**x of float32 up to 80, within 1e-6 of the result for |x| < 16 and 4e-6 beyond; 1e-38 for less than -87."""
+    """e**x of float32 up to 80, within 1e-6 of the result for |x| < 8 and 4e-6 beyond; 1e-38 for less than -87."""
     return _exp2(mx.maximum(x * _LOG2_E, -126.0))
 
 
@@ -50,7 +50,7 @@ def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def softmax_values(scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
-    """softmax(scores) @ values: scores [b, h, g, r, n], values [b, h, 1, n, d] to [b, h, g, r, d].
+    """softmax(scores) @ values: scores [b, h, g, r, n], values [b, h, n, d] to [b, h, g, r, d].
 
     ``sinks`` [h, g, 1, 1] are scores that take part in the softmax and bring no value.
     """
@@ -61,4 +61,5 @@ def softmax_values(scores: mx.array, values: mx.array, sinks: mx.array | None) -
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + exp(sinks - largest)
-    return (weights @ values) / total
+    out = weights.reshape(*scores.shape[:2], -1, scores.shape[-1]) @ values
+    return out.reshape(*scores.shape[:-1], values.shape[-1]) / total
