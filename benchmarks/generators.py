@@ -89,12 +89,15 @@ def timed(
 
 
 def pippin(checkpoint: Path) -> Run:
-    """EngineCore, without a server around it."""
+    """EngineCore, without a server around it, with room for all prompts in one step, as mlx-lm is given."""
     from pippin.config import EngineConfig
     from pippin.core import load_core
     from pippin.types import SamplingParams, Submit
 
-    core = load_core(EngineConfig(model_path=str(checkpoint), dtype="float32", max_total_tokens=16_384))
+    config = EngineConfig(
+        model_path=str(checkpoint), dtype="float32", max_total_tokens=16_384, chunked_prefill_size=2048
+    )
+    core = load_core(config)
     ids = count()
 
     def run(prompts: Prompts, steps: int) -> Timing:
