@@ -52,7 +52,7 @@ def use_device(name: str) -> None:
     if name == "cpu":
         mx.set_default_device(mx.cpu)
     elif name == "gpu" and not on_gpu():
-        raise ConfigError("MLX sees no GPU here; install pippin[cuda13] or [cuda12], or use cpu", "--device")
+        raise ConfigError("MLX sees no GPU here; install mlx[cuda13] or mlx[cuda12], or use cpu", "--device")
 
 
 def limits(config: EngineConfig) -> Limits:

@@ -61,7 +61,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 0 <= self.min_new_tokens <= self.max_new_tokens,
                 "between 0 and max_new_tokens",
             ),
-            ("temperature", 0.0 <= self.temperature <= 1000.0, "between 0 (greedy) and 1000"),
+            ("temperature", 0.0 <= self.temperature <= 1e6, "between 0 (greedy) and 1000000"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k == -1 or 1 <= self.top_k < 2**31, "-1 (off) or at least 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),

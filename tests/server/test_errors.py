@@ -44,7 +44,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"max_tokens": 1.5}, "max_tokens", "int"),
     (TEXT, {"max_tokens": "many"}, "max_tokens", "int"),
     (TEXT, {"min_tokens": 3}, "min_tokens", "max_tokens"),
-    (TEXT, {"temperature": -1}, "temperature", "between 0 (greedy) and 1000"),
+    (TEXT, {"temperature": -1}, "temperature", "between 0 (greedy) and 1000000"),
     (TEXT, {"temperature": "hot"}, "temperature", "float"),
     (TEXT, {"top_p": 0}, "top_p", "above 0"),
     (TEXT, {"top_p": 1.1}, "top_p", "at most 1"),
