@@ -6,12 +6,14 @@ import json
 import logging
 import random
 import shutil
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
@@ -454,3 +456,60 @@ def test_distinct_requests_leave_memory_flat(checkpoint: Path, new_tokens: int) 
     for at in range(4, 24):
         batch(at)
     assert mx.get_active_memory() <= before * 1.01 + 4096
+
+
+# --- faults that SGLang's MLX loop had ---
+
+
+def test_it_starts_with_every_optional_part_absent(checkpoint: Path) -> None:
+    """SGLang's loop failed at start-up whenever a part that it took for granted was not there."""
+    absent = {"disable_radix_cache": True, "disable_overlap_schedule": True, "disable_graph": True}
+    for parts in ({}, *({name: True} for name in absent), absent):
+        core = make_core(checkpoint, **parts)
+        assert run(core, submits([[5, 6, 7]]))["r0"] == greedy_by_mlx_lm(checkpoint, [5, 6, 7], 12)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_relay_of_tokens_exists_in_both_modes(checkpoint: Path, overlap: bool) -> None:
+    """The newest token of each row is on the device after every step, whether or not the host reads it first."""
+    core = make_core(checkpoint, disable_overlap_schedule=not overlap)
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    rows = prompts(3)
+    for submit in submits(rows):
+        core.add(submit)
+    expected = [greedy_by_mlx_lm(checkpoint, row, 12) for row in rows]
+    for at in range(10):
+        core.step()
+        relayed: list[int] = np.asarray(runner._last_token)[1:4].tolist()
+        assert sorted(relayed) == sorted(e[at] for e in expected)
+
+
+def test_a_prefills_inputs_are_materialized_before_launch(checkpoint: Path) -> None:
+    """What the host does with a request after its step is queued does not reach that step."""
+    core = make_core(checkpoint)
+    row = prompts(1)[0]
+    core.add(Submit("r", row, len(row), GREEDY))
+    core.step()
+    flight = core._in_flight
+    assert flight is not None
+    (work,) = flight.batch.works
+    kept = list(work.request.tokens)
+    work.request.tokens[:] = [9] * len(kept)
+    slots, work.request.slots = work.request.slots, array("i", [1]) * len(work.request.slots)
+    (result,) = flight.read()
+    assert result.token == greedy_by_mlx_lm(checkpoint, row, 1)[0]
+    work.request.tokens[:] = kept
+    work.request.slots = slots
+    core.abort("r")
+
+
+def test_finishing_and_joining_do_not_stop_the_overlap(checkpoint: Path) -> None:
+    """Every step but the first is built before the one before is read, while others come, go and wait."""
+    core = make_core(checkpoint, max_running_requests=2)
+    for i, row in enumerate(prompts(6)):
+        core.add(Submit(f"r{i}", row, len(row), replace_params(GREEDY, max_new_tokens=3 + 2 * i)))
+    for _ in drain(core):
+        pass
+    assert core.stats.num_waiting == 0
+    assert core.stats.overlapped_steps >= core.stats.steps - 2
