@@ -112,8 +112,10 @@ class MlxModelRunner:
     """Queues batches for one model on one device.
 
     ``_last_token`` [max_running + 1] int32 holds each row's newest token, perhaps not computed yet: step n+1 reads it
-    there, and so is built before the host has seen step n. Row 0 is scratch. Every step's table hangs on all that the
-    step reads, so whatever takes it waits for that. ``graph_rows``: most single tokens of a step that is compiled.
+    there, and so is built before the host has seen step n. Row 0 is scratch. Where writes are in place, every step's
+    table hangs on all that the step reads, so whatever takes it waits for that; elsewhere a step that draws nothing
+    evaluates its writes only, and nothing behind the last layer's. ``graph_rows``: most single tokens of a step that is
+    compiled.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class MlxModelRunner:
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
             rows = mx.array([w.request.row for w in works], dtype=mx.int32)
             self._last_token[rows] = sampled.tokens
-        else:
+        elif self.pool.in_place:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
             values = self._prompt_logprobs(ordered, prompts, logits[len(samples) :])
