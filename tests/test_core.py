@@ -19,6 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models
 
+from pippin import kernels
 from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
@@ -140,6 +141,31 @@ def test_tokens_are_the_same_where_rows_read_the_pool_by_page(checkpoint: Path, 
     assert isinstance(runner, MlxModelRunner)
     assert (runner.graphs is not None) == ("disable_graph" not in options)
     assert runner.graphs is None or runner.graphs.num_traced > 4
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_nobody_reads_in_one_launch_what_another_row_writes_there(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's last token is shared as it is scheduled: it must be written before whoever reads it attends."""
+    fused: list[set[int]] = []
+    decode = kernels.paged_decode
+
+    def seen(*args: Any, **kwargs: Any) -> mx.array:
+        if kwargs["new"] is not None:
+            fused.append(set(np.asarray(kernels.reference.newest_slots(args[3], args[4], 1)).tolist()))
+            table, lengths = np.asarray(args[3]), np.asarray(args[4]).tolist()
+            read = [{int(s) for s in line[: n - 1]} for line, n in zip(table, lengths, strict=True) if n]
+            assert not fused[-1] & set().union(*read)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr("pippin.attention.rows.paged_decode", seen)
+    core = make_core(checkpoint)
+    run(core, [Submit("prefix", [5, 6], 2, replace_params(GREEDY, max_new_tokens=1))])
+    rows = [[5, 6, 7], [5, 6, 7, 8]]  # both have one token to compute, and the second reads the first's
+    found = run(core, submits(rows))
+    assert found == {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+    assert fused, "decodes store as they attend"
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -1,4 +1,4 @@
-"""Compiled steps: one function a shape for steps in which every work is a single token.
+"""Compiled steps: one function a shape for steps of decodes.
 
 Tracing a model's layers in Python takes longer than a small model's step on a GPU. Shapes are padded to a few sizes, so
 that a trace is used again; what changes from step to step lies in arrays. The pool is captured: only where kernels
@@ -63,8 +63,8 @@ class DecodeGraphs:
         self._functions: dict[SamplingPlan, DecodeFunction] = {}
 
     def takes(self, works: Sequence[Work]) -> bool:
-        """Whether a step can go through a graph: single tokens that all sample, few enough."""
-        return len(works) <= self.most_rows and all(w.samples and w.end - w.start == 1 for w in works)
+        """Whether a step can go through a graph: decodes only, and few enough."""
+        return len(works) <= self.most_rows and all(w.decodes for w in works)
 
     def size(self, works: Sequence[Work]) -> int:
         """The rows that the step is padded to."""
@@ -103,7 +103,8 @@ class DecodeGraphs:
             starts=mx.where(inputs.rows > 0, inputs.positions, -1),
             pages=inputs.pages,
         )
-        step = Step(tokens[:, None], inputs.positions, inputs.write_slots, (group,), tuple(range(size)), after)
+        lasts = tuple(range(size))
+        step = Step(tokens[:, None], inputs.positions, inputs.write_slots, (group,), lasts, after, decodes=True)
         seam = Seam(None)
         with active(seam):
             logits: mx.array = self._model(step.tokens, cache=self._backend.layers(step, self._pool, seam))

@@ -54,7 +54,7 @@ class Step:
     ``tokens`` int32: [T, 1] or [B, L], as the layout has it. ``positions`` int32: [T] each token's, or [B] each
     work's first. ``write_slots`` int32 [T] or [B, L]. ``lasts`` says where each work's last token lies in the flattened
     tokens, in the order in which the works were given. ``after`` is something that all steps before have computed: what
-    writes the pool in place waits for it.
+    writes the pool in place waits for it. ``decodes`` says that all works are (``Work.decodes``).
     """
 
     tokens: mx.array
@@ -63,11 +63,12 @@ class Step:
     groups: tuple[Group, ...]
     lasts: tuple[int, ...]
     after: mx.array | None = None
+    decodes: bool = False
 
     @property
     def stores_as_it_attends(self) -> bool:
-        """Whether one kernel can do both: every token is its sequence's newest, and no other row reads it."""
-        return all(g.rows == 1 and g.pages is not None for g in self.groups)
+        """Whether one kernel can do both: no row reads what another row of this step writes."""
+        return self.decodes and all(g.pages is not None for g in self.groups)
 
 
 def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
@@ -96,6 +97,7 @@ def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None 
         write_slots=mx.array(slots),
         groups=tuple(_groups([works[i] for i in order], page_size)),
         lasts=tuple(starts[i] + w.end - w.start - 1 for i, w in enumerate(works)),
+        decodes=all(w.decodes for w in works),
     )
 
 

@@ -165,6 +165,11 @@ class Work:
     samples: bool
     logprobs_from: int | None = None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes one generated token, which no one else can read: prompt pages are shared at once."""
+        return self.samples and self.end - self.start == 1 and self.start >= self.request.num_prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
