@@ -259,6 +259,24 @@ def test_who_needs_one_token_beyond_a_prefix_of_the_same_step_reads_it_after_it_
     assert run(make_core(checkpoint, attention_backend=backend), submits(rows)) == expected
 
 
+@pytest.mark.parametrize("backend", ["rows", "padded"])
+def test_who_goes_on_from_anothers_last_prompt_token_reads_it_after_it_is_written(
+    checkpoint: Path, backend: str
+) -> None:
+    """Prompts that run ahead of their last tokens must not, where a prompt of the step stands on such a token."""
+    whole = prompts(1, 120, seed=2)[0]
+    found = collect(
+        make_core(checkpoint, attention_backend=backend),
+        submits([whole[:2], whole], replace_params(GREEDY, logprobs=True, max_new_tokens=1)),
+    )
+    model, _ = load_model(checkpoint)
+    model.set_dtype(mx.float32)
+    for id, row in ("r0", whole[:2]), ("r1", whole):
+        logits = model(mx.array([row]))[0, -1]
+        told = found[id][0].logprobs[0]
+        assert told.logprob == pytest.approx((logits - mx.logsumexp(logits))[told.token].item(), abs=1e-5)
+
+
 def test_prompt_and_output_logprobs_are_the_models(core: EngineCore, checkpoint: Path) -> None:
     params = replace_params(GREEDY, logprobs=True, top_logprobs=3, prompt_logprobs=True)
     rows = prompts(3, 40)

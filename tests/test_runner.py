@@ -273,3 +273,28 @@ def test_a_step_without_anyone_to_sample_for_still_fills_the_pool(rig: Rig, mode
     (result,) = runner.launch(Batch((Work(request, 6, 9, True),))).read()
     assert result.token == int(exact(model, request.tokens)[-1].argmax())
     assert replace(result, token=None) == RowResult()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_prompts_run_ahead_of_the_tokens_that_draw(rig: Rig, model: nn.Module, backend: str) -> None:
+    """The last layer's attention and MLP are computed for the last tokens only; one token of many is not worth it."""
+    runner = rig(backend)
+    requests = requests_of([70, 90, 1])
+    rows: list[int] = []
+
+    class Counting:
+        def __call__(self, tokens: mx.array, cache: list[object]) -> mx.array:
+            rows.append(tokens.size)
+            out: mx.array = model(tokens, cache=cache)
+            return out
+
+    runner.model = Counting()
+    flight = runner.launch(Batch(tuple(map(whole, requests))))
+    ahead, last = rows[:-1], rows[-1]
+    assert (sum(ahead) >= 158, last) == (True, 3)
+    for request, result in zip(requests, flight.read(), strict=True):
+        assert result.token == exact(model, request.tokens)[-1].argmax()
+    rows.clear()
+    runner.launch(Batch(tuple(map(whole, requests_of([20, 10]))))).read()
+    assert sum(rows) >= 30
+    assert rows[-1] != 2

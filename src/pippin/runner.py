@@ -22,6 +22,8 @@ from pippin.types import Batch, RowResult, TokenLogprob, Work
 
 # Inputs of fewer elements are of another address space in a Metal kernel.
 _LEAST_TABLE = 8
+# The last tokens of prompts in a forward of their own read all weights again: what that saves must be worth it.
+_LEAST_AHEAD = 32
 
 
 class Flight(Protocol):
@@ -153,19 +155,21 @@ class MlxModelRunner:
         """
         if self.graphs is not None and self.graphs.takes(batch.works):
             return self._launch_graph(self.graphs, batch)
+        works = list(batch.works)
         if not self.pool.in_place:
             self._queue()
-        forwards = self.backend.forwards(batch.works)
+            works = self._write_ahead(works)
+        forwards = self.backend.forwards(works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
         prompts = tuple(_prompt_rows(ordered))
         logits, step_tokens = self._forward(forwards, samples, prompts)
         sampled, values = None, None
         if samples:
-            works = [ordered[i] for i in samples]
-            plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
+            sampling = [ordered[i] for i in samples]
+            plan, inputs = sampling_inputs(sampling, self._vocab_size, counts=self._token_counts)
             sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
-            rows = mx.array([w.request.row for w in works], dtype=mx.int32)
+            rows = mx.array([w.request.row for w in sampling], dtype=mx.int32)
             self._last_token[rows] = sampled.tokens
         elif self.pool.in_place:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
@@ -174,7 +178,26 @@ class MlxModelRunner:
         self._unqueued = [*_arrays(sampled), *_arrays(values)]
         if self.pool.in_place:
             self._queue()
-        return InFlight(batch, ordered, sampled, prompts, values)
+        asked = {id(work): whole for work, whole in zip(works, batch.works, strict=True)}
+        return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values)
+
+    def _write_ahead(self, works: list[Work]) -> list[Work]:
+        """Runs prompts up to their last token, for their K and V alone; returns the works that are left to run.
+
+        MLX computes only what is asked for, so of the last layer's attention and MLP nothing is, but for the tokens
+        that draw. Where a row reads what another's last token writes, all stay in one forward.
+        """
+        cut = [w.samples and w.logprobs_from is None and w.end - w.start > 1 for w in works]
+        ahead = [replace(w, end=w.end - 1, samples=False) for w, c in zip(works, cut, strict=True) if c]
+        if sum(w.end - w.start for w in ahead) < _LEAST_AHEAD * len(works):
+            return works
+        late = {w.request.slots[w.end - 1] for w, c in zip(works, cut, strict=True) if c}
+        if any(not late.isdisjoint(w.request.slots[: w.start]) for w in works):
+            return works
+        self._forward(self.backend.forwards(ahead), (), ())
+        mx.synchronize()
+        mx.eval(self.pool.arrays)
+        return [replace(w, start=w.end - 1) if c else w for w, c in zip(works, cut, strict=True)]
 
     def _queue(self) -> None:
         """Queues what is built and not queued yet, writes to the pool too: those nobody evaluates would pile up."""
@@ -241,7 +264,7 @@ class MlxModelRunner:
                 # A pool array that is written twice in one graph would be copied, or while a step in flight holds it.
                 if not self.pool.in_place:
                     mx.synchronize()
-                mx.eval(logits, self.pool.arrays)
+                mx.eval([logits] if rows or more else [], self.pool.arrays)
         return mx.concatenate([*heads, *tails] if samples or prompts else [logits]), mx.concatenate(tokens)
 
     def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
