@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pippin import config
+from pippin.bench.options import OneBatchOptions
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (EngineConfig, ServerConfig, SamplingOptions)}
+CLASSES: dict[str, type[Any]] = {c.__name__: c for c in (EngineConfig, ServerConfig, SamplingOptions, OneBatchOptions)}
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 

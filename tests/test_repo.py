@@ -18,7 +18,7 @@ import cli_docs
 import pytest
 
 from pippin.cli import app
-from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
+from pippin.config import flag_of
 from pippin.server.app import ROUTES
 from pippin.types import SamplingParams
 
@@ -34,6 +34,10 @@ DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob(
 CHAINS = """
 errors <- types <- cache <- scheduler <- core
 errors <- config <- core
+config <- options <- bench
+core <- bench
+engine <- terminal <- bench
+environment <- bench <- cli <- bench_one_batch
 errors <- backend <- core
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core
@@ -281,6 +285,7 @@ def test_make_targets_exist(path: Path) -> None:
 
 
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+COMMANDS |= {str(group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
@@ -295,7 +300,7 @@ def test_every_command_is_documented() -> None:
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 def test_flags_of_pippin_exist(path: Path) -> None:
     """Flags in lines of code that run ``pippin``, or that our launch module takes."""
-    classes = (EngineConfig, ServerConfig, SamplingOptions)
+    classes = cli_docs.CLASSES.values()
     known = {name for c in classes for f in fields(c) for name in (flag_of(f.name), f.metadata["flag"])}
     lines = [line for code in code_in(path.read_text()) for line in code.splitlines()]
     ours = [line for line in lines if re.search(r"(^|[$] |-m )pippin[ .]", line)]

@@ -7,21 +7,20 @@ command needs is imported, when it runs.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from pippin import __version__
+from pippin.bench.cli import bench
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.errors import ConfigError, PippinError, RequestError
+from pippin.options import with_options
 from pippin.types import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -38,38 +37,7 @@ app = typer.Typer(
 )
 
 
-PANELS = {EngineConfig: "Model and engine", ServerConfig: "Server", SamplingOptions: "Sampling"}
-
-
-def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns each parameter of a configuration class into one option a field."""
-    own = inspect.signature(function, eval_str=True)
-    groups = {name: p.annotation for name, p in own.parameters.items() if p.annotation in PANELS}
-    fields = [(cls, f) for cls in groups.values() for f in dataclasses.fields(cls)]
-
-    @functools.wraps(function)
-    def command(**given: Any) -> None:
-        for name, cls in groups.items():
-            given[name] = cls(**{f.name: given.pop(f.name) for f in dataclasses.fields(cls)})
-        function(**given)
-
-    parameters = [p for name, p in own.parameters.items() if name not in groups]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters] + [_parameter(cls, f) for cls, f in fields]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
-def _parameter(cls: type, field: dataclasses.Field[Any]) -> inspect.Parameter:
-    kind: Any = get_type_hints(cls)[field.name]
-    if choices := field.metadata["choices"]:
-        chosen: Any = Literal.__getitem__(choices)
-        kind = chosen | None if NoneType in get_args(kind) else chosen
-    spelled = [flag_of(field.name), *([field.metadata["flag"]] if field.metadata["flag"] else [])]
-    declared = typer.Option(*spelled, help=field.metadata["help"], rich_help_panel=PANELS[cls])
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, declared]
-    )
+app.add_typer(bench)
 
 
 @app.command()

@@ -176,13 +176,26 @@ def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None 
 
     Raises ModelError if the model can't be loaded or served exactly, ConfigError if an option can't be met.
     """
-    tell = progress or (lambda _: None)
+    return over_runner(*load_runner(config, progress), config)
+
+
+def load_runner(
+    config: EngineConfig, progress: Callable[[Progress], None] | None = None
+) -> tuple[ModelRunner, ModelInfo]:
+    """Loads a model and makes what runs its steps, pool included; raises as ``load_core`` does."""
     use_device(config.device)
-    return build_core(load_mlx_model(config.model_path, config, progress), config, tell)
+    return build_runner(load_mlx_model(config.model_path, config, progress), config, progress or (lambda _: None))
 
 
 def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progress], None]) -> EngineCore:
     """Makes everything that serves a loaded model; raises as ``load_core`` does."""
+    return over_runner(*build_runner(loaded, config, tell), config)
+
+
+def build_runner(
+    loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progress], None]
+) -> tuple[MlxModelRunner, ModelInfo]:
+    """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)
@@ -216,24 +229,21 @@ def build_core(loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progre
         vocab_size=tokenizer.vocab_size,
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
     )
-    return EngineCore(
-        _scheduler(config, plan.slots, sizes, loaded.context_length),
-        runner,
-        _info(config, loaded, choice, plan, sizes, tokenizer),
-        overlap=not config.disable_overlap_schedule,
-    )
+    return runner, _info(config, loaded, choice, plan, sizes, tokenizer)
 
 
-def _scheduler(config: EngineConfig, slots: int, sizes: Limits, context_length: int) -> Scheduler:
-    allocator = SlotAllocator(slots // config.page_size + 1, config.page_size)
-    return Scheduler(
+def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
+    """An engine over a runner that holds what ``info`` says."""
+    allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size)
+    scheduler = Scheduler(
         allocator,
         RadixCache(allocator, enabled=not config.disable_radix_cache),
-        max_running=sizes.max_running,
-        chunk=sizes.chunk,
+        max_running=info.max_running_requests,
+        chunk=info.chunked_prefill_size,
         policy=config.schedule_policy,
-        context_length=context_length,
+        context_length=info.context_length,
     )
+    return EngineCore(scheduler, runner, info, overlap=not config.disable_overlap_schedule)
 
 
 @dataclass(frozen=True, slots=True)

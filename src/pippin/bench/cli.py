@@ -1,0 +1,55 @@
+"""``pippin bench``: parse, call one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from pippin.backend import prepare
+from pippin.bench.options import OneBatchOptions
+from pippin.config import EngineConfig
+from pippin.options import with_options
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure: one batch, the engine alone. Each result is one line of JSON on standard output.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+class ManyValues(TyperCommand):
+    """A command whose list options take several values at once, as SGLang's do: ``--batch-size 1 8 32``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        lists = {name for p in self.params if p.multiple for name in p.opts}
+        found: list[str] = super().parse_args(ctx, spread(args, lists))
+        return found
+
+
+def spread(arguments: Sequence[str], lists: set[str]) -> list[str]:
+    """``--a 1 2`` as ``--a 1 --a 2`` for the options in ``lists``; all else as it is."""
+    found: list[str] = []
+    at = 0
+    while at < len(arguments):
+        name = arguments[at]
+        at += 1
+        values = list(takewhile(lambda a: not a.startswith("-"), arguments[at:])) if name in lists else []
+        found += [word for value in values for word in (name, value)] or [name]
+        at += len(values)
+    return found
+
+
+@bench.command("one-batch", cls=ManyValues)
+@with_options
+def one_batch(engine: EngineConfig, options: OneBatchOptions) -> None:
+    """Prefill and decode one batch of random tokens, without a server: latency, throughput, bandwidth, memory."""
+    prepare()  # before any import of MLX
+    from pippin.bench.one_batch import run
+
+    raise typer.Exit(run(engine, options))

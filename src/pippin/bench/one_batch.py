@@ -1,0 +1,277 @@
+"""``pippin bench one-batch``: prefill and decode of one batch, ours and others' in turn, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Self
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pippin.bench.machine import copy_bandwidth, weight_bytes_read
+from pippin.bench.options import OneBatchOptions
+from pippin.bench.prompts import plain_ids, random_prompts
+from pippin.bench.results import BenchResult, Value, append, make_result, to_line
+from pippin.bench.sides import Measured, Ours, Side, open_ours, peer
+from pippin.config import EngineConfig
+from pippin.environment import device
+from pippin.errors import ConfigError
+from pippin.runner import MlxModelRunner
+from pippin.terminal import LoadingBar
+from pippin.types import ModelInfo, Token
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One point of the grid."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * (self.input_len + self.output_len)
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} x {self.input_len} + {self.output_len}"
+
+
+@dataclass(slots=True)
+class Measurement:
+    """The rounds of one side at one shape."""
+
+    side: str
+    shape: Shape
+    rounds: list[Measured] = field(default_factory=list)
+
+    @property
+    def prefill(self) -> float:
+        """Seconds until all have their first token: the median of the rounds."""
+        return statistics.median(r.timing.prefill for r in self.rounds)
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a decode step, the median of all rounds' medians; None if there is none."""
+        medians = [statistics.median(r.timing.steps) for r in self.rounds if r.timing.steps]
+        return statistics.median(medians) if medians else None
+
+    @property
+    def total(self) -> float:
+        return statistics.median(r.timing.prefill + sum(r.timing.steps) for r in self.rounds)
+
+    @property
+    def device_peak(self) -> int | None:
+        """Bytes; None where nobody counts them."""
+        return max((r.device_peak_bytes for r in self.rounds if r.device_peak_bytes is not None), default=None)
+
+    def ratios(self, other: Measurement) -> tuple[float, float | None]:
+        """How many times faster this side is than ``other``, in prefill and decode: the median of the rounds."""
+        pairs = [(a.timing, b.timing) for a, b in zip(self.rounds, other.rounds, strict=True)]
+        prefill = statistics.median(b.prefill / a.prefill for a, b in pairs)
+        if self.shape.output_len == 1:
+            return prefill, None
+        return prefill, statistics.median(statistics.median(b.steps) / statistics.median(a.steps) for a, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """The device's measured bandwidth, bytes a second, and what a decode step reads: weights, and each token's K and V.
+
+    ``weight_bytes`` is None where it depends on the tokens: experts are chosen.
+    """
+
+    bandwidth: float
+    weight_bytes: int | None
+    slot_bytes: float
+
+    @classmethod
+    def of(cls, ours: Ours) -> Self:
+        info, runner = ours.info, ours.runner
+        weights = weight_bytes_read(runner.model, info.vocab_size) if isinstance(runner, MlxModelRunner) else None
+        return cls(copy_bandwidth(), weights, info.pool_bytes / (info.max_total_tokens + info.page_size))
+
+    def share(self, m: Measurement) -> float | None:
+        """The share of the bandwidth that a decode step of ``m`` uses at least, halfway through the answers."""
+        if self.weight_bytes is None or m.step is None:
+            return None
+        tokens = m.shape.batch_size * (m.shape.input_len + m.shape.output_len / 2)
+        return (self.weight_bytes + tokens * self.slot_bytes) / m.step / self.bandwidth
+
+
+def run(config: EngineConfig, options: OneBatchOptions) -> int:
+    """Measures, prints a table to standard error and JSON lines to standard output; the exit status.
+
+    Raises ConfigError naming the option that can't be met.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 120
+    saved = Path(options.result_filename) if options.result_filename else None
+    if saved:
+        append(saved, [])  # a file that can't be written is said now
+    shapes = [Shape(*point) for point in product(options.batch_sizes, options.input_lens, options.output_lens)]
+    config = with_room(config, shapes)
+    with ExitStack() as stack:
+        with LoadingBar() as loading:
+            ours = open_ours(config, loading)
+        info = ours.info
+        check_room(info, shapes)
+        sides: list[Side] = [
+            ours.side,
+            *(stack.enter_context(peer(name, config)) for name in dict.fromkeys(options.vs or ())),
+        ]
+        yardstick = Yardstick.of(ours)
+        with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick:
+            found = list(measure(sides, plain_ids(info), shapes, options, tick))
+    results = [to_result(m, group, yardstick, info, options) for group in found for m in group]
+    console.print(table(found, yardstick, info))
+    for result in results:
+        typer.echo(to_line(result))
+    if saved:
+        append(saved, results)
+    return 0
+
+
+def with_room(config: EngineConfig, shapes: Sequence[Shape]) -> EngineConfig:
+    """With slots and rows for the largest shape and no more, where none are asked for: peers need memory too."""
+    page = config.page_size
+    slots = max(s.batch_size * -(-(s.input_len + s.output_len) // page) * page for s in shapes)
+    rows = max(s.batch_size for s in shapes)
+    return dataclasses.replace(
+        config,
+        max_total_tokens=config.max_total_tokens or max(16, slots),
+        max_running_requests=config.max_running_requests or rows,
+    )
+
+
+def check_room(info: ModelInfo, shapes: Sequence[Shape]) -> None:
+    """Raises ConfigError if a shape needs a longer context, more slots or more rows than there are."""
+    for shape in shapes:
+        length = shape.input_len + shape.output_len
+        if length > info.context_length:
+            raise ConfigError(
+                f"{shape.input_len} and --output-len {shape.output_len} together are beyond the model's context of "
+                f"{info.context_length} tokens",
+                "--input-len",
+            )
+        pages = shape.batch_size * -(-length // info.page_size)
+        if pages * info.page_size > info.max_total_tokens:
+            raise ConfigError(
+                f"{shape} takes {pages * info.page_size} slots, more than {info.max_total_tokens}", "--max-total-tokens"
+            )
+        if shape.batch_size > info.max_running_requests:
+            raise ConfigError(
+                f"{info.max_running_requests} is less than --batch-size {shape.batch_size}", "--max-running-requests"
+            )
+
+
+def measure(
+    sides: Sequence[Side], ids: list[Token], shapes: Sequence[Shape], options: OneBatchOptions, tick: Tick
+) -> Iterator[list[Measurement]]:
+    """For each shape, each side's rounds. The sides take turns, also in who begins; all get the same tokens."""
+    rng = Random(options.seed)
+    for shape in shapes:
+        found = {side.name: Measurement(side.name, shape) for side in sides}
+        for turn in range(options.rounds + 1):
+            prompts = random_prompts(ids, shape.batch_size, shape.input_len, rng)
+            first = turn % len(sides)
+            for side in [*sides[first:], *sides[:first]]:
+                tick(f"{shape}, {side.name}")
+                measured = side.run(prompts, shape.output_len)
+                if turn:  # the first warms up
+                    found[side.name].rounds.append(measured)
+        yield list(found.values())
+
+
+def to_result(
+    m: Measurement, group: Sequence[Measurement], yardstick: Yardstick, info: ModelInfo, options: OneBatchOptions
+) -> BenchResult:
+    """One side at one shape, by SGLang's names: latencies in seconds, throughputs in tokens a second.
+
+    Ours says how many times faster it is than each peer.
+    """
+    shape = m.shape
+    figures: dict[str, Value] = {
+        "prefill_latency": m.prefill,
+        "prefill_throughput": shape.batch_size * shape.input_len / m.prefill,
+        "median_decode_latency": m.step,
+        "median_decode_throughput": shape.batch_size / m.step if m.step else None,
+        "total_latency": m.total,
+        "overall_throughput": shape.tokens / m.total,
+        "bandwidth": yardstick.bandwidth,
+        "bandwidth_share": yardstick.share(m),
+        "peak_memory_bytes": m.device_peak,
+        "process_peak_bytes": max(r.process_peak_bytes for r in m.rounds),
+    }
+    if m is group[0]:
+        for other in group[1:]:
+            prefill, decode = m.ratios(other)
+            figures |= {f"prefill_vs_{other.side}": prefill, f"decode_vs_{other.side}": decode}
+    return make_result(
+        "one-batch",
+        run_name=options.run_name,
+        side=m.side,
+        model=info.model_path,
+        device=device()["device"],
+        settings={
+            **dataclasses.asdict(shape),
+            "rounds": options.rounds,
+            "seed": options.seed,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "attention_backend": info.attention_backend,
+        },
+        figures=figures,
+    )
+
+
+# --- what the terminal shows ---
+
+
+@contextmanager
+def bar(console: Console, total: int) -> Iterator[Tick]:
+    """A progress bar that is gone afterwards; what it yields is called with a label before each part."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=-1)
+        yield lambda label: progress.update(task, description=label, advance=1)
+
+
+def table(found: Sequence[Sequence[Measurement]], yardstick: Yardstick, info: ModelInfo) -> Table:
+    """A row for each side at each shape; a peer's row says how many times faster ours is."""
+    title = f"{info.model_path}, {info.dtype}, {info.device}; a copy moves {yardstick.bandwidth / 1e9:.0f} GB/s"
+    columns = ("batch x in + out", "side", "prefill", "tok/s", "decode step", "tok/s", "bandwidth", "memory", "ours is")
+    shown = Table(*columns, title=title)
+    for group in found:
+        for m in group:
+            shape, step, share = m.shape, m.step, yardstick.share(m)
+            shown.add_row(
+                str(shape) if m is group[0] else "",
+                m.side,
+                f"{m.prefill * 1e3:.1f} ms",
+                f"{shape.batch_size * shape.input_len / m.prefill:.0f}",
+                f"{step * 1e3:.2f} ms" if step else "-",
+                f"{shape.batch_size / step:.0f}" if step else "-",
+                f"{share:.0%}" if share else "-",
+                f"{m.device_peak / 1e9:.2f} GB" if m.device_peak else "-",
+                ratio_text(group[0], m) if m is not group[0] else "",
+            )
+    return shown
+
+
+def ratio_text(ours: Measurement, other: Measurement) -> str:
+    """How many times faster ours is: prefill, then decode."""
+    prefill, decode = ours.ratios(other)
+    return f"{prefill:.2f}x prefill" + (f", {decode:.2f}x decode" if decode else "")

@@ -1,0 +1,59 @@
+"""Options of ``pippin bench``, under SGLang's names where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from pippin.config import flag_of, option
+from pippin.errors import ConfigError
+
+PEERS = ("mlx-lm", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class OneBatchOptions:
+    """What ``pippin bench one-batch`` measures."""
+
+    batch_size: list[int] | None = option(None, "Prompts in the batch, one or several numbers (1).", "--batch")  # noqa: RUF009 - the default is None
+    input_len: list[int] | None = option(None, "Tokens of each prompt, one or several numbers (1024).")  # noqa: RUF009
+    output_len: list[int] | None = option(None, "Tokens of each answer, one or several numbers (16).")  # noqa: RUF009
+    vs: list[str] | None = option(None, "Measure these too, in turn with ours: mlx-lm, torch.")  # noqa: RUF009
+    rounds: int = option(3, "Measured runs of each; medians are reported. One more run warms up.")
+    seed: int = option(1, "Seed of the prompts' tokens.")
+    run_name: str = option("default", "Name of the run in its results.")
+    result_filename: str | None = option(
+        None, "File that the results' JSON lines are added to, beside standard output."
+    )
+
+    def __post_init__(self) -> None:
+        for name, values in (
+            ("batch_size", self.batch_size),
+            ("input_len", self.input_len),
+            ("output_len", self.output_len),
+            ("rounds", [self.rounds]),
+        ):
+            if wrong := [v for v in values or () if v < 1]:
+                raise ConfigError(f"must be at least 1, not {wrong[0]}", flag_of(name))
+        check_peers(self.vs or ())
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return self.batch_size or [1]
+
+    @property
+    def input_lens(self) -> list[int]:
+        return self.input_len or [1024]
+
+    @property
+    def output_lens(self) -> list[int]:
+        return self.output_len or [16]
+
+
+def check_peers(names: list[str] | tuple[str, ...]) -> None:
+    """Raises ConfigError for a peer that is not known, or not installed."""
+    for name in names:
+        if name not in PEERS:
+            raise ConfigError(f"{name!r} is not known; there are {', '.join(PEERS)}", "--vs")
+        if name == "torch" and find_spec("torch") is None:
+            raise ConfigError("PyTorch is not installed here; pip install 'pippin[torch]'", "--vs")
