@@ -20,6 +20,7 @@ from pippin.config import EngineConfig
 from pippin.core import load_core
 from pippin.errors import ModelError
 from pippin.models import seam
+from pippin.models.deferred import Part, settled
 from pippin.models.seam import Seam, active, install
 from pippin.types import SamplingParams, Submit
 from tests.checkpoints import build_model, family_config, make_checkpoint, random_weights
@@ -48,9 +49,9 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[tuple[float, object, mx.array | None]] = []
 
-    def attend(self, q: mx.array, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
+    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
         self.asked.append((scale, mask, sinks))
-        return 2 * q
+        return 2 * settled(q)
 
 
 @pytest.mark.parametrize("family", ["gemma", "qwen3"])

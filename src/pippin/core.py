@@ -228,6 +228,7 @@ def build_runner(
         max_running=sizes.max_running,
         vocab_size=tokenizer.vocab_size,
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
+        fusions=choice.fusions,
     )
     return runner, _info(config, loaded, choice, plan, sizes, tokenizer)
 

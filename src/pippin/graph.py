@@ -17,7 +17,8 @@ import numpy as np
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
 from pippin.inputs import Group, Step
-from pippin.models.seam import Seam, active
+from pippin.models.deferred import Fusions
+from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, power_of_two, sample
 from pippin.types import Work
 
@@ -52,6 +53,7 @@ class DecodeGraphs:
         pool: KVPool,
         *,
         most_rows: int,
+        fusions: Fusions = NO_FUSIONS,
         compile: Compile = mx.compile,
     ) -> None:
         self.most_rows = most_rows
@@ -59,6 +61,7 @@ class DecodeGraphs:
         self._model = model
         self._backend = backend
         self._pool = pool
+        self._fusions = fusions
         self._compile = compile
         self._functions: dict[SamplingPlan, DecodeFunction] = {}
 
@@ -105,7 +108,7 @@ class DecodeGraphs:
         )
         lasts = tuple(range(size))
         step = Step(tokens[:, None], inputs.positions, inputs.write_slots, (group,), lasts, after, decodes=True)
-        seam = Seam(None)
+        seam = Seam(None, self._fusions)
         with active(seam):
             logits: mx.array = self._model(step.tokens, cache=self._backend.layers(step, self._pool, seam))
         return logits.reshape(size, -1)

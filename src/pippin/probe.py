@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from pippin import kernels
 from pippin.attention import AttentionBackend, backends_to_try
 from pippin.cache.pool import KVPool, LayerShape
 from pippin.errors import ModelError
-from pippin.models.seam import install
+from pippin.models.deferred import Fusions
+from pippin.models.joined import join
+from pippin.models.seam import NO_FUSIONS, install
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
+
+log = logging.getLogger(__name__)
 
 # Contexts of the probe's sequences before and after it; a chunk behind a prefix, a prompt, a decode and a short chunk.
 _PROBE = ((7, 12), (0, 5), (9, 10), (3, 5))
@@ -26,17 +32,22 @@ _TOLERANCE = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend for a model, why it, and what each of the model's caches stores (None: nothing)."""
+    """The backend for a model, why it, and what each of the model's caches stores (None: nothing).
+
+    ``fusions`` are the operations that its forward may put together (``models.deferred``).
+    """
 
     backend: AttentionBackend
     reason: str
     shapes: tuple[LayerShape | None, ...]
+    fusions: Fusions = NO_FUSIONS
 
 
-def choose_attention(model: nn.Module, name: str, vocab_size: int) -> Choice:
+def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool | None = None) -> Choice:
     """Finds the first backend that ``name`` allows and whose logits are the model's own.
 
-    Hooks the model (``seam.install``). Raises ModelError with every backend's reason if none serves it.
+    ``fuse``: also try to put operations together; where kernels run, if left out. Hooks the model (``seam.install``).
+    Raises ModelError with every backend's reason if none serves it.
     """
     shapes = measure_layers(model)
     install(model, vocab_size)
@@ -44,12 +55,32 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int) -> Choice:
     expected = _alone(model, tokens)
     refused: list[str] = []
     for backend in backends_to_try(name):
-        reason = _differs(model, backend, shapes, tokens, expected, vocab_size)
+        reason = _differs(model, Choice(backend, "", shapes), tokens, expected, vocab_size)
         if reason is None:
             reason = "exact in the probe" + "".join(f"; not {r}" for r in refused)
-            return Choice(backend, reason, shapes)
+            choice = Choice(backend, reason, shapes)
+            wanted = kernels.backend() is not None if fuse is None else fuse
+            return _fused(model, choice, tokens, expected, vocab_size) if wanted else choice
         refused.append(f"{backend.name}: {reason}")
     raise ModelError("no attention backend serves this model exactly: " + "; ".join(refused))
+
+
+def _fused(
+    model: nn.Module, choice: Choice, tokens: Sequence[Sequence[int]], expected: mx.array, vocab_size: int
+) -> Choice:
+    """``choice`` with the fusions that leave the logits what they are: all, or those that do by themselves."""
+    if choice.backend.name != "rows" or not join(model, lambda: model(mx.array([[1]]), cache=make_prompt_cache(model))):
+        return choice
+
+    def why_not(fusions: Fusions) -> str | None:
+        return _differs(model, replace(choice, fusions=fusions), tokens, expected, vocab_size)
+
+    for fusions in Fusions(residual=True, joined=True), Fusions(joined=True), Fusions(residual=True):
+        reason = why_not(fusions)
+        if reason is None:
+            return replace(choice, fusions=fusions)
+        log.info("%s: %s", fusions, reason)
+    return choice
 
 
 def measure_layers(model: nn.Module) -> tuple[LayerShape | None, ...]:
@@ -97,16 +128,14 @@ def _alone(model: nn.Module, tokens: Sequence[Sequence[int]]) -> mx.array:
 
 
 def _differs(
-    model: nn.Module,
-    backend: AttentionBackend,
-    shapes: tuple[LayerShape | None, ...],
-    tokens: Sequence[Sequence[int]],
-    expected: mx.array,
-    vocab_size: int,
+    model: nn.Module, choice: Choice, tokens: Sequence[Sequence[int]], expected: mx.array, vocab_size: int
 ) -> str | None:
-    """Why ``backend`` doesn't serve the model, or None: a ragged batch against each sequence alone."""
+    """Why ``choice`` doesn't serve the model, or None: a ragged batch against each sequence alone."""
+    shapes = choice.shapes
     pool = KVPool(shapes, 1 + sum(map(len, tokens)))
-    runner = MlxModelRunner(model, backend, pool, max_running=len(tokens), vocab_size=vocab_size)
+    runner = MlxModelRunner(
+        model, choice.backend, pool, max_running=len(tokens), vocab_size=vocab_size, fusions=choice.fusions
+    )
     requests = [_request(i, row) for i, row in enumerate(tokens)]
     _scatter_slots(requests)
     try:
@@ -151,7 +180,9 @@ def measure_activations(
     count = max(1, min(max_running, chunk))
     rows = [chunk // count + (i < chunk % count) for i in range(count)]
     pool = KVPool(choice.shapes, 1 + chunk)
-    runner = MlxModelRunner(model, choice.backend, pool, max_running=count, vocab_size=vocab_size)
+    runner = MlxModelRunner(
+        model, choice.backend, pool, max_running=count, vocab_size=vocab_size, fusions=choice.fusions
+    )
     requests = [_request(i, [1] * n) for i, n in enumerate(rows)]
     for request in requests:
         request.slots = array("i", range(1, 1 + len(request.tokens)))

@@ -15,7 +15,8 @@ from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
 from pippin.graph import DecodeGraphs
 from pippin.inputs import Step
-from pippin.models.seam import Seam, active
+from pippin.models.deferred import Fusions
+from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
 from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
@@ -117,7 +118,7 @@ class MlxModelRunner:
     there, and so is built before the host has seen step n. Row 0 is scratch. Where writes are in place, every step's
     table hangs on all that the step reads, so whatever takes it waits for that; elsewhere a step that draws nothing
     evaluates its writes only, and nothing behind the last layer's. ``graph_rows``: most single tokens of a step that is
-    compiled.
+    compiled, ``fusions`` what a forward defers (``models.deferred``).
     """
 
     def __init__(
@@ -129,8 +130,10 @@ class MlxModelRunner:
         max_running: int,
         vocab_size: int,
         graph_rows: int = 0,
+        fusions: Fusions = NO_FUSIONS,
     ) -> None:
         self.model = model
+        self.fusions = fusions
         self.backend = backend
         self.pool = pool
         self._vocab_size = vocab_size
@@ -144,7 +147,7 @@ class MlxModelRunner:
     def _make_graphs(self) -> DecodeGraphs | None:
         if not self.pool.in_place or not self._graph_rows:
             return None
-        return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows)
+        return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows, fusions=self.fusions)
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.
@@ -269,7 +272,7 @@ class MlxModelRunner:
 
     def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
         """Logits [rows, vocab] of the flattened rows, or of the first one if there are none."""
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32))
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         return logits.reshape(-1, logits.shape[-1])

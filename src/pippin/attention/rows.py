@@ -11,7 +11,8 @@ from pippin.attention.plain import fetch, group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.inputs import Group, Step, row_step
-from pippin.kernels import paged_decode
+from pippin.kernels import Heads, paged_decode, rope_kv_write
+from pippin.models.deferred import Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
 
@@ -37,40 +38,83 @@ class RowLayer:
         self._seam = seam
         shape = pool.shapes[layer]
         self._window = shape.window if shape else None
-        self._stored: tuple[mx.array, mx.array] | None = None
+        self._stored: tuple[mx.array | Part, mx.array | Part] | None = None
         self._written: mx.array | None = None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window:
         """mlx-lm's call for a mask; ``window_size`` is in tokens, the newest included."""
         return Window(window_size or self._window)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(
+        self, keys: mx.array | Part, values: mx.array | Part
+    ) -> tuple[mx.array | Part, mx.array | Part]:
         """Stores keys and values [T, kv_heads, 1, …]; returns them as they are, since attention reads the pool.
 
-        Where a kernel stores them as it attends, that comes with the first call of ``attend``.
+        Where a kernel stores them as it rotates or attends, that comes with the first call of ``attend``.
         """
+        waits = self._joined(keys, values)
+        if not waits:
+            keys, values = settled(keys), settled(values)
         self._stored = keys, values
         self._seam.own(keys, self)
-        if not self._step.stores_as_it_attends:
-            self._written = self._pool.write(
-                self._layer, self._step.write_slots, _flat(keys), _flat(values), self._step.after
-            )
+        if not waits and not self._step.stores_as_it_attends:
+            self._written = self._write()
         return self._stored
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def _joined(self, keys: mx.array | Part, values: mx.array | Part) -> bool:
+        """Whether the two are parts of one product, of which one kernel can make what is stored."""
+        if not isinstance(keys, Part) or not isinstance(values, Part) or keys.source is not values.source:
+            return False
+        plain = values.norm is None and values.turn is None and values.swapped and values.heads == keys.heads
+        return plain and keys.turn is not None and keys.turn.offset is self.offset
+
+    def _write(self) -> mx.array:
+        keys, values = (settled(x) for x in self.keys_and_values())
+        return self._pool.write(self._layer, self._step.write_slots, _flat(keys), _flat(values), self._step.after)
+
+    def _rotate_and_write(self, q: mx.array | Part) -> mx.array:
+        """Stores K and V that are parts, and returns the queries; all at once if those are a part of the same."""
+        keys, values = self.keys_and_values()
+        assert isinstance(keys, Part)
+        assert isinstance(values, Part)
+        assert keys.turn is not None
+        if not isinstance(q, Part) or q.source is not keys.source or not self._turns_alike(q, keys):
+            self._written = self._write()
+            return settled(q)  # type: ignore[no-any-return]
+        rows, self._written = rope_kv_write(
+            q.source.rows,
+            *self._pool.layer(self._layer),
+            Heads(q.heads, keys.heads, keys.dim, values.dim, q.first, keys.first, values.first),
+            keys.turn.rope,
+            positions=self._step.positions,
+            slots=self._step.write_slots,
+            norms=(q.norm, keys.norm),
+            after=self._step.after,
+        )
+        return rows[:, :, None]
+
+    def _turns_alike(self, q: Part, keys: Part) -> bool:
+        if q.turn is None or keys.turn is None or q.turn.offset is not self.offset or q.dim != keys.dim:
+            return False
+        return q.turn.rope.same_as(keys.turn.rope)
+
+    def keys_and_values(self) -> tuple[mx.array | Part, mx.array | Part]:
         """What this layer stored, for layers that share it (Gemma 3n)."""
         if self._stored is None:
             raise LookupError("a layer asked for shared K and V before they were stored")
         return self._stored
 
-    def attend(self, q: mx.array, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
+    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
         """Attention of all rows, group by group; see ``seam.LayerAttention``."""
         if mask is not None and not isinstance(mask, Window):
             raise ModelError("it computes with its attention mask")
         window = mask.size if mask is not None else self._window
+        if self._written is None and isinstance(self.keys_and_values()[0], Part):
+            q = self._rotate_and_write(q)
+        queries: mx.array = settled(q)
         parts = []
         for group in self._step.groups:
-            rows = q[group.first : group.first + group.count * group.rows]
+            rows = queries[group.first : group.first + group.count * group.rows]
             parts.append(self._attend_group(rows, group, scale, window, sinks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
@@ -83,8 +127,8 @@ class RowLayer:
             return group_attention(q, keys, values, group, scale, window, sinks)
         new = None
         if self._written is None:
-            keys, values = self.keys_and_values()
-            new = _flat(keys), _flat(values)
+            stored = self.keys_and_values()
+            new = _flat(settled(stored[0])), _flat(settled(stored[1]))
         out = paged_decode(
             _flat(q),
             *self._pool.layer(self._layer),

@@ -19,18 +19,25 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import paged, reference
+from pippin.kernels import fused, paged, reference
 from pippin.kernels.checks import KernelName, verdicts
+from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.paged import tile_rows
 
 __all__ = [
+    "Heads",
+    "Norm",
+    "Rope",
+    "add_rms_norm",
     "backend",
     "kv_gather",
     "kv_write",
     "paged_decode",
     "paged_extend",
+    "rope_kv_write",
     "rows_per_tile",
+    "swiglu",
     "tile_rows",
     "verify",
     "writes_in_place",
@@ -40,7 +47,7 @@ Platform = Literal["metal", "cuda"]
 
 log = logging.getLogger(__name__)
 
-_IN_PLACE: tuple[KernelName, ...] = ("kv_write", "paged_decode_write")
+_IN_PLACE: tuple[KernelName, ...] = ("kv_write", "paged_decode_write", "rope_kv_write")
 
 # Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
 _CORES: dict[str, int] = {"metal": 40, "cuda": 132}
@@ -87,6 +94,51 @@ def kv_write(
 def writes_in_place(k_pool: mx.array, v_pool: mx.array) -> bool:
     """Whether ``kv_write`` is a kernel for these pools here, and so ``after`` the only thing that orders accesses."""
     return _launcher("kv_write", k_pool, v_pool) is not None
+
+
+def rope_kv_write(
+    y: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    heads: Heads,
+    rope: Rope,
+    *,
+    positions: mx.array,
+    slots: mx.array,
+    norms: tuple[Norm | None, Norm | None] = (None, None),
+    after: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """A layer's q, k and v from rows y [T, n]: q and k normed and rotated, then k and v stored at ``slots`` [T].
+
+    ``heads`` says where in a row they lie, ``norms`` are q's and k's, over a head, ``positions`` [T] int32 what to
+    rotate by. Returns q [T, heads, dim] and what readers of the pools pass on as ``after``, as ``kv_write`` does.
+    """
+    launch = _launcher("rope_kv_write", k_pool, v_pool)
+    if launch is not None:
+        return fused.rope_kv_write(launch, y, k_pool, v_pool, heads, rope, positions, slots, norms, after)
+    q, k, v = reference.heads_of(y, heads)
+    q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in zip((q, k), norms, strict=True))
+    q, k = (reference.rope(x, positions, rope.dims, rope.frequencies, traditional=rope.traditional) for x in (q, k))
+    return q, kv_write(k_pool, v_pool, k, v, slots, after=after)
+
+
+def add_rms_norm(x: mx.array, r: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """(x + r, that normed), both as x [.., n]; in one launch where there is a kernel for rows of that length."""
+    launch = _row_launcher("add_rms_norm", x.shape[-1], x.dtype) if x.dtype == r.dtype == norm.weight.dtype else None
+    if launch is None:
+        total = x + r
+        return total, mx.fast.rms_norm(total, *norm)
+    total, out = fused.add_rms_norm(launch, x.reshape(-1, x.shape[-1]), r.reshape(-1, x.shape[-1]), norm)
+    return total.reshape(x.shape), out.reshape(x.shape)
+
+
+def swiglu(y: mx.array) -> mx.array:
+    """silu(gate) * up [.., n], where y [.., 2 n] is gate, then up."""
+    width = y.shape[-1] // 2
+    launch = _row_launcher("swiglu", width, y.dtype)
+    if launch is None:
+        return reference.swiglu(y)
+    return fused.swiglu(launch, y.reshape(-1, 2 * width)).reshape(*y.shape[:-1], width)
 
 
 def kv_gather(
@@ -217,6 +269,14 @@ def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher 
     right = _verdicts(platform, k_pool.dtype)
     needed: tuple[KernelName, ...] = (name, "kv_gather", "paged_decode") if name in _IN_PLACE else (name,)
     return _gpu(platform) if all(right[n] for n in needed) else None
+
+
+def _row_launcher(name: KernelName, width: int, dtype: mx.Dtype) -> Launcher | None:
+    """What runs this kernel over rows of ``width`` numbers, None for plain MLX."""
+    platform = backend()
+    if platform is None or not fused.takes_rows(width, dtype):
+        return None
+    return _gpu(platform) if _verdicts(platform, dtype)[name] else None
 
 
 def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:

@@ -20,12 +20,21 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import paged, reference
+from pippin.kernels import fused, paged, reference
 from pippin.kernels.launch import Launcher, dialect_digest
 
 log = logging.getLogger(__name__)
 
-KernelName = Literal["kv_write", "kv_gather", "paged_decode", "paged_decode_write", "paged_extend"]
+KernelName = Literal[
+    "kv_write",
+    "kv_gather",
+    "paged_decode",
+    "paged_decode_write",
+    "paged_extend",
+    "rope_kv_write",
+    "add_rms_norm",
+    "swiglu",
+]
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 2e-2}
@@ -132,6 +141,42 @@ def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) 
     )
 
 
+def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """8 heads of q, 2 of k and v of 64, half of each head rotated, behind 16 numbers that are none of theirs."""
+    s = sample(dtype)
+    heads = fused.Heads(8, 2, 64, 64, q_at=16, k_at=528, v_at=656)
+    keys = mx.random.split(mx.random.key(11), 2)
+    y = mx.random.normal((3, 784), key=keys[0]).astype(dtype)
+    norms = fused.Norm(mx.random.normal((64,), key=keys[1]).astype(dtype), 1e-5), None
+    rope, positions = fused.Rope(32, False, 1e4, 1.0), mx.array([3, 0, 70], dtype=mx.int32)
+    slots = reference.newest_slots(s.table, s.lengths, _PAGE)
+    q, k, v = reference.heads_of(y, heads)
+    want_q = reference.rope(reference.rms_norm(q, *norms[0]), positions, 32, rope.frequencies)
+    want_k, want_v = mx.array(s.k_pool), mx.array(s.v_pool)
+    reference.kv_write(want_k, want_v, reference.rope(k, positions, 32, rope.frequencies), v, slots)
+    mx.eval(y, slots, want_q, want_k, want_v)
+    got = fused.rope_kv_write(launch, y, s.k_pool, s.v_pool, heads, rope, positions, slots, norms, None)
+    mx.eval(got)
+    near = _close(s.k_pool, want_k) and bool(mx.array_equal(s.v_pool, want_v).item())
+    return near and _close(got[0], want_q)
+
+
+def check_add_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Rows of 1056 numbers: no multiple of what a block takes at once."""
+    keys = mx.random.split(mx.random.key(12), 3)
+    x, r = (mx.random.normal((3, 1056), key=k).astype(dtype) for k in keys[:2])
+    norm = fused.Norm((1 + 0.1 * mx.random.normal((1056,), key=keys[2])).astype(dtype), 1e-5)
+    got, want = fused.add_rms_norm(launch, x, r, norm), reference.add_rms_norm(x, r, *norm)
+    return all(_close(a, b) for a, b in zip(got, want, strict=True))
+
+
+def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Rows of 1056 numbers, and numbers whose sigmoid is 0 or 1."""
+    y = 4 * mx.random.normal((3, 2112), key=mx.random.key(13))
+    y = mx.where(mx.arange(2112) < 4, mx.array([-100.0, 100.0, 1e4, -1e4] * 528), y).astype(dtype)
+    return _close(fused.swiglu(launch, y) / 16, reference.swiglu(y) / 16)
+
+
 Check = Callable[[Launcher, mx.Dtype, paged.Tuning], bool]
 
 CHECKS: dict[KernelName, Check] = {
@@ -140,6 +185,9 @@ CHECKS: dict[KernelName, Check] = {
     "paged_decode": check_paged_decode,
     "paged_decode_write": check_paged_decode_write,
     "paged_extend": check_paged_extend,
+    "rope_kv_write": check_rope_kv_write,
+    "add_rms_norm": check_add_rms_norm,
+    "swiglu": check_swiglu,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +115,26 @@ def dialect_digest(dialect: str) -> str:
     """Of everything that a kernel of this dialect is made of."""
     files = sorted((*_HERE.glob("bodies/*.h"), *_HERE.glob(f"dialects/{dialect}*.h"), _HERE / "paged.py"))
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+
+
+# Small constant arrays, made once: on a GPU a new array costs a copy. Evaluated ones may be used by any thread.
+
+
+@lru_cache(maxsize=64)
+def params(first: float, second: float) -> mx.array:
+    """Two numbers, as the float32 array that bodies call ``params``."""
+    return ready(mx.array([first, second] + [0.0] * 6, dtype=mx.float32))
+
+
+@lru_cache
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """What is passed for an input that is not there."""
+    return ready(mx.zeros(8, dtype=dtype))
+
+
+def ready(array: mx.array) -> mx.array:
+    """``array``, evaluated, of at least 8 numbers: Metal puts smaller inputs into another address space."""
+    if array.size < 8:
+        array = mx.concatenate([array, mx.zeros(8 - array.size, array.dtype)])
+    mx.eval(array)
+    return array

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pippin.kernels.launch import Launch, Launcher, Source
+from pippin.kernels.launch import Launch, Launcher, Source, nothing, params
 
 Constant = tuple[str, int | bool | mx.Dtype]
 
@@ -339,8 +339,8 @@ def _attend(launch: Launcher, first: Launch, second: Launch | None, inputs: list
 
 
 def _rest(q: mx.array, sinks: mx.array | None, form: Form, after: mx.array | None) -> tuple[mx.array, ...]:
-    held = _no_sinks(q.dtype) if sinks is None else sinks if sinks.dtype == q.dtype else sinks.astype(q.dtype)
-    return held, _params(form.scale, form.softcap or 1.0), _token(after)
+    held = nothing(q.dtype) if sinks is None else sinks if sinks.dtype == q.dtype else sinks.astype(q.dtype)
+    return held, params(form.scale, form.softcap or 1.0), _token(after)
 
 
 def head_tiles(group: int, most: int) -> tuple[int, int]:
@@ -355,27 +355,4 @@ def _lanes(packs: int) -> int:
 
 
 def _token(after: mx.array | None) -> mx.array:
-    return _no_token() if after is None else after
-
-
-# Small constant arrays, made once: on a GPU a new array costs a copy. Evaluated ones may be used by any thread.
-
-
-@lru_cache(maxsize=64)
-def _params(scale: float, softcap: float) -> mx.array:
-    return _ready(mx.array([scale, softcap] + [0.0] * 6, dtype=mx.float32))
-
-
-@lru_cache
-def _no_sinks(dtype: mx.Dtype) -> mx.array:
-    return _ready(mx.zeros(8, dtype=dtype))
-
-
-@lru_cache
-def _no_token() -> mx.array:
-    return _ready(mx.zeros(8, dtype=mx.int32))
-
-
-def _ready(array: mx.array) -> mx.array:
-    mx.eval(array)
-    return array
+    return nothing(mx.int32) if after is None else after

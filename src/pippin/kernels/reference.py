@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from pippin.kernels.fused import Heads
+
 
 def kv_write(k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slots: mx.array) -> None:
     """Stores rows k [R, kv_heads, dim] and v [R, kv_heads, value_dim] at ``slots`` [R] int32 of the pools given.
@@ -137,3 +139,50 @@ def _softmax(logits: mx.array, sinks: mx.array | None) -> mx.array:
     if sinks is not None:
         total = total + mx.exp(sink - top)
     return weights / mx.where(total > 0, total, 1.0)
+
+
+def heads_of(y: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
+    """q [T, heads, dim], k [T, kv_heads, dim] and v [T, kv_heads, value_dim] from where they lie in y [T, n]."""
+    parts = (
+        (heads.q_at, heads.heads, heads.dim),
+        (heads.k_at, heads.kv_heads, heads.dim),
+        (heads.v_at, heads.kv_heads, heads.value_dim),
+    )
+    q, k, v = (y[:, at : at + n * d].reshape(-1, n, d) for at, n, d in parts)
+    return q, k, v
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x [.., n] by its root mean square, times ``weight`` [n]; rounded to x's dtype before the weight and after."""
+    wide = x.astype(mx.float32)
+    normed = wide * mx.rsqrt(mx.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed.astype(x.dtype) * weight).astype(x.dtype)
+
+
+def rope(x: mx.array, positions: mx.array, dims: int, frequencies: mx.array, *, traditional: bool = False) -> mx.array:
+    """Rotates the first ``dims`` numbers of heads x [T, heads, n] by ``positions`` [T] * ``frequencies`` [dims / 2].
+
+    Pairs are numbers i and i + dims / 2, or neighbours if ``traditional``. RoFormer, arXiv 2104.09864.
+    """
+    angles = (positions.astype(mx.float32)[:, None] * frequencies[: dims // 2])[:, None]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    wide = x[..., :dims].astype(mx.float32)
+    if traditional:
+        first, second = wide[..., ::2], wide[..., 1::2]
+    else:
+        first, second = wide[..., : dims // 2], wide[..., dims // 2 :]
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    whole = mx.stack(turned, axis=-1).reshape(wide.shape) if traditional else mx.concatenate(turned, axis=-1)
+    return mx.concatenate([whole.astype(x.dtype), x[..., dims:]], axis=-1)
+
+
+def add_rms_norm(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """(x + r, that normed), both as x [.., n]."""
+    total = x + r
+    return total, rms_norm(total, weight, eps)
+
+
+def swiglu(y: mx.array) -> mx.array:
+    """silu(gate) * up, where y [.., 2 n] is gate, then up."""
+    gate, up = mx.split(y.astype(mx.float32), 2, axis=-1)
+    return (gate * mx.sigmoid(gate) * up).astype(y.dtype)

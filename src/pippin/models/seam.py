@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any, Protocol
@@ -20,12 +20,15 @@ from mlx_lm.models import activations, base
 
 from pippin.errors import ModelError
 from pippin.kernels import cpu
+from pippin.models.deferred import Fusions, Part, Residual, deferring, joined_swiglu, settled
+
+NO_FUSIONS = Fusions()
 
 
 class LayerAttention(Protocol):
     """Attends for the layer that stored the keys: q [T, heads, 1, dim] to [T, heads, 1, value_dim]."""
 
-    def attend(self, q: mx.array, scale: float, mask: object, sinks: mx.array | None) -> mx.array: ...
+    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array: ...
 
 
 class Seam:
@@ -33,13 +36,15 @@ class Seam:
 
     ``owners`` maps the identity of a keys array to the layer that stored it: layers that share another's K and V pass
     that layer's arrays and, some of them, no cache. ``selected`` [n] int32 are the flattened rows for the head.
+    ``fusions`` says which values are deferred.
     """
 
-    def __init__(self, selected: mx.array | None) -> None:
-        self.owners: dict[int, tuple[mx.array, LayerAttention]] = {}
+    def __init__(self, selected: mx.array | None, fusions: Fusions = NO_FUSIONS) -> None:
+        self.owners: dict[int, tuple[mx.array | Part, LayerAttention]] = {}
         self.selected = selected
+        self.fusions = fusions
 
-    def own(self, keys: mx.array, layer: LayerAttention) -> None:
+    def own(self, keys: mx.array | Part, layer: LayerAttention) -> None:
         """Claims ``keys``; holds the array too, so that its identity stays its own."""
         self.owners[id(keys)] = (keys, layer)
 
@@ -60,16 +65,23 @@ def active(seam: Seam) -> Iterator[None]:
     """Sends the attention and the head of any model called inside through ``seam``."""
     token = _active.set(seam)
     try:
-        yield
+        with deferring() if seam.fusions != NO_FUSIONS else nullcontext():
+            yield
     finally:
         _active.reset(token)
         seam.owners.clear()  # layers and seam refer to each other: K and V would wait for the cycle collector
 
 
+def joins_now() -> bool:
+    """Whether the forward under way takes parts of joined projections."""
+    seam = _active.get()
+    return seam is not None and seam.fusions.joined
+
+
 def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    queries: mx.array | Part,
+    keys: mx.array | Part,
+    values: mx.array | Part,
     cache: object,
     scale: float,
     mask: object = None,
@@ -82,15 +94,22 @@ def attention(
         return owned[1].attend(queries, scale, mask, sinks)
     if seam is not None and seam.owners:
         raise ModelError("its keys are changed between the cache and the attention call")
-    out: mx.array = _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    arrays = settled(queries), settled(keys), settled(values)
+    out: mx.array = _original(*arrays, cache=cache, scale=scale, mask=mask, sinks=sinks)
     return out
 
 
-def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """Stands in for mlx-lm's ``swiglu``: on the CPU, float32 goes through ``kernels.cpu``."""
-    if gate.dtype == x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
-        return cpu.swiglu(gate, x)
-    out: mx.array = _original_swiglu(gate, x)
+def swiglu(gate: mx.array | Part, x: mx.array | Part) -> mx.array:
+    """Stands in for mlx-lm's ``swiglu``: of joined projections at once; on the CPU, float32 by ``kernels.cpu``."""
+    if isinstance(gate, Part) and isinstance(x, Part):
+        whole = joined_swiglu(gate, x)
+        if whole is not None:
+            return whole
+    a: mx.array = settled(gate)
+    b: mx.array = settled(x)
+    if a.dtype == b.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
+        return cpu.swiglu(a, b)
+    out: mx.array = _original_swiglu(a, b)
     return out
 
 
@@ -107,12 +126,14 @@ def install(model: nn.Module, vocab_size: int) -> None:
                 namespace[key] = swiglu
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            _put_before(module, _Flattening)
+            put_before(module, _Flattening)
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            put_before(module, _Deferring)
         if _is_head(module, vocab_size):
-            _put_before(module, _Selecting)
+            put_before(module, _Selecting)
 
 
-def _put_before(module: nn.Module, cls: type) -> None:
+def put_before(module: nn.Module, cls: type) -> None:
     """Gives a module a class that looks things up in ``cls`` first."""
     if not isinstance(module, cls):
         module.__class__ = type(f"{cls.__name__.strip('_')}{type(module).__name__}", (cls, type(module)), {})
@@ -144,6 +165,14 @@ class _Selecting(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     def as_linear(self, x: Any) -> Any:
         seam = _active.get()
         return super().as_linear(seam.take(x) if seam is not None else x)
+
+
+class _Deferring(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before an embedding's own class: what it returns is where a residual sum begins."""
+
+    def __call__(self, x: Any) -> Any:
+        out, seam = super().__call__(x), _active.get()
+        return Residual(out) if seam is not None and seam.fusions.residual else out
 
 
 class _Flattening(nn.Module):  # type: ignore[misc]  # mlx.nn has no types

@@ -69,6 +69,9 @@ static void* shared_memory(size_t bytes) {
 }
 
 INLINE float exp2_of(float x) { return exp2f(x); }
+INLINE float rsqrt_of(float x) { return 1.0f / sqrtf(x); }
+INLINE float sin_of(float x) { return sinf(x); }
+INLINE float cos_of(float x) { return cosf(x); }
 
 INLINE uint32_t bits_of(float x) {
   uint32_t b;

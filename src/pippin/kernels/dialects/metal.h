@@ -11,6 +11,10 @@
 namespace pippin {
 
 INLINE float exp2_of(float x) { return metal::fast::exp2(x); }
+// Angles grow with the position: the fast sine is right for small ones only.
+INLINE float rsqrt_of(float x) { return metal::rsqrt(x); }
+INLINE float sin_of(float x) { return metal::precise::sin(x); }
+INLINE float cos_of(float x) { return metal::precise::cos(x); }
 INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
 
 }  // namespace pippin

@@ -1,0 +1,207 @@
+"""Launches of the kernels that do several small operations of a layer at once; ``reference`` says what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from pippin.kernels.launch import Launch, Launcher, Source, nothing, params, ready
+
+ROPE_KV_WRITE = Source(
+    "rope_kv_write",
+    "rope_kv_write",
+    ("y", "k_pool", "v_pool", "q_weight", "k_weight", "frequencies", "positions", "slots", "params", "after"),
+    ("q", "token"),
+)
+ADD_RMS_NORM = Source("add_rms_norm", "add_rms_norm", ("x", "r", "weight", "params"), ("total", "out"))
+SWIGLU = Source("swiglu", "swiglu", ("y",), ("out",))
+
+_MOST_WARPS = 16
+
+
+class Norm(NamedTuple):
+    """RMS norm over the last axis: ``weight`` [n] and what is added to the mean square."""
+
+    weight: mx.array
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rope:
+    """Rotary embedding of a head's first ``dims`` numbers: ``mx.fast.rope``'s arguments.
+
+    ``frequencies`` [dims / 2] float32 are radians a token, before ``scale``; made of ``base`` if None is given.
+    """
+
+    dims: int
+    traditional: bool
+    base: float | None
+    scale: float
+    periods: mx.array | None = None
+
+    @property
+    def frequencies(self) -> mx.array:
+        """Radians a token, [dims / 2] float32; made once."""
+        if self.periods is None:
+            assert self.base is not None
+            return _frequencies(self.dims, self.base, self.scale)
+        return _inverse(id(self.periods), _Held(self.periods), self.scale)
+
+    def same_as(self, other: Rope) -> bool:
+        """Whether both rotate alike."""
+        mine, theirs = (
+            (r.dims, r.traditional, r.base if r.periods is None else 0, r.scale, id(r.periods)) for r in (self, other)
+        )
+        return mine == theirs
+
+
+class _Held:
+    """An array that a cache's line keeps alive, so that its identity stays its own; not compared."""
+
+    def __init__(self, array: mx.array) -> None:
+        self.array = array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _frequencies(dims: int, base: float, scale: float) -> mx.array:
+    exponents = np.arange(dims // 2, dtype=np.float64) * 2 / dims
+    return ready(mx.array((scale * base**-exponents).astype(np.float32)))
+
+
+@lru_cache(maxsize=64)
+def _inverse(_: int, periods: _Held, scale: float) -> mx.array:
+    return ready(scale / periods.array.astype(mx.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Where a row of y [T, n] holds q [heads, dim], k [kv_heads, dim] and v [kv_heads, value_dim]: at which number."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    q_at: int
+    k_at: int
+    v_at: int
+
+
+def rope_kv_write(
+    launch: Launcher,
+    y: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    heads: Heads,
+    rope: Rope,
+    positions: mx.array,
+    slots: mx.array,
+    norms: tuple[Norm | None, Norm | None],
+    after: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """See ``kernels.rope_kv_write``."""
+    q_norm, k_norm = norms
+    none = nothing(y.dtype)
+    what = _rope_launch(
+        heads,
+        (rope.dims, rope.traditional),
+        (q_norm is not None, k_norm is not None),
+        tuple(y.shape),
+        y.dtype,
+        k_pool.dtype,
+    )
+    inputs = [
+        y,
+        k_pool,
+        v_pool,
+        q_norm.weight if q_norm else none,
+        k_norm.weight if k_norm else none,
+        rope.frequencies,
+        positions,
+        slots,
+        params(q_norm.eps if q_norm else 0.0, k_norm.eps if k_norm else 0.0),
+        nothing(mx.int32) if after is None else after,
+    ]
+    q, token = launch(what, inputs)
+    return q, token
+
+
+@lru_cache(maxsize=1024)
+def _rope_launch(
+    heads: Heads,
+    rope: tuple[int, bool],
+    norms: tuple[bool, bool],
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    kv_dtype: mx.Dtype,
+) -> Launch:
+    rows, width = shape
+    warps = 4
+    parts = -(-(heads.heads + 2 * heads.kv_heads) // warps)
+    return Launch(
+        ROPE_KV_WRITE,
+        (
+            ("T", dtype),
+            ("KT", kv_dtype),
+            ("N", width),
+            ("HQ", heads.heads),
+            ("HKV", heads.kv_heads),
+            ("D", heads.dim),
+            ("DV", heads.value_dim),
+            ("QAT", heads.q_at),
+            ("KAT", heads.k_at),
+            ("VAT", heads.v_at),
+            ("DIMS", rope[0]),
+            ("TRADITIONAL", rope[1]),
+            ("QNORM", norms[0]),
+            ("KNORM", norms[1]),
+            ("WARPS", warps),
+        ),
+        (rows, parts),
+        32 * warps,
+        (((rows, heads.heads, heads.dim), dtype), ((8,), mx.int32)),
+    )
+
+
+def takes_rows(width: int, dtype: mx.Dtype) -> bool:
+    """Whether rows of so many numbers are whole packs of 16 bytes that a block's registers hold."""
+    vec = 16 // dtype.size
+    floats = dtype in (mx.float32, mx.float16, mx.bfloat16)
+    return floats and width % vec == 0 and width // vec <= 4 * 32 * _MOST_WARPS
+
+
+def add_rms_norm(launch: Launcher, x: mx.array, r: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """See ``kernels.add_rms_norm``; x and r are [T, n]."""
+    rows, width = x.shape
+    total, out = launch(_norm_launch(rows, width, x.dtype), [x, r, norm.weight, params(norm.eps, 0.0)])
+    return total, out
+
+
+@lru_cache(maxsize=1024)
+def _norm_launch(rows: int, width: int, dtype: mx.Dtype) -> Launch:
+    packs = width * dtype.size // 16
+    warps = min(_MOST_WARPS, -(-packs // 32))
+    constants = (("T", dtype), ("H", width), ("WARPS", warps), ("PACKS", -(-packs // (32 * warps))))
+    return Launch(ADD_RMS_NORM, constants, (rows, 1), 32 * warps, (((rows, width), dtype),) * 2)
+
+
+def swiglu(launch: Launcher, y: mx.array) -> mx.array:
+    """See ``kernels.swiglu``; y is [T, 2 n]."""
+    return launch(_swiglu_launch(y.shape[0], y.shape[1] // 2, y.dtype), [y])[0]
+
+
+@lru_cache(maxsize=1024)
+def _swiglu_launch(rows: int, width: int, dtype: mx.Dtype) -> Launch:
+    packs = width * dtype.size // 16
+    threads = min(256, -(-packs // 32) * 32)
+    constants = (("T", dtype), ("WIDTH", width), ("THREADS", threads))
+    return Launch(SWIGLU, constants, (rows, -(-packs // threads)), threads, (((rows, width), dtype),))

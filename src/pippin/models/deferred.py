@@ -1,0 +1,261 @@
+"""Values that a model passes on before they are computed, so that one kernel can do what it asks for step by step.
+
+A model asks for a projection, splits it into heads, norms and rotates them, and hands them to its cache: five
+operations, of some 6 µs each on a GPU however small they are. Here the projection's hook (``joined``) returns a
+``Part``, which only notes what it is asked for; our cache does all of it at once (``kernels.rope_kv_write``). A
+``Residual`` likewise waits with a sum until it is normed. Whoever does anything else with one gets a plain array that
+MLX has computed as ever; a model that does so where that can't be seen fails in the probe, and is served without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from pippin import kernels
+from pippin.kernels import Norm, Rope
+
+_rms_norm = mx.fast.rms_norm
+_layer_norm = mx.fast.layer_norm
+_rope = mx.fast.rope
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """Which values a model's forward may defer: the residual sum, ``joined`` projections of attention and of MLPs."""
+
+    residual: bool = False
+    joined: bool = False
+
+
+class Deferred:
+    """What stands in for an array [.., n]; ``array`` computes it."""
+
+    def array(self) -> mx.array:
+        raise NotImplementedError
+
+    def __mlx_array__(self) -> mx.array:
+        return self.array()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.array(), name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: Deferred, *arguments: Any) -> Any:
+        return getattr(self.array(), name)(*map(settled, arguments))
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    for _side in ("", "r"):
+        setattr(Deferred, f"__{_side}{_name}__", _operator(f"__{_side}{_name}__"))
+for _name in ("neg", "getitem", "lt", "le", "gt", "ge"):
+    setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def settled(x: Any) -> Any:
+    """``x``, as an array if it is deferred."""
+    return x.array() if isinstance(x, Deferred) else x
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A joined projection's output ``y`` [B, L, n], of which parts are passed on."""
+
+    y: mx.array
+
+    @property
+    def rows(self) -> mx.array:
+        """One line a token: [B * L, n]."""
+        return self.y.reshape(-1, self.y.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A rotation that was asked for, and by which positions."""
+
+    rope: Rope
+    offset: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Deferred):
+    """``width`` numbers of each row of a source, from ``first`` on, and what is to be done with them.
+
+    ``heads`` is 0 until they are split into heads [B, L, heads, dim]; ``swapped`` if heads come before tokens.
+    """
+
+    source: Source
+    first: int
+    width: int
+    heads: int = 0
+    swapped: bool = False
+    norm: Norm | None = None
+    turn: Turn | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.width // max(1, self.heads)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        batch, rows = self.source.y.shape[:2]
+        if not self.heads:
+            return batch, rows, self.width
+        return (batch, self.heads, rows, self.dim) if self.swapped else (batch, rows, self.heads, self.dim)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.source.y.dtype
+
+    def reshape(self, *shape: Any) -> Any:
+        given = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        batch, rows = self.source.y.shape[:2]
+        if not self.heads and len(given) == 4 and given[:2] == (batch, rows):
+            heads = given[2] if given[2] != -1 else self.width // given[3]
+            if heads > 0 and self.width % heads == 0 and given[3] in (-1, self.width // heads):
+                return replace(self, heads=heads)
+        return self.array().reshape(*shape)
+
+    def transpose(self, *axes: Any) -> Any:
+        given = tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
+        if self.heads and not self.swapped and given == (0, 2, 1, 3):
+            return replace(self, swapped=True)
+        return self.array().transpose(*axes)
+
+    def swapaxes(self, first: int, second: int) -> Any:
+        return self.transpose(0, 2, 1, 3) if {first, second} == {1, 2} else self.array().swapaxes(first, second)
+
+    def astype(self, dtype: mx.Dtype) -> Any:
+        return self if dtype == self.dtype else self.array().astype(dtype)
+
+    def normed(self, weight: mx.array | None, eps: float) -> Any:
+        """This, normed over a head; an array if that is not what is asked for."""
+        plain = self.heads and self.norm is None and self.turn is None
+        if plain and weight is not None and weight.shape == (self.dim,) and weight.dtype == self.dtype:
+            return replace(self, norm=Norm(weight, eps))
+        return _rms_norm(self.array(), weight, eps)
+
+    def turned(self, turn: Turn) -> Part | None:
+        """This, rotated; None if only an array can be."""
+        fits = self.swapped and self.turn is None and turn.rope.dims <= self.dim and self.source.y.shape[1] == 1
+        return replace(self, turn=turn) if fits else None
+
+    def array(self) -> mx.array:
+        x = self.source.y[..., self.first : self.first + self.width]
+        if self.heads:
+            x = x.reshape(*x.shape[:2], self.heads, -1)
+        if self.norm is not None:
+            x = _rms_norm(x, *self.norm)
+        if self.swapped:
+            x = x.transpose(0, 2, 1, 3)
+        if self.turn is not None:
+            rope = self.turn.rope
+            x = _rope(
+                x,
+                rope.dims,
+                traditional=rope.traditional,
+                base=rope.base,
+                scale=rope.scale,
+                offset=self.turn.offset,
+                freqs=rope.periods,
+            )
+        return x
+
+
+class Residual(Deferred):
+    """A sum that may still wait to be computed together with its norm."""
+
+    def __init__(self, x: mx.array, r: mx.array | None = None) -> None:
+        self._x = x
+        self._r = r
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._x.shape)
+
+    @property
+    def ndim(self) -> int:
+        return self._x.ndim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self._x.dtype
+
+    def array(self) -> mx.array:
+        if self._r is not None:
+            self._x, self._r = self._x + self._r, None
+        return self._x
+
+    def normed(self, weight: mx.array | None, eps: float) -> mx.array:
+        if self._r is None or weight is None or self._r.shape != self._x.shape:
+            return _rms_norm(self.array(), weight, eps)
+        self._x, out = kernels.add_rms_norm(self._x, self._r, Norm(weight, eps))
+        self._r = None
+        return out
+
+    def __add__(self, other: Any) -> Residual:
+        return Residual(self.array(), settled(other))
+
+    def __radd__(self, other: Any) -> Residual:
+        return Residual(settled(other), self.array())
+
+
+def joined_swiglu(gate: Part, up: Part) -> mx.array | None:
+    """silu(gate) * up, if the two are a whole source, gate first; None otherwise."""
+    y, width = gate.source.y, gate.width
+    places = (gate.first, up.first, up.width, y.shape[-1])
+    if gate.source is not up.source or places != (0, width, width, 2 * width) or gate.heads or up.heads:
+        return None
+    return kernels.swiglu(y)
+
+
+def _norm_of_rows(x: Any, weight: mx.array | None, eps: float, **options: Any) -> Any:
+    return x.normed(weight, eps) if isinstance(x, (Part, Residual)) else _rms_norm(x, weight, eps, **options)
+
+
+def _layer_norm_of_rows(x: Any, *arguments: Any, **options: Any) -> mx.array:
+    return _layer_norm(settled(x), *arguments, **options)
+
+
+def _rope_of_heads(
+    x: Any,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: Any,
+    freqs: mx.array | None = None,
+    **options: Any,
+) -> Any:
+    if isinstance(x, Part):
+        turned = x.turned(Turn(Rope(dims, traditional, base, scale, freqs), offset))
+        if turned is not None:
+            return turned
+    return _rope(
+        settled(x), dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, **options
+    )
+
+
+@contextmanager
+def deferring() -> Iterator[None]:
+    """Lets ``mx.fast``'s norms and rotation take deferred values; for all else they stay what they are."""
+    fast: Any = mx.fast
+    fast.rms_norm, fast.layer_norm, fast.rope = _norm_of_rows, _layer_norm_of_rows, _rope_of_heads
+    try:
+        yield
+    finally:
+        fast.rms_norm, fast.layer_norm, fast.rope = _rms_norm, _layer_norm, _rope

@@ -1,0 +1,128 @@
+"""Projections of one input as one product: q, k and v, or gate and up.
+
+Which ones are found by watching a forward: layers side by side in one module that are called with the same array, one
+after the other. Their weights become rows of one array, of which each keeps its own, so nothing is stored twice and
+each alone computes what it did. While a forward defers values (``seam.Seam.fusions``), the first of them computes all,
+and each passes on its part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from pippin.models.deferred import Part, Source, settled
+from pippin.models.seam import joins_now, put_before
+
+
+class Group:
+    """Layers whose weights are rows of one: ``whole`` computes them all, ``firsts`` says where each begins."""
+
+    def __init__(self, whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
+        self._whole = whole
+        self._parts = list(zip(firsts, widths, strict=True))
+        self._input: mx.array | None = None
+        self._source: Source | None = None
+
+    def part(self, index: int, x: mx.array) -> Part:
+        """What layer ``index`` makes of ``x``: the product is asked for once an x, and forgotten after the last."""
+        if self._source is None or self._input is not x:
+            self._input, self._source = x, Source(self._whole(x))
+        part = Part(self._source, *self._parts[index])
+        if index == len(self._parts) - 1:
+            self._input = self._source = None
+        return part
+
+
+class _Joining(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before a layer's own class: while values are deferred, its output is a part of its group's."""
+
+    def __call__(self, x: Any) -> Any:
+        if joins_now():
+            group, index = self._place
+            return group.part(index, settled(x))
+        return super().__call__(settled(x))
+
+
+def join(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Joins what ``forward``, a run of the model, shows to belong together; returns how many groups there are."""
+    found = 0
+    for layers in _groups(model, _calls(model, forward)):
+        found += 1
+        if all(isinstance(layer, _Joining) for layer in layers):
+            continue
+        whole, firsts, widths = _joined(layers)
+        group = Group(whole, firsts, widths)
+        for i, layer in enumerate(layers):
+            put_before(layer, _Joining)
+            object.__setattr__(layer, "_place", (group, i))
+    return found
+
+
+class _Watching(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before a layer's own class: notes who is called with what, for a moment."""
+
+    seen: list[tuple[nn.Module, Any]]
+
+    def __call__(self, x: Any) -> Any:
+        self.seen.append((self, x))
+        return super().__call__(x)
+
+
+def _calls(model: nn.Module, forward: Callable[[], object]) -> list[tuple[nn.Module, Any]]:
+    """Calls of layers that can be joined, in order, each with its input."""
+    seen: list[tuple[nn.Module, Any]] = []
+    watched = [m for _, m in model.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))]
+    classes = {id(m): m.__class__ for m in watched}
+    for m in watched:
+        m.__class__ = type("Watched", (_Watching, m.__class__), {"seen": seen})
+    try:
+        forward()
+    finally:
+        for m in watched:
+            m.__class__ = classes[id(m)]
+    return seen
+
+
+def _groups(model: nn.Module, calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
+    """Runs of different layers of one module that take the same array and differ only in how wide their output is."""
+    names = {id(m): name for name, m in model.named_modules()}
+    runs: list[tuple[Any, Any, list[nn.Module]]] = []
+    used: set[int] = set()
+    for layer, x in calls:
+        if id(layer) in used or id(layer) not in names:
+            continue
+        used.add(id(layer))
+        kind = (names[id(layer)].rpartition(".")[0], _kind(layer))
+        if runs and runs[-1][0] is x and runs[-1][1] == kind:
+            runs[-1][2].append(layer)
+        else:
+            runs.append((x, kind, [layer]))
+    return [layers for _, _, layers in runs if len(layers) > 1]
+
+
+def _kind(layer: nn.Module) -> tuple[object, ...]:
+    """What two layers must share to be rows of one: class, settings, and all parameters' shapes but the first axis."""
+    settings = sorted((k, repr(v)) for k, v in vars(layer).items() if not k.startswith("_"))
+    parameters = sorted((name, a.shape[1:], str(a.dtype)) for name, a in tree_flatten(layer.parameters()))
+    return layer.__class__, tuple(settings), tuple(parameters)
+
+
+def _joined(layers: Sequence[nn.Module]) -> tuple[nn.Module, list[int], list[int]]:
+    """(one layer of all rows, where each begins, how many it has); the layers' own arrays become views of it."""
+    whole = copy.copy(layers[0])
+    widths = [layer.weight.shape[0] for layer in layers]
+    firsts = [sum(widths[:i]) for i in range(len(widths))]
+    for name, _ in tree_flatten(layers[0].parameters()):
+        rows = mx.concatenate([layer[name] for layer in layers])
+        mx.eval(rows)
+        whole[name] = rows
+        for layer, first, width in zip(layers, firsts, widths, strict=True):
+            layer[name] = rows[first : first + width]
+        mx.eval([layer[name] for layer in layers])
+    return whole, firsts, widths
