@@ -170,6 +170,7 @@ VAGUE = {"Manager", "Mixin", "Base", "Impl", "Helper", "Helpers", "Stub", "Dummy
 READS_FOREIGN_OBJECTS = {
     "config.py": "validates its own fields by name",
     "types.py": "validates its own fields by name",
+    "models/deferred.py": "hands on to the array whatever a value that stands in for one is asked",
     "models/load.py": "reads config.json, and mlx.core's dtypes by name",
     "models/quantize.py": "asks layers of mlx-lm's models what they are",
 }

@@ -51,7 +51,8 @@ class Recorder:
 
     def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
         self.asked.append((scale, mask, sinks))
-        return 2 * settled(q)
+        out: mx.array = 2 * settled(q)
+        return out
 
 
 @pytest.mark.parametrize("family", ["gemma", "qwen3"])

@@ -68,15 +68,14 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
 def _fused(
     model: nn.Module, choice: Choice, tokens: Sequence[Sequence[int]], expected: mx.array, vocab_size: int
 ) -> Choice:
-    """``choice`` with the fusions that leave the logits what they are: all, or those that do by themselves."""
-    if choice.backend.name != "rows" or not join(model, lambda: model(mx.array([[1]]), cache=make_prompt_cache(model))):
+    """``choice`` with the fusions that leave the logits what they are: all, or as many as do."""
+    if choice.backend.name != "rows":
         return choice
-
-    def why_not(fusions: Fusions) -> str | None:
-        return _differs(model, replace(choice, fusions=fusions), tokens, expected, vocab_size)
-
-    for fusions in Fusions(residual=True, joined=True), Fusions(joined=True), Fusions(residual=True):
-        reason = why_not(fusions)
+    joined = join(model, lambda: model(mx.array([[1]]), cache=make_prompt_cache(model)))
+    first = Fusions(residual=True, joined=joined)
+    fewer = [replace(first, joined=joined - {names}) for names in sorted(joined)]
+    for fusions in [first, *fewer, Fusions(joined=joined), Fusions(residual=True)]:
+        reason = _differs(model, replace(choice, fusions=fusions), tokens, expected, vocab_size)
         if reason is None:
             return replace(choice, fusions=fusions)
         log.info("%s: %s", fusions, reason)

@@ -26,10 +26,10 @@ _rope = mx.fast.rope
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """Which values a model's forward may defer: the residual sum, ``joined`` projections of attention and of MLPs."""
+    """Which values a model's forward may defer: the residual sum, and projections, ``joined`` by their names."""
 
     residual: bool = False
-    joined: bool = False
+    joined: frozenset[tuple[str, ...]] = frozenset()
 
 
 class Deferred:

@@ -23,7 +23,8 @@ from pippin.models.seam import joins_now, put_before
 class Group:
     """Layers whose weights are rows of one: ``whole`` computes them all, ``firsts`` says where each begins."""
 
-    def __init__(self, whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
+    def __init__(self, names: tuple[str, ...], whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
+        self.names = names
         self._whole = whole
         self._parts = list(zip(firsts, widths, strict=True))
         self._input: mx.array | None = None
@@ -43,25 +44,26 @@ class _Joining(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """Put before a layer's own class: while values are deferred, its output is a part of its group's."""
 
     def __call__(self, x: Any) -> Any:
-        if joins_now():
-            group, index = self._place
+        group, index = self._place
+        if joins_now(group.names):
             return group.part(index, settled(x))
         return super().__call__(settled(x))
 
 
-def join(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Joins what ``forward``, a run of the model, shows to belong together; returns how many groups there are."""
-    found = 0
-    for layers in _groups(model, _calls(model, forward)):
-        found += 1
+def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str, ...]]:
+    """Joins what ``forward``, a run of the model, shows to belong together; returns the names of what was joined."""
+    found = set()
+    paths = {id(m): path for path, m in model.named_modules()}
+    for layers in _groups(paths, _calls(model, forward)):
+        names = tuple(paths[id(layer)].rpartition(".")[2] for layer in layers)
+        found.add(names)
         if all(isinstance(layer, _Joining) for layer in layers):
             continue
-        whole, firsts, widths = _joined(layers)
-        group = Group(whole, firsts, widths)
+        group = Group(names, *_joined(layers))
         for i, layer in enumerate(layers):
             put_before(layer, _Joining)
             object.__setattr__(layer, "_place", (group, i))
-    return found
+    return frozenset(found)
 
 
 class _Watching(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
@@ -89,16 +91,15 @@ def _calls(model: nn.Module, forward: Callable[[], object]) -> list[tuple[nn.Mod
     return seen
 
 
-def _groups(model: nn.Module, calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
+def _groups(paths: dict[int, str], calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
     """Runs of different layers of one module that take the same array and differ only in how wide their output is."""
-    names = {id(m): name for name, m in model.named_modules()}
     runs: list[tuple[Any, Any, list[nn.Module]]] = []
     used: set[int] = set()
     for layer, x in calls:
-        if id(layer) in used or id(layer) not in names:
+        if id(layer) in used:
             continue
         used.add(id(layer))
-        kind = (names[id(layer)].rpartition(".")[0], _kind(layer))
+        kind = (paths[id(layer)].rpartition(".")[0], _kind(layer))
         if runs and runs[-1][0] is x and runs[-1][1] == kind:
             runs[-1][2].append(layer)
         else:

@@ -72,10 +72,10 @@ def active(seam: Seam) -> Iterator[None]:
         seam.owners.clear()  # layers and seam refer to each other: K and V would wait for the cycle collector
 
 
-def joins_now() -> bool:
-    """Whether the forward under way takes parts of joined projections."""
+def joins_now(names: tuple[str, ...]) -> bool:
+    """Whether the forward under way takes parts of the joined projections of these names."""
     seam = _active.get()
-    return seam is not None and seam.fusions.joined
+    return seam is not None and names in seam.fusions.joined
 
 
 def attention(
