@@ -54,6 +54,8 @@ types <- worker
 types <- models
 types <- text <- completion <- sglang <- engine <- terminal <- cli
 memory <- environment <- cli
+models <- probe <- memory <- torch <- core
+runner <- torch
 backend <- environment
 sglang <- server
 """

@@ -11,6 +11,8 @@ from typing import Any
 
 from pippin.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "gpu", "torch", "torch:cpu", "torch:cuda", "torch:mps")
+
 
 def option(default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that is also a command-line option; ``flag`` adds a second spelling."""
@@ -37,7 +39,11 @@ class EngineConfig:
     )
     context_length: int | None = option(None, "Most tokens a request may have; the model's own maximum if left out.")
     attention_backend: str = option("mlx", "mlx chooses at load what is exact for the model; or a backend's name.")
-    device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "gpu"))
+    device: str = option(
+        "auto",
+        "Where the model runs; torch: on PyTorch's own CPU, CUDA or MPS, by transformers, as a reference.",
+        choices=DEVICES,
+    )
     mem_fraction_static: float | None = option(
         None, "Share of the device's memory for weights and KV slots together (0.8 on a GPU)."
     )
@@ -88,7 +94,7 @@ class EngineConfig:
             ("dtype", ("auto", "float32", "float16", "bfloat16")),
             ("quantization", (None, "mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")),
             ("schedule_policy", ("fcfs", "lpm")),
-            ("device", ("auto", "cpu", "gpu")),
+            ("device", DEVICES),
         ):
             if getattr(self, name) not in options:
                 raise ConfigError(

@@ -6,18 +6,14 @@ in a thread; nothing below calls upward.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
-
-from tokenizers import Tokenizer
 
 from pippin.cache.pool import KVPool
 from pippin.cache.radix import RadixCache
@@ -26,9 +22,11 @@ from pippin.config import EngineConfig
 from pippin.errors import RequestError
 from pippin.memory import Limits, MemoryPlan, limit_buffers, limits, on_gpu, plan_memory, use_device
 from pippin.models.load import LoadedModel, load_mlx_model
+from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
 from pippin.scheduler import Scheduler
+from pippin.torch import require_torch
 from pippin.types import Batch, Finish, ModelInfo, Output, Progress, Request, RowResult, Stats, StepOutput, Submit
 
 log = logging.getLogger(__name__)
@@ -183,6 +181,11 @@ def load_runner(
     config: EngineConfig, progress: Callable[[Progress], None] | None = None
 ) -> tuple[ModelRunner, ModelInfo]:
     """Loads a model and makes what runs its steps, pool included; raises as ``load_core`` does."""
+    if config.device.startswith("torch"):
+        require_torch("--device")
+        from pippin.torch.load import load_torch_runner
+
+        return load_torch_runner(config, progress or (lambda _: None))
     use_device(config.device)
     return build_runner(load_mlx_model(config.model_path, config, progress), config, progress or (lambda _: None))
 
@@ -219,18 +222,18 @@ def build_runner(
     )
     limit_buffers(plan)
     tell(Progress("probe", 2, 2))
-    tokenizer = _read_tokenizer(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
+    vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
     pool = KVPool(choice.shapes, plan.slots + config.page_size, config.page_size)
     runner = MlxModelRunner(
         loaded.model,
         choice.backend,
         pool,
         max_running=sizes.max_running,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocabulary.size,
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
         fusions=choice.fusions,
     )
-    return runner, _info(config, loaded, choice, plan, sizes, tokenizer)
+    return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 
 
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
@@ -244,28 +247,9 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         policy=config.schedule_policy,
         context_length=info.context_length,
     )
-    return EngineCore(scheduler, runner, info, overlap=not config.disable_overlap_schedule)
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenizerFacts:
-    """What the engine wants to know of a tokenizer: ids from ``vocab_size`` on are none of its, ``eos_ids`` end."""
-
-    vocab_size: int
-    eos_ids: tuple[int, ...] = ()
-
-
-def _read_tokenizer(directory: Path, vocab_size: int) -> _TokenizerFacts:
-    """The facts as far as the files tell; the model's ``vocab_size`` may be padded beyond the tokenizer's ids."""
-    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if not file.exists():
-        return _TokenizerFacts(vocab_size)
-    tokenizer = Tokenizer.from_file(str(file))
-    # Not a count of its tokens: some tokenizers leave ids out.
-    size = next((n for n in range(vocab_size, 0, -1) if tokenizer.id_to_token(n - 1) is not None), vocab_size)
-    eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.exists() else None
-    id = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
-    return _TokenizerFacts(size, () if id is None else (id,))
+    # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
+    overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
+    return EngineCore(scheduler, runner, info, overlap=overlap)
 
 
 def _info(
@@ -274,7 +258,7 @@ def _info(
     choice: Choice,
     plan: MemoryPlan,
     sizes: Limits,
-    tokenizer: _TokenizerFacts,
+    vocabulary: Vocabulary,
 ) -> ModelInfo:
     return ModelInfo(
         model_path=config.model_path or loaded.path.name,
@@ -282,9 +266,9 @@ def _info(
         model_type=loaded.model_type,
         dtype=str(loaded.dtype).removeprefix("mlx.core."),
         quantization=loaded.quantization,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocabulary.size,
         context_length=loaded.context_length,
-        eos_token_ids=list(dict.fromkeys([*loaded.eos_token_ids, *tokenizer.eos_ids])),
+        eos_token_ids=list(dict.fromkeys([*loaded.eos_token_ids, *vocabulary.eos_ids])),
         attention_backend=choice.backend.name,
         attention_reason=choice.reason,
         max_total_tokens=plan.slots,

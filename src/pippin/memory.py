@@ -55,9 +55,9 @@ def use_device(name: str) -> None:
         raise ConfigError("MLX sees no GPU here; install mlx[cuda13] or mlx[cuda12], or use cpu", "--device")
 
 
-def limits(config: EngineConfig) -> Limits:
-    """``--chunked-prefill-size`` and ``--max-running-requests``, with the device's defaults."""
-    gpu = on_gpu()
+def limits(config: EngineConfig, gpu: bool | None = None) -> Limits:
+    """``--chunked-prefill-size`` and ``--max-running-requests``, with the defaults of ``gpu`` (None: MLX's device)."""
+    gpu = on_gpu() if gpu is None else gpu
     return Limits(
         chunk=config.chunked_prefill_size or (2048 if gpu else 512),
         max_running=config.max_running_requests or (256 if gpu else 32),
@@ -87,9 +87,14 @@ def plan_memory(
     activation_bytes: int,
     context_length: int,
     max_running: int,
+    gpu: bool | None = None,
+    device: int | None = None,
 ) -> MemoryPlan:
-    """Divides the budget. Raises ModelError or ConfigError, with the sizes, if too little is left to serve."""
-    device, gpu = device_bytes(), on_gpu()
+    """Divides the budget of ``device`` bytes, of a GPU or not (None: of MLX's device).
+
+    Raises ModelError or ConfigError, with the sizes, if too little is left to serve.
+    """
+    device, gpu = device_bytes() if device is None else device, on_gpu() if gpu is None else gpu
     fraction = config.mem_fraction_static or (_GPU_FRACTION if gpu else _CPU_FRACTION)
     budget = int(device * fraction)
     slot, page = bytes_per_slot(choice.shapes), config.page_size

@@ -165,7 +165,7 @@ class MlxModelRunner:
         forwards = self.backend.forwards(works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
-        prompts = tuple(_prompt_rows(ordered))
+        prompts = tuple(prompt_rows(ordered))
         logits, step_tokens = self._forward(forwards, samples, prompts)
         sampled, values = None, None
         if samples:
@@ -177,7 +177,7 @@ class MlxModelRunner:
         elif self.pool.in_place:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
-            values = self._prompt_logprobs(ordered, prompts, logits[len(samples) :])
+            values = score_prompts(ordered, prompts, logits[len(samples) :], self._vocab_size)
         self._unqueued = [*_arrays(sampled), *_arrays(values)]
         if self.pool.in_place:
             self._queue()
@@ -212,7 +212,7 @@ class MlxModelRunner:
     def _launch_graph(self, graphs: DecodeGraphs, batch: Batch) -> InFlight:
         works = batch.works
         for work in works:
-            _check(work, self.pool.num_slots)
+            check_slots(work, self.pool.num_slots)
         size = graphs.size(works)
         plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
         self._last_token, sampled = graphs.step(works, plan, inputs, self._last_token)
@@ -248,7 +248,7 @@ class MlxModelRunner:
         At least one row of logits comes back, whether anyone wants it or not: the step's outcome hangs on it.
         """
         for work in chain.from_iterable(forwards):
-            _check(work, self.pool.num_slots)
+            check_slots(work, self.pool.num_slots)
         heads: list[mx.array] = []
         tails: list[mx.array] = []
         tokens: list[mx.array] = []
@@ -277,17 +277,19 @@ class MlxModelRunner:
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         return logits.reshape(-1, logits.shape[-1])
 
-    def _prompt_logprobs(
-        self, works: Sequence[Work], prompts: Sequence[PromptRows], logits: mx.array
-    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        targets: list[int] = []
-        for p in prompts:
-            targets += works[p.work].request.tokens[p.first : p.first + p.count]
-        top = max(works[p.work].request.params.top_logprobs for p in prompts)
-        return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top, self._vocab_size)
+
+def score_prompts(
+    works: Sequence[Work], prompts: Sequence[PromptRows], logits: mx.array, vocab_size: int
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Log probabilities of the prompts' tokens, one after the other, from the rows of ``logits`` that predict them."""
+    targets: list[int] = []
+    for p in prompts:
+        targets += works[p.work].request.tokens[p.first : p.first + p.count]
+    top = max(works[p.work].request.params.top_logprobs for p in prompts)
+    return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top, vocab_size)
 
 
-def _check(work: Work, num_slots: int) -> None:
+def check_slots(work: Work, num_slots: int) -> None:
     """MLX checks no bounds: a wrong slot would read or write another request's memory, or anybody's."""
     request = work.request
     slots = request.slots[work.start : work.end]
@@ -295,7 +297,7 @@ def _check(work: Work, num_slots: int) -> None:
         raise AssertionError(f"{request.id} was scheduled without a row or slots of the pool")
 
 
-def _prompt_rows(works: Sequence[Work]) -> list[PromptRows]:
+def prompt_rows(works: Sequence[Work]) -> list[PromptRows]:
     """Which prompt tokens' logprobs each work yields: its rows predict tokens start+1 … end, if the prompt has them."""
     found = []
     for i, work in enumerate(works):

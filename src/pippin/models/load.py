@@ -69,7 +69,7 @@ def load_mlx_model(
     Raises ModelError if the model can't be found, downloaded, read or run by mlx-lm, or brings code that
     ``config.trust_remote_code`` does not allow; ConfigError if ``--quantization`` is asked of a quantized one.
     """
-    found = _find(path, config, progress)
+    found = find_model(path, config, progress)
     model, facts = _build(found, config.trust_remote_code)
     if config.quantization and (kind := quantization_of(model)):
         raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
@@ -81,7 +81,8 @@ def load_mlx_model(
     return _described(model, facts, found, config)
 
 
-def _find(path: str | None, config: EngineConfig, progress: Callable[[Progress], None] | None) -> Path:
+def find_model(path: str | None, config: EngineConfig, progress: Callable[[Progress], None] | None) -> Path:
+    """The directory of a checkpoint, downloaded if need be; None is the demo model. Raises ModelError."""
     if path is None:
         from pippin.demo import demo_model_path
 
@@ -91,7 +92,7 @@ def _find(path: str | None, config: EngineConfig, progress: Callable[[Progress],
 
 def _build(path: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The model with lazy weights, and its configuration; whatever mlx-lm raises becomes a ModelError."""
-    facts = _read_config(path)
+    facts = read_config(path)
     if (code := facts.get("model_file")) is not None and not trusted:
         raise ModelError(
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
@@ -109,7 +110,8 @@ def _build(path: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
     return model, facts
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, eos ids of generation_config.json included. Raises ModelError if it can't be read."""
     try:
         facts = mlx_lm.utils.load_config(path)
     except FileNotFoundError as error:
@@ -138,9 +140,9 @@ def _described(model: nn.Module, facts: dict[str, Any], path: Path, config: Engi
         model_type=facts["model_type"],
         dtype=_dtype_of(model),
         quantization=quantization_of(model),
-        eos_token_ids=_eos_token_ids(facts),
-        vocab_size=_vocab_size(model, facts, path),
-        context_length=_context_length(model, facts, config.context_length),
+        eos_token_ids=eos_token_ids_of(facts),
+        vocab_size=vocab_size_of(model, facts, path),
+        context_length=context_length_of(model, facts, config.context_length),
         weight_bytes=weight_bytes(model),
     )
 
@@ -154,7 +156,7 @@ def _dtype_of(model: nn.Module) -> mx.Dtype:
     return sizes.most_common(1)[0][0] if sizes else mx.float32
 
 
-def _stated(model: nn.Module, facts: dict[str, Any], names: Iterable[str]) -> int | None:
+def _stated(model: object, facts: dict[str, Any], names: Iterable[str]) -> int | None:
     """The first positive integer under one of ``names``: of the text model, of the whole, of its class's defaults."""
     defaults = vars(model.args) if hasattr(model, "args") else {}
     for source in (_text_config(facts), facts, defaults):
@@ -171,7 +173,7 @@ def _text_config(facts: dict[str, Any]) -> dict[str, Any]:
     return text if isinstance(text, dict) else {}
 
 
-def _eos_token_ids(facts: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids_of(facts: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json's ids or else config.json's (mlx-lm merges the two), or else the text model's."""
     for source in (facts, _text_config(facts)):
         value = source.get("eos_token_id")
@@ -181,14 +183,15 @@ def _eos_token_ids(facts: dict[str, Any]) -> tuple[int, ...]:
     return ()
 
 
-def _vocab_size(model: nn.Module, facts: dict[str, Any], path: Path) -> int:
+def vocab_size_of(model: object, facts: dict[str, Any], path: Path) -> int:
+    """How many ids the embedding has. Raises ModelError where nothing says."""
     size = _stated(model, facts, ("vocab_size", "padded_vocab_size", "n_vocab"))
     if size is None:
         raise ModelError(f"{path / 'config.json'} names no vocab_size.")
     return size
 
 
-def _context_length(model: nn.Module, facts: dict[str, Any], asked: int | None) -> int:
+def context_length_of(model: object, facts: dict[str, Any], asked: int | None) -> int:
     """The model's own limit, unless another was asked for; beyond its own it may well answer nonsense."""
     own = _stated(model, facts, CONTEXT_LENGTH_NAMES)
     if asked is None:
