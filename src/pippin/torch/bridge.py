@@ -21,8 +21,8 @@ from typing import Any
 import mlx.core as mx
 import torch
 
-METAL = (8, 0)
-"""Metal's device in DLPack."""
+# Devices as DLPack names them.
+CPU, METAL = (1, 0), (8, 0)
 
 # Every dtype that both sides know, and how float8 crosses.
 DTYPES: dict[torch.dtype, mx.Dtype] = {
@@ -90,7 +90,7 @@ def mlx_to_torch(
     place = torch.device(device) if device is not None else _home()
     with _lock:
         mx.eval(array)
-        shareable = place.type == ("mps" if mx.metal.is_available() else "cpu") or place.type == "cpu"
+        shareable = place.type == "cpu" or (place.type == "mps" and mx.metal.is_available())
         if copy is False and not (shareable and _positive(array)):
             raise BridgeError(f"torch can't hold this array's memory on {place}: it would be copied")
         tensor = _exported(array, place)
@@ -138,7 +138,10 @@ def _exported(array: mx.array, place: torch.device) -> torch.Tensor:
     if not _positive(array):
         array = mx.contiguous(array)
         mx.eval(array)
+    # Of a number inside a buffer torch takes no offset, of a row it does.
+    flat = array.reshape(1) if array.ndim == 0 else array
+    mx.eval(flat)
     if place.type == "mps" and mx.metal.is_available():
         mx.synchronize()
-        return torch.from_dlpack(array.__dlpack__(dl_device=METAL, copy=False))
-    return torch.from_dlpack(array).to(place)
+        return torch.from_dlpack(flat.__dlpack__(dl_device=METAL, copy=False)).reshape(array.shape)
+    return torch.from_dlpack(flat.__dlpack__(dl_device=CPU)).reshape(array.shape).to(place)
