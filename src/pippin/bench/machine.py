@@ -62,7 +62,7 @@ def weight_bytes_read(model: nn.Module, vocab_size: int) -> int | None:
     """
     total, tables = 0, []
     for name, module in model.named_modules():
-        if type(module).__module__.endswith("switch_layers"):
+        if any(cls.__module__.endswith("switch_layers") for cls in type(module).__mro__):
             return None
         weight = module.get("weight")
         if isinstance(weight, mx.array) and weight.ndim == 2 and weight.shape[0] >= vocab_size:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,22 +14,21 @@ from typing import Self
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pippin.bench.correctness import CORRECTNESS, check_correctness
 from pippin.bench.machine import copy_bandwidth, weight_bytes_read
 from pippin.bench.options import OneBatchOptions
 from pippin.bench.prompts import plain_ids, random_prompts
 from pippin.bench.results import BenchResult, Value, append, make_result, to_line
-from pippin.bench.sides import Measured, Ours, Side, open_ours, peer
+from pippin.bench.screen import Tick, bar, stderr
+from pippin.bench.sides import Measured, Ours, Side, open_ours, peer, with_room
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
 from pippin.runner import MlxModelRunner
 from pippin.terminal import LoadingBar
 from pippin.types import ModelInfo, Token
-
-Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,10 @@ class Measurement:
         """Bytes; None where nobody counts them."""
         return max((r.device_peak_bytes for r in self.rounds if r.device_peak_bytes is not None), default=None)
 
+    @property
+    def process_peak(self) -> int:
+        return max(r.process_peak_bytes for r in self.rounds)
+
     def ratios(self, other: Measurement) -> tuple[float, float | None]:
         """How many times faster this side is than ``other``, in prefill and decode: the median of the rounds."""
         pairs = [(a.timing, b.timing) for a, b in zip(self.rounds, other.rounds, strict=True)]
@@ -111,49 +114,37 @@ class Yardstick:
 
 
 def run(config: EngineConfig, options: OneBatchOptions) -> int:
-    """Measures, prints a table to standard error and JSON lines to standard output; the exit status.
+    """Measures or compares, prints what was found to standard error and JSON lines to standard output.
 
-    Raises ConfigError naming the option that can't be met.
+    Returns the exit status: 1 if answers differ. Raises ConfigError naming the option that can't be met.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 120
+    console = stderr()
     saved = Path(options.result_filename) if options.result_filename else None
     if saved:
         append(saved, [])  # a file that can't be written is said now
+    results = (check_correctness if options.correctness_test else measure_grid)(config, options, console)
+    for result in results:
+        typer.echo(to_line(result))
+    if saved:
+        append(saved, results)
+    return int(any(r.kind == CORRECTNESS and r.figures["equal"] != r.figures["prompts"] for r in results))
+
+
+def measure_grid(config: EngineConfig, options: OneBatchOptions, console: Console) -> list[BenchResult]:
+    """Measures every combination of sizes, shows the table, returns a result for each side of each."""
     shapes = [Shape(*point) for point in product(options.batch_sizes, options.input_lens, options.output_lens)]
-    config = with_room(config, shapes)
+    config = with_room(config, [[s.input_len + s.output_len] * s.batch_size for s in shapes])
     with ExitStack() as stack:
         with LoadingBar() as loading:
             ours = open_ours(config, loading)
         info = ours.info
         check_room(info, shapes)
-        sides: list[Side] = [
-            ours.side,
-            *(stack.enter_context(peer(name, config)) for name in dict.fromkeys(options.vs or ())),
-        ]
+        sides: list[Side] = [ours.side, *(stack.enter_context(peer(name, config, info)) for name in options.peers)]
         yardstick = Yardstick.of(ours)
         with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick:
             found = list(measure(sides, plain_ids(info), shapes, options, tick))
-    results = [to_result(m, group, yardstick, info, options) for group in found for m in group]
     console.print(table(found, yardstick, info))
-    for result in results:
-        typer.echo(to_line(result))
-    if saved:
-        append(saved, results)
-    return 0
-
-
-def with_room(config: EngineConfig, shapes: Sequence[Shape]) -> EngineConfig:
-    """With slots and rows for the largest shape and no more, where none are asked for: peers need memory too."""
-    page = config.page_size
-    slots = max(s.batch_size * -(-(s.input_len + s.output_len) // page) * page for s in shapes)
-    rows = max(s.batch_size for s in shapes)
-    return dataclasses.replace(
-        config,
-        max_total_tokens=config.max_total_tokens or max(16, slots),
-        max_running_requests=config.max_running_requests or rows,
-    )
+    return [to_result(m, group, yardstick, info, options) for group in found for m in group]
 
 
 def check_room(info: ModelInfo, shapes: Sequence[Shape]) -> None:
@@ -213,7 +204,7 @@ def to_result(
         "bandwidth": yardstick.bandwidth,
         "bandwidth_share": yardstick.share(m),
         "peak_memory_bytes": m.device_peak,
-        "process_peak_bytes": max(r.process_peak_bytes for r in m.rounds),
+        "process_peak_bytes": m.process_peak,
     }
     if m is group[0]:
         for other in group[1:]:
@@ -240,20 +231,15 @@ def to_result(
 # --- what the terminal shows ---
 
 
-@contextmanager
-def bar(console: Console, total: int) -> Iterator[Tick]:
-    """A progress bar that is gone afterwards; what it yields is called with a label before each part."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, completed=-1)
-        yield lambda label: progress.update(task, description=label, advance=1)
+COLUMNS = (
+    "batch x in + out", "side", "prefill", "tok/s", "decode step", "tok/s", "bandwidth", "memory", "process", "ours is"
+)  # fmt: skip
 
 
 def table(found: Sequence[Sequence[Measurement]], yardstick: Yardstick, info: ModelInfo) -> Table:
     """A row for each side at each shape; a peer's row says how many times faster ours is."""
     title = f"{info.model_path}, {info.dtype}, {info.device}; a copy moves {yardstick.bandwidth / 1e9:.0f} GB/s"
-    columns = ("batch x in + out", "side", "prefill", "tok/s", "decode step", "tok/s", "bandwidth", "memory", "ours is")
-    shown = Table(*columns, title=title)
+    shown = Table(*COLUMNS, title=title)
     for group in found:
         for m in group:
             shape, step, share = m.shape, m.step, yardstick.share(m)
@@ -266,6 +252,7 @@ def table(found: Sequence[Sequence[Measurement]], yardstick: Yardstick, info: Mo
                 f"{shape.batch_size / step:.0f}" if step else "-",
                 f"{share:.0%}" if share else "-",
                 f"{m.device_peak / 1e9:.2f} GB" if m.device_peak else "-",
+                f"{m.process_peak / 1e9:.2f} GB",
                 ratio_text(group[0], m) if m is not group[0] else "",
             )
     return shown

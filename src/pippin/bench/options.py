@@ -19,6 +19,13 @@ class OneBatchOptions:
     input_len: list[int] | None = option(None, "Tokens of each prompt, one or several numbers (1024).")  # noqa: RUF009
     output_len: list[int] | None = option(None, "Tokens of each answer, one or several numbers (16).")  # noqa: RUF009
     vs: list[str] | None = option(None, "Measure these too, in turn with ours: mlx-lm, torch.")  # noqa: RUF009
+    correctness_test: bool = option(
+        False,
+        "Compare greedy answers to real prompts, in float32 unless --dtype says otherwise, with each of --vs; torch if "
+        "it is installed or else mlx-lm if that is left out. Exit status 1 if any differs.",
+        "--correct",
+    )
+    prompt_filename: str | None = option(None, "File with a prompt a line for --correctness-test.")
     rounds: int = option(3, "Measured runs of each; medians are reported. One more run warms up.")
     seed: int = option(1, "Seed of the prompts' tokens.")
     run_name: str = option("default", "Name of the run in its results.")
@@ -36,6 +43,11 @@ class OneBatchOptions:
             if wrong := [v for v in values or () if v < 1]:
                 raise ConfigError(f"must be at least 1, not {wrong[0]}", flag_of(name))
         check_peers(self.vs or ())
+
+    @property
+    def peers(self) -> list[str]:
+        """Who is measured beside ours, each once."""
+        return list(dict.fromkeys(self.vs or ()))
 
     @property
     def batch_sizes(self) -> list[int]:

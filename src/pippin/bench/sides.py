@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,14 +16,16 @@ from pippin.bench.child import Ask, Child
 from pippin.bench.machine import process_peak_bytes
 from pippin.bench.runner import BenchRunner, EngineRunner, Prompts, Timing, timed
 from pippin.config import EngineConfig
+from pippin.core import load_runner
 from pippin.runner import ModelRunner
 from pippin.types import ModelInfo, Progress
 
-PEER = "pippin.bench.sides:open_"
-
 
 class Measured(msgspec.Struct, frozen=True):
-    """A run's times and answers; peaks in bytes: of MLX's allocator in this run, of the process since its start."""
+    """A run's times and answers; peaks in bytes: of the device's allocator in this run, of the process since its start.
+
+    ``device_peak_bytes`` is None where nobody counts.
+    """
 
     timing: Timing
     device_peak_bytes: int | None
@@ -31,40 +35,67 @@ class Measured(msgspec.Struct, frozen=True):
 class Side(Protocol):
     """Someone who can be given a batch."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def run(self, prompts: Prompts, output_len: int) -> Measured: ...
+    def run(self, prompts: Prompts, output_len: int) -> Measured:
+        """Greedy answers of ``output_len`` tokens each to a batch of prompts."""
+        ...
 
 
+class Meter(Protocol):
+    """Counts what a device's allocator hands out."""
+
+    def reset(self) -> None: ...
+
+    def peak_bytes(self) -> int | None:
+        """The most at any time since ``reset``; None if nobody counts."""
+        ...
+
+
+class MlxMeter:
+    """MLX's allocator."""
+
+    def reset(self) -> None:
+        mx.reset_peak_memory()
+
+    def peak_bytes(self) -> int | None:
+        return int(mx.get_peak_memory())
+
+
+class NoMeter:
+    """For what keeps no count, as PyTorch on a CPU."""
+
+    def reset(self) -> None:
+        pass
+
+    def peak_bytes(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class LocalSide:
     """A BenchRunner in this process."""
 
-    def __init__(self, name: str, runner: BenchRunner) -> None:
-        self.name = name
-        self.runner = runner
+    name: str
+    runner: BenchRunner
+    meter: Meter
 
     def run(self, prompts: Prompts, output_len: int) -> Measured:
-        mx.reset_peak_memory()
+        self.meter.reset()
         timing = timed(self.runner, prompts, output_len)
-        return Measured(timing, mx.get_peak_memory(), process_peak_bytes())
+        return Measured(timing, self.meter.peak_bytes(), process_peak_bytes())
 
 
+@dataclass(frozen=True, slots=True)
 class ChildSide:
     """A BenchRunner in a process of its own."""
 
-    def __init__(self, name: str, child: Child) -> None:
-        self.name = name
-        self._child = child
+    name: str
+    child: Child
 
     def run(self, prompts: Prompts, output_len: int) -> Measured:
-        return self._child.ask((prompts, output_len), Measured)
-
-
-@contextmanager
-def peer(name: str, config: EngineConfig) -> Iterator[Side]:
-    """Starts ``mlx-lm`` or ``torch`` with the same model, and ends it afterwards."""
-    with Child(name, PEER + name.replace("-", "_"), config) as child:
-        yield ChildSide(name, child)
+        return self.child.ask((prompts, output_len), Measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +107,49 @@ class Ours:
     info: ModelInfo
 
 
-def open_ours(config: EngineConfig, progress: Callable[[Progress], None]) -> Ours:
-    """Loads the runner that serves with this configuration."""
-    from pippin.core import load_runner
+def with_room(config: EngineConfig, batches: Sequence[Sequence[int]]) -> EngineConfig:
+    """With slots and rows for the largest of ``batches``, lists of lengths, where none are asked for.
 
+    And no more: peers need memory too.
+    """
+    page = config.page_size
+    slots = max(sum(-(-length // page) * page for length in batch) for batch in batches)
+    return dataclasses.replace(
+        config,
+        max_total_tokens=config.max_total_tokens or max(16, slots),
+        max_running_requests=config.max_running_requests or max(map(len, batches)),
+    )
+
+
+def open_ours(config: EngineConfig, progress: Callable[[Progress], None]) -> Ours:
+    """Loads the runner that serves with this configuration; ``--device torch`` is PyTorch's."""
     runner, info = load_runner(config, progress)
-    side = LocalSide("pippin", EngineRunner(runner, info, overlap=not config.disable_overlap_schedule))
+    torch = config.device.startswith("torch")
+    overlap = not config.disable_overlap_schedule and not torch
+    engine = EngineRunner(runner, info, overlap=overlap)
+    side = LocalSide("torch", engine, NoMeter()) if torch else LocalSide("pippin", engine, MlxMeter())
     return Ours(side, runner, info)
+
+
+@contextmanager
+def peer(name: str, config: EngineConfig, info: ModelInfo) -> Iterator[Side]:
+    """Starts ``mlx-lm`` or ``torch`` with the same model on the same device as ours, and ends it afterwards.
+
+    Raises what loading it there raises.
+    """
+    config = dataclasses.replace(config, dtype=info.dtype)
+    if name == "torch":
+        config = dataclasses.replace(config, device=torch_device(info.device))
+    with Child(name, f"{__name__}:{OPENERS[name]}", config) as child:
+        yield ChildSide(name, child)
+
+
+def torch_device(ours: str) -> str:
+    """``--device`` by which PyTorch runs where MLX does."""
+    if ours.startswith("torch"):
+        return ours
+    gpu = "mps" if sys.platform == "darwin" else "cuda"
+    return f"torch:{gpu if ours == 'gpu' else 'cpu'}"
 
 
 # --- in a child ---
@@ -92,7 +159,15 @@ def open_mlx_lm(config: EngineConfig) -> Ask:
     """mlx-lm's own generators."""
     from pippin.bench.mlx_lm import MlxLmRunner, load
 
-    return _asking(LocalSide("mlx-lm", MlxLmRunner(load(config))))
+    return _asking(LocalSide("mlx-lm", MlxLmRunner(load(config)), MlxMeter()))
+
+
+def open_torch(config: EngineConfig) -> Ask:
+    """Our runner over transformers' models, by the steps that MLX's gets."""
+    return _asking(open_ours(config, lambda _: None).side)
+
+
+OPENERS = {"mlx-lm": "open_mlx_lm", "torch": "open_torch"}
 
 
 def _asking(side: LocalSide) -> Ask:
