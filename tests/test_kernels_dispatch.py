@@ -57,6 +57,7 @@ def played(monkeypatch: pytest.MonkeyPatch, folder: Path, launcher: Gpu) -> Iter
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(kernels, "backend", lambda: "cuda")
     monkeypatch.setattr(kernels, "gpu_launcher", lambda platform, stream=None: launcher)
+    monkeypatch.setattr(kernels, "prefer_built", lambda platform, jit, stream=None: jit)
     kernels.forget()
     yield launcher
     kernels.forget()

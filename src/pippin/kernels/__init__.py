@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, paged, reference
+from pippin.kernels import fused, paged, reference, tuning
+from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, verdicts
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
@@ -48,10 +49,6 @@ Platform = Literal["metal", "cuda"]
 log = logging.getLogger(__name__)
 
 _IN_PLACE: tuple[KernelName, ...] = ("kv_write", "paged_decode_write", "rope_kv_write")
-
-# Multiprocessors of an H200, cores of a Max chip: more or fewer only shift where a context is split.
-_CORES: dict[str, int] = {"metal": 40, "cuda": 132}
-_TUNING = {"metal": paged.Tuning(unroll=2, heads=4), "cuda": paged.Tuning(matrix=True)}
 
 
 def backend() -> Platform | None:
@@ -181,8 +178,8 @@ def paged_decode(
     form = paged.Form(page_size, scale, window, softcap)
     launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
     if launch is not None:
-        tuning = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
-        return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, tuning, sinks, after, new)
+        cut = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
+        return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, cut, sinks, after, new)
     if new is not None:
         after = kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
         return paged_decode(
@@ -252,9 +249,9 @@ def paged_extend(
             longest=longest,
         )
     form = paged.Form(page_size, scale, window, softcap)
-    tuning = tuning_for(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
-    tuning = replace(tuning, unroll=2)
-    return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, tuning, sinks, after)
+    cut = tuning_for(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window, "extend")
+    cut = replace(cut, unroll=2)
+    return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, cut, sinks, after)
 
 
 def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher | None:
@@ -279,40 +276,39 @@ def _row_launcher(name: KernelName, width: int, dtype: mx.Dtype) -> Launcher | N
     return _gpu(platform) if _verdicts(platform, dtype)[name] else None
 
 
-def tuning_for(units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None) -> paged.Tuning:
+def tuning_for(
+    units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None, kernel: tuning.Kernel = "decode"
+) -> paged.Tuning:
     """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
-    heads, kv_heads = q.shape[1], k_pool.shape[1]
     seen = longest if window is None else min(window, longest)
-    return _tuning(backend() or "cuda", units, heads, kv_heads, k_pool.dtype, seen)
-
-
-@lru_cache(maxsize=4096)
-def _tuning(platform: Platform, units: int, heads: int, kv_heads: int, dtype: mx.Dtype, longest: int) -> paged.Tuning:
-    tuning = _TUNING[platform]
-    _, parts = paged.head_tiles(heads // kv_heads, tuning.most_heads(dtype))
-    return paged.choose_cut(tuning, units * kv_heads * parts, longest, _CORES[platform])
+    return tuning.choose(backend() or "cuda", kernel, k_pool.dtype, units, q.shape[1], k_pool.shape[1], seen)
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
     """Most rows that a tile of ``paged_extend`` may have here, for so many heads and a pool of ``dtype``."""
-    return paged.rows_per_tile(heads // kv_heads, dtype, _TUNING[backend() or "cuda"])
+    return paged.rows_per_tile(heads // kv_heads, dtype, tuning.table(backend() or "cuda").base)
 
 
 def forget() -> None:
     """Makes the next call ask anew which kernels are right, as a new process does."""
     _gpu.cache_clear()
     _verdicts.cache_clear()
+    tuning.forget()
 
 
 @cache
 def _gpu(platform: Platform) -> Launcher:
-    return gpu_launcher(platform)
+    return prefer_built(platform, gpu_launcher(platform))
 
 
 @cache
 def _verdicts(platform: Platform, dtype: mx.Dtype) -> dict[KernelName, bool]:
     log.info("checking the %s kernels for %s, once on this machine", platform, dtype)
-    found = verdicts(platform, gpu_launcher(platform, mx.Device(mx.gpu)), dtype, _TUNING[platform])
+    gpu = mx.Device(mx.gpu)
+    launcher = prefer_built(platform, gpu_launcher(platform, gpu), gpu)
+    found = verdicts(platform, launcher, dtype, tuning.table(platform).base)
+    if isinstance(launcher, BuiltCuda) and launcher.refused is not None:
+        _gpu.cache_clear()
     for name, ok in found.items():
         if not ok:
             log.warning("kernel %s is not right on this machine; plain MLX takes its place, slower", name)

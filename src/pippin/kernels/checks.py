@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform as system
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +19,9 @@ from typing import Literal
 import mlx.core as mx
 
 from pippin.kernels import fused, paged, reference
-from pippin.kernels.launch import Launcher, dialect_digest
+from pippin.kernels.build import store
+from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
+from pippin.kernels.launch import Launch, Launcher, dialect_digest
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def check_paged_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) 
 
 def check_paged_decode_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
     """Attends to the new K and V, and stores them; in one launch, and split."""
-    return all(_writes_and_attends(launch, dtype, replace(tuning, splits=splits)) for splits in (1, 2))
+    whole, split = (_writes_and_attends(launch, dtype, replace(tuning, splits=splits)) for splits in (1, 2))
+    return whole and split
 
 
 def _writes_and_attends(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -135,10 +136,8 @@ def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) 
         q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=_PAGE, scale=_SCALE, window=form.window
     )
     tunings = (replace(tuning, splits=splits, unroll=2) for splits in (1, 2))
-    return all(
-        _close(paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, cut), want)
-        for cut in tunings
-    )
+    found = [paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, cut) for cut in tunings]
+    return all(_close(got, want) for got in found)
 
 
 def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -200,18 +199,38 @@ def check_all(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> dict[K
         return {name: _passes(check, launch, dtype, tuning) for name, check in CHECKS.items()}
 
 
+def recorded(dtype: mx.Dtype, tuning: paged.Tuning) -> list[Recorded]:
+    """Every launch of the checks, with its inputs; nothing of ours runs. A check must launch all before it compares."""
+    found: list[Recorded] = []
+
+    def record(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        found.append((what, list(inputs)))
+        return [mx.zeros(shape, dtype=kind) for shape, kind in what.outputs]
+
+    check_all(record, dtype, tuning)
+    return found
+
+
 def verdicts(platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> dict[KernelName, bool]:
-    """``check_all``, kept in the user's cache for this machine and these sources."""
-    path = cache_folder() / f"kernels-{str(dtype).rpartition('.')[2]}-{fingerprint(platform)}.json"
+    """``check_all``, kept in the user's cache for this machine and these sources.
+
+    Kernels that are not compiled yet are, all together, before the first check. If one that we compiled is wrong,
+    MLX's JIT compiles them all from then on, and those are checked.
+    """
+    path = store.cache_folder() / f"kernels-{str(dtype).rpartition('.')[2]}-{fingerprint(platform)}.json"
     known = _read(path)
     if known is not None:
         return known
+    if isinstance(launch, BuiltCuda):
+        launch.prepare(recorded(dtype, tuning))
     found = check_all(launch, dtype, tuning)
+    if isinstance(launch, BuiltCuda) and launch.refused is None and not all(found.values()):
+        why = f"compiled by us, {', '.join(name for name, ok in found.items() if not ok)} went wrong here"
+        launch.refuse(why)
+        store.refuse(store.Key.here(platform), why)
+        found = check_all(launch, dtype, tuning)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(path)
+        store.write(path, json.dumps(found).encode())
     except OSError as error:
         log.info("kernel verdicts are not kept: %s", error)
     return found
@@ -219,16 +238,8 @@ def verdicts(platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tun
 
 def fingerprint(platform: str) -> str:
     """Of the chip, the system, MLX's version and the kernels' sources: a verdict holds for these alone."""
-    device = str(sorted((k, str(v)) for k, v in mx.device_info().items() if "memory" not in k))
-    facts = (platform, device, system.platform(), version("mlx"), dialect_digest(platform))
+    facts = (platform, store.chip(), system.platform(), version("mlx"), dialect_digest(platform))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Where the system keeps a user's caches, with a folder of ours."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pippin"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin"
 
 
 def _read(path: Path) -> dict[KernelName, bool] | None:
