@@ -38,6 +38,7 @@ config <- options <- bench
 core <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
+kernels <- bench <- kernels_cli <- cli
 errors <- backend <- core
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core

@@ -20,6 +20,7 @@ from pippin import __version__
 from pippin.bench.cli import bench
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.errors import ConfigError, PippinError, RequestError
+from pippin.kernels_cli import kernels
 from pippin.options import with_options
 from pippin.types import ModelInfo
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench)
+app.add_typer(kernels)
 
 
 @app.command()

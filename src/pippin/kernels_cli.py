@@ -32,8 +32,9 @@ def build(
     On a Mac a .metallib, through Xcode's Metal compiler; elsewhere cubins, through NVRTC or nvcc.
     """
     prepare()  # before any import of MLX
-    from pippin.kernels.build.build import Machine, missing, platform_to_build
     from pippin.kernels.build.build import build as build_kernels
+    from pippin.kernels.build.build import missing, platform_to_build
+    from pippin.kernels.build.toolchain import Machine
 
     machine = Machine.here()
     platform = "cuda" if arch else platform_to_build(machine)

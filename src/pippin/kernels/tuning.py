@@ -56,7 +56,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``base`` and ``cores`` are the chip's, ``cells`` what was measured on it; ``chip`` and ``measured`` are for people."""
+    """``base`` and ``cores`` say what the chip is like, ``cells`` what was measured; the rest is prose."""
 
     chip: str
     measured: str
