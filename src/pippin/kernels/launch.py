@@ -113,7 +113,13 @@ def _text(path: str) -> str:
 
 def dialect_digest(dialect: str) -> str:
     """Of everything that a kernel of this dialect is made of."""
-    files = sorted((*_HERE.glob("bodies/*.h"), *_HERE.glob(f"dialects/{dialect}*.h"), _HERE / "paged.py"))
+    files = sorted(
+        (
+            *_HERE.glob("bodies/*.h"),
+            *_HERE.glob(f"dialects/{dialect}*.h"),
+            *(_HERE / f for f in ("paged.py", "fused.py")),
+        )
+    )
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
