@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from pippin.errors import RequestError
-from pippin.text.detokenizer import TextStream
+from pippin.text.detokenizer import NONE, TextStream
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
@@ -100,12 +100,14 @@ async def complete(
     priority: int = 0,
     rid: str | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    shown: frozenset[int] = NONE,
 ) -> AsyncGenerator[Delta, None]:
     """Streams ``params.n`` answers to a prompt, as they come, told apart by ``Delta.index``.
 
     Answer i is drawn with ``seed + i``; without a seed, ``draw_seed`` gives one, so that answers differ and yet each
     is reproducible. The tokenizer's own end-of-text ends an answer too, unless ``ignore_eos``, and so does a stop
-    string that is a special token's name, which skipped text would never show. Closing the generator (use
+    string that is a special token's name, which skipped text would never show. ``shown`` are special tokens that the
+    text has even if others are skipped: a parser's markers. Closing the generator (use
     ``aclosing``) aborts what is unfinished. Call ``check_prompt`` first.
     """
     seed = draw_seed() if params.seed is None else params.seed
@@ -121,7 +123,7 @@ async def complete(
             prompt_logprobs=params.prompt_logprobs and i == 0,
             stop_token_ids=ends,
         )
-        stream = TextStream(tokenizer, one, stops)
+        stream = TextStream(tokenizer, one, stops, shown)
         answers.append(_answer(client, _Answer(i, stream, one, len(tokens), named), tokens, priority, id))
     deltas = answers[0] if len(answers) == 1 else merge(answers)
     async with aclosing(deltas):

@@ -115,6 +115,13 @@ class ServerConfig:
     log_level: str = option("info", "Least severe messages to log.", choices=("debug", "info", "warning", "error"))
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
 
+    tool_call_parser: str = option(
+        "auto", "How the model writes calls of tools: SGLang's name of a format, auto (by the chat template) or none."
+    )
+    reasoning_parser: str = option(
+        "auto", "How the model tells its reasoning apart: SGLang's name of a format, auto (by the template) or none."
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")

@@ -19,11 +19,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pippin.client import EngineClient
-from pippin.config import ServerConfig
+from pippin.config import EngineConfig, ServerConfig
 from pippin.server import create_app
 from pippin.server.launch import HttpServer
 from pippin.text.chat import ChatTemplate
-from pippin.text.tokenizer import Tokenizer
+from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from tests.fake_core import EOS, FakeCore
 
 TEMPLATE = (
@@ -99,7 +99,7 @@ def serving(
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), name="server")
     thread.start()
-    assert started.wait(20)
+    assert started.wait(60)
     client, http, loop = parts[0]
     try:
         host, port = listener.getsockname()
@@ -126,6 +126,14 @@ def http(server: Running) -> Iterator[httpx.Client]:
 def ai(server: Running) -> Iterator[openai.OpenAI]:
     with server.openai() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Running]:
+    """The shipped model, in a child process, behind a server."""
+    config = EngineConfig(device="cpu", max_total_tokens=6000, random_seed=1)
+    with serving(make_client=lambda core: EngineClient.spawn(config), tokenizer=load_tokenizer(None)) as running:
+        yield running
 
 
 Serve = Callable[..., AbstractContextManager[Running]]

@@ -29,6 +29,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/abort_request": {"rid": "none"},
 }
 
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     # endpoint, what is sent beside good fields, the field that is named, a part of the message
     (TEXT, {"prompt": None}, "prompt", "required"),
@@ -90,8 +92,14 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "between 0 and 20"),
     (CHAT, {"max_completion_tokens": 5}, "max_tokens", "send one"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "not supported yet"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice", "not supported yet"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0]", "function"),
+    (CHAT, {"tools": TOOLS}, "tools", "no tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", "needs tools"),
+    (CHAT, {"tool_choice": "all"}, "tool_choice", "'all'"),
+    (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
+    (CHAT, {"thinking_budget": 0}, "thinking_budget", ">= 1"),
+    (CHAT, {"thinking_budget": 5}, "thinking_budget", "does not reason"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages[0].mood", "unknown field"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format", 'send {"type":"text"}'),
     (CHAT, {"audio": {"voice": "x"}}, "audio", "not supported yet"),
     (CHAT, {"store": True}, "store", "not supported yet"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ from pippin.server.service import Service
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Progress
+
+log = logging.getLogger(__name__)
 
 Route = Callable[[Service, Request], Awaitable[Response]]
 
@@ -65,6 +68,7 @@ OPEN = ("/health", "/health_generate", "/metrics")
 def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, config: ServerConfig) -> FastAPI:
     """The server's app, of ready parts: ``client`` has started. It holds no state but theirs."""
     service = Service(client, tokenizer, chat, config)
+    log.info("tool calls: %s; reasoning: %s", *(f.name if f else "none" for f in service.speech.formats))
     app = Described(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
     for method, path, route, body in ROUTES:
         extra = {"requestBody": body_schema(body)} if body else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pippin.completion import Delta
+from pippin.server.chat import Call, Conversation, Message
 from pippin.server.logprobs import TextLogprobs, chat_logprobs
 from pippin.server.protocol import CompletionRequest, Json
+from pippin.server.service import Job
+from pippin.text.parts import CallArguments, CallBegin, CallBroken, Part, Reasoning, Text
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Finish, TokenLogprob
 
@@ -34,52 +37,113 @@ class Choice:
         return "".join(self.texts)
 
 
-class Shape(Protocol):
+class Collected(Protocol):
+    """A finished choice in the making."""
+
+    def add(self, delta: Delta) -> None: ...
+
+
+C = TypeVar("C", bound=Collected)
+
+
+class Shape(Protocol[C]):
     """An endpoint's way to write choices. ``whole`` and ``chunk`` name its objects, ``prefix`` begins its ids."""
 
     whole: str
     chunk: str
     prefix: str
 
-    def choice(self, index: int, choice: Choice, first: Choice) -> Json:
+    def collect(self, number: int) -> C:
+        """A choice for prompt ``number``, without anything in it."""
+
+    def choice(self, index: int, choice: C, first: C) -> Json:
         """A finished choice; ``first`` is the first one of the same prompt."""
 
     def parts(self, index: int, number: int, delta: Delta) -> list[Json]:
         """A delta as choices of chunks, one for each event; none if it shows nothing."""
 
 
+class ChatChoice:
+    """A message, as its deltas come."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.message = Message()
+        self._conversation = conversation
+
+    def add(self, delta: Delta) -> None:
+        self.message.add(self._conversation.step(delta))
+
+
 class ChatShape:
-    """Chat completions."""
+    """Chat completions of one conversation."""
 
     whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._started: set[int] = set()
+        self._conversation: Conversation | None = None
+        self._calls: dict[int, int] = {}  # how many each choice has begun
 
-    def choice(self, index: int, choice: Choice, first: Choice) -> Json:
+    def of(self, conversation: Conversation) -> Job:
+        """Begin to write this conversation's answers; its job."""
+        self._conversation = conversation
+        return conversation.job
+
+    def collect(self, number: int) -> ChatChoice:
+        assert self._conversation is not None
+        return ChatChoice(self._conversation)
+
+    def choice(self, index: int, choice: ChatChoice, first: ChatChoice) -> Json:
+        message = choice.message
+        shown: Json = {"role": "assistant", "content": message.content, "refusal": None}
+        if message.reasoning:
+            shown["reasoning_content"] = message.reasoning
+        if message.calls:
+            shown["content"] = message.content or None
+            shown["tool_calls"] = [tool_call(call) for call in message.calls]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": chat_logprobs(self._tokenizer, choice.logprobs) if self._logprobs else None,
-            **ending(choice.finish),
+            "message": shown,
+            "logprobs": chat_logprobs(self._tokenizer, message.logprobs) if self._logprobs else None,
+            **ending(message.finish, message.called),
         }
 
     def parts(self, index: int, number: int, delta: Delta) -> list[Json]:
-        found = []
-        if index not in self._started:
-            self._started.add(index)
-            found.append(self._part(index, {"role": "assistant", "content": ""}))
-        if delta.text or delta.logprobs:
-            logprobs = chat_logprobs(self._tokenizer, delta.logprobs) if delta.logprobs else None
-            found.append(self._part(index, {"content": delta.text}, logprobs))
-        if delta.finish is not None:
-            found.append({"index": index, "delta": {}, "logprobs": None, **ending(delta.finish)})
+        assert self._conversation is not None
+        step = self._conversation.step(delta)
+        found = [] if index in self._calls else [self._part(index, {"role": "assistant", "content": ""})]
+        self._calls.setdefault(index, 0)
+        shown = [self._part(index, content) for part in step.parts if (content := self._content(index, part))]
+        if delta.logprobs:  # of all tokens, whatever their text came to
+            shown = shown or [self._part(index, {"content": ""})]
+            shown[0]["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+        found += shown
+        if step.finish is not None:
+            found.append({"index": index, "delta": {}, "logprobs": None, **ending(step.finish, step.called)})
         return found
 
-    def _part(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+    def _content(self, index: int, part: Part) -> Json:
+        match part:
+            case Text(text) | CallBroken(text):
+                return {"content": text}
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case CallBegin(name, id):
+                self._calls[index] += 1
+                function = {"name": name, "arguments": ""}
+                call = {"index": self._calls[index] - 1, "id": id, "type": "function", "function": function}
+                return {"tool_calls": [call]}
+            case CallArguments(text):
+                return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": text}}]}
+        return {}
+
+    def _part(self, index: int, delta: Json) -> Json:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def tool_call(call: Call) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class TextShape:
@@ -94,6 +158,9 @@ class TextShape:
         self._echoed: set[int] = set()
         self._offsets: dict[int, TextLogprobs] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+
+    def collect(self, number: int) -> Choice:
+        return Choice(number)
 
     def choice(self, index: int, choice: Choice, first: Choice) -> Json:
         logprobs = self._part_logprobs(index, first.prompt_logprobs + choice.logprobs)
@@ -125,8 +192,8 @@ class TextShape:
         return self._offsets[index].part(entries)
 
 
-def ending(finish: Finish | None) -> Json:
-    """How a choice ended, with SGLang's ``matched_stop``."""
+def ending(finish: Finish | None, called: bool = False) -> Json:
+    """How a choice ended, with SGLang's ``matched_stop``. ``called``: with calls of tools."""
     if finish is None:
         return {"finish_reason": None}
-    return {"finish_reason": finish.reason, "matched_stop": finish.matched}
+    return {"finish_reason": "tool_calls" if called else finish.reason, "matched_stop": finish.matched}

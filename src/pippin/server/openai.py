@@ -6,15 +6,18 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Generic
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pippin.completion import Delta
 from pippin.errors import RequestError
-from pippin.server.choices import ChatShape, Choice, Shape, TextShape
+from pippin.server.chat import Ask, begin
+from pippin.server.choices import C, ChatShape, Shape, TextShape
 from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, read_body, unless_gone
-from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, respell
+from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, Tool, respell
 from pippin.server.service import Job, Service
 
 TOP_LOGPROBS = 20
@@ -24,8 +27,10 @@ COMPLETION_TOKENS = 16
 async def chat(service: Service, http: Request) -> Response:
     """POST /v1/chat/completions."""
     request = await read_body(http, ChatRequest)
-    answer = Answer(service, request, ChatShape(service.tokenizer, request.logprobs))
-    return await answer.respond(http, [await chat_job(service, request, answer.rid)])
+    shape = ChatShape(service.tokenizer, request.logprobs)
+    answer = Answer(service, request, shape)
+    conversation = await begin(service, chat_ask(service, request, answer.rid))
+    return await answer.respond(http, [shape.of(conversation)])
 
 
 async def completions(service: Service, http: Request) -> Response:
@@ -42,7 +47,7 @@ async def completions(service: Service, http: Request) -> Response:
     return await answer.respond(http, jobs)
 
 
-async def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
+def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     if not 0 <= request.top_logprobs <= TOP_LOGPROBS:
@@ -53,14 +58,30 @@ async def chat_job(service: Service, request: ChatRequest, rid: str) -> Job:
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
     )
-    text = service.chat.render(
-        request.messages,
-        chat_template_kwargs=request.chat_template_kwargs,
-        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+    choice = request.tool_choice or "auto"
+    return Ask(
+        messages=request.messages,
+        params=params,
+        rid=rid,
+        tools=[tool_dict(tool, f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tool_choice=choice if isinstance(choice, str) else (choice.function.name,),
+        parallel=request.parallel_tool_calls,
+        effort=request.reasoning_effort,
+        budget=request.thinking_budget,
+        template=request.chat_template_kwargs,
+        add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
+        separate_reasoning=request.separate_reasoning,
+        stream_reasoning=request.stream_reasoning,
+        priority=request.priority,
     )
-    tokens = await service.encode(text, False)
-    return service.job(tokens, params, rid, request.priority, "messages")
+
+
+def tool_dict(tool: Tool, field: str) -> Json:
+    """A tool as templates want it."""
+    if tool.function.strict:
+        raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.function.strict")
+    return {"type": "function", "function": msgspec.to_builtins(tool.function)}
 
 
 async def completion_jobs(
@@ -108,10 +129,10 @@ def prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     raise RequestError("prompt must be text, token ids, or a list of only texts or only lists of token ids", "prompt")
 
 
-class Answer:
+class Answer(Generic[C]):
     """One request's answer in the making: ids, usage, and the JSON round the choices, which ``shape`` writes."""
 
-    def __init__(self, service: Service, request: OpenAIRequest, shape: Shape) -> None:
+    def __init__(self, service: Service, request: OpenAIRequest, shape: Shape[C]) -> None:
         self.rid = request.rid or f"{shape.prefix}-{uuid.uuid4().hex}"
         self._service = service
         self._request = request
@@ -130,11 +151,11 @@ class Answer:
         return EventStream(self._events(first, deltas))
 
     async def _whole(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> Json:
-        choices: dict[int, Choice] = {}
+        choices: dict[int, C] = {}
         async with aclosing(deltas):
             async for number, delta in deltas:
                 self._count(number, delta)
-                choices.setdefault(self._index(number, delta), Choice(number)).add(delta)
+                choices.setdefault(self._index(number, delta), self._shape.collect(number)).add(delta)
         shown = [self._shape.choice(i, choices[i], choices[i - i % self._request.n]) for i in sorted(choices)]
         return {**self._head(self._shape.whole), "choices": shown, "usage": self._usage()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -28,9 +28,6 @@ IGNORED = frozenset(
 
 # Not supported yet: what each may be all the same, because it asks for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -38,11 +35,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
     "reasoning": (),
     "verbosity": (),
-    "separate_reasoning": (True, False),
-    "stream_reasoning": (True, False),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "best_of": (1,),
@@ -163,6 +157,29 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
     logprobs: int | None = None
 
 
+class Function(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A tool's name, what it is for, and the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(Struct, kw_only=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
 class ChatRequest(OpenAIRequest, kw_only=True):
     """POST /v1/chat/completions. ``messages`` are checked one by one where the template is rendered."""
 
@@ -173,6 +190,13 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Json = {}
+    tools: list[Tool] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_budget: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
 
     @property
     def limit(self) -> int | None:

@@ -9,24 +9,31 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from pippin.client import EngineClient
-from pippin.completion import Delta, answer_ids, check_prompt, complete, merge
+from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, merge
 from pippin.config import ServerConfig
 from pippin.errors import RequestError
 from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
 from pippin.text.chat import ChatTemplate
+from pippin.text.reply import Speech
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import ModelInfo, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt and how to go on from it. ``rid`` is the client's name for the whole request."""
+    """One prompt and how to go on from it.
+
+    ``rid`` is the client's name for the whole request. ``shown`` are special tokens that its text is to have;
+    ``client`` stands in for the service's own.
+    """
 
     tokens: list[int]
     params: SamplingParams
     rid: str
     priority: int = 0
+    shown: frozenset[int] = frozenset()
+    client: Client | None = None
 
 
 @dataclass
@@ -39,6 +46,16 @@ class Service:
     config: ServerConfig
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def speech(self) -> Speech:
+        """The formats of calls and reasoning that the served model writes."""
+        return Speech.of(
+            self.tokenizer,
+            self.chat.known(),
+            self.config.tool_call_parser,
+            self.config.reasoning_parser,
+        )
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -88,7 +105,14 @@ class Service:
 
     async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
         deltas = complete(
-            self.client, self.tokenizer, job.tokens, job.params, job.priority, job.rid, self.client.draw_seed
+            job.client or self.client,
+            self.tokenizer,
+            job.tokens,
+            job.params,
+            job.priority,
+            job.rid,
+            self.client.draw_seed,
+            job.shown,
         )
         async with aclosing(self.metrics.track(deltas, job.params.n)) as tracked:
             async for delta in tracked:

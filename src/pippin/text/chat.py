@@ -17,6 +17,11 @@ from pippin.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+# What a message may hold; templates get to see all of it. Some templates say `thinking` or `reasoning` for the third.
+FIELDS = frozenset(
+    {"role", "content", "reasoning_content", "reasoning", "thinking", "name", "tool_calls", "tool_call_id", "refusal"}
+)
+
 Message = Mapping[str, Any]
 
 
@@ -84,6 +89,13 @@ class ChatTemplate:
         """The Jinja text in use; a tokenizer may have another one for tools. Raises RequestError if there is none."""
         return self._template(tools)
 
+    def known(self) -> str | None:
+        """All templates in use, joined; None if there is none."""
+        if self._source is not None:
+            return self._source
+        found = self._tokenizer.hf.chat_template
+        return "\n".join(found.values()) if isinstance(found, dict) else found
+
     def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         if self._source is not None:
             return self._source
@@ -122,6 +134,9 @@ def _message(message: Message, index: int, knows_developer: bool) -> dict[str, A
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"role must be one of {', '.join(ROLES)}, not {role!r}", f"{field}.role")
+    message = {name: value for name, value in message.items() if value is not None and value != []}
+    if unknown := sorted(map(str, message.keys() - FIELDS)):
+        raise RequestError(f"unknown field {unknown[0]} in a message", f"{field}.{unknown[0]}")
     # OpenAI renamed system to developer; few templates have followed.
     role = "system" if role == "developer" and not knows_developer else role
     result = {**message, "role": role, "content": _content(message.get("content"), f"{field}.content")}

@@ -15,6 +15,8 @@ from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import SamplingParams
 
+NONE = frozenset[int]()
+
 
 class Detokenizer(Protocol):
     """``push`` gives the text that a token makes certain (often none), ``flush`` what is left at the end."""
@@ -25,22 +27,29 @@ class Detokenizer(Protocol):
 
 
 def detokenizer(
-    tokenizer: Tokenizer, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+    spaces_between_special_tokens: bool = True,
+    shown: frozenset[int] = NONE,
 ) -> Detokenizer:
-    """The detokenizer that suits the tokenizer's scheme."""
+    """The detokenizer that suits the tokenizer's scheme. ``shown`` are special tokens that are never skipped."""
     if tokenizer.scheme.kind == "bytes":
-        return ByteDetokenizer(tokenizer, skip_special_tokens)
+        return ByteDetokenizer(tokenizer, skip_special_tokens, shown)
     if tokenizer.scheme.kind == "fallback":
-        return FallbackDetokenizer(tokenizer, skip_special_tokens)
-    return WindowDetokenizer(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+        return FallbackDetokenizer(tokenizer, skip_special_tokens, shown)
+    return WindowDetokenizer(tokenizer, skip_special_tokens, spaces_between_special_tokens, shown)
+
+
+def skipped(tokenizer: Tokenizer, skip_special_tokens: bool, shown: frozenset[int]) -> frozenset[int]:
+    return tokenizer.special_ids - shown if skip_special_tokens else NONE
 
 
 class ByteDetokenizer:
     """Each token is bytes; a character comes out with its last byte."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: frozenset[int] = NONE) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skip = skipped(tokenizer, skip_special_tokens, shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
@@ -56,9 +65,9 @@ class FallbackDetokenizer:
     A later byte can spoil a whole run (see ``Scheme``), so none of it is certain before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, shown: frozenset[int] = NONE) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skip = skipped(tokenizer, skip_special_tokens, shown)
         self._run = bytearray()
         self._strip = tokenizer.scheme.strip
 
@@ -101,9 +110,15 @@ class WindowDetokenizer:
 
     MOST_WAITING = 16  # tokens; a character has at most 4 bytes, and byte tokens carry at least one each
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        shown: frozenset[int] = NONE,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skip = skipped(tokenizer, skip_special_tokens, shown)
         self._spaces = spaces_between_special_tokens
         self._context: list[int] = []
         self._waiting: list[int] = []
@@ -149,8 +164,16 @@ class TextStream:
     is held back. One that ends within the first ``min_new_tokens - 1`` tokens is ordinary text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, stops: StopAutomaton | None = None) -> None:
-        self._detokenizer = detokenizer(tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        stops: StopAutomaton | None = None,
+        shown: frozenset[int] = NONE,
+    ) -> None:
+        self._detokenizer = detokenizer(
+            tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens, shown
+        )
         self._stops = stops or (StopAutomaton(params.stop) if params.stop else None)
         self._trim = not params.no_stop_trim
         self._need = params.min_new_tokens

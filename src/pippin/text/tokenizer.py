@@ -98,6 +98,11 @@ class Tokenizer:
         """The special token of that name, None if there is none."""
         return self._special_names.get(name)
 
+    def specials_in(self, texts: Iterable[str]) -> dict[str, int]:
+        """The special tokens whose names appear in any of the texts, with their ids."""
+        whole = "\n".join(texts)
+        return {name: token for name, token in self._special_names.items() if name and name in whole}
+
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to a text, in UTF-8; it may be part of a character. Special tokens give their names."""
         spelled = self.piece(token)
