@@ -13,9 +13,11 @@ from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cli_docs
 import pytest
+from typer.main import get_command
 
 from pippin.cli import app
 from pippin.config import flag_of
@@ -38,6 +40,7 @@ config <- options <- bench
 core <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
+cli <- check_env
 kernels <- bench <- kernels_cli <- cli
 errors <- backend <- core
 backend <- transport
@@ -308,7 +311,15 @@ def test_flags_of_pippin_exist(path: Path) -> None:
     known = {name for c in classes for f in fields(c) for name in (flag_of(f.name), f.metadata["flag"])}
     lines = [line for code in code_in(path.read_text()) for line in code.splitlines()]
     ours = [line for line in lines if re.search(r"(^|[$] |-m )pippin[ .]", line)]
-    assert {flag for line in ours for flag in re.findall(r"(?<!\S)--[a-z-]+", line)} <= known | {"--help", "--system"}
+    assert {flag for line in ours for flag in re.findall(r"(?<!\S)--[a-z-]+", line)} <= known | options(
+        get_command(app)
+    )
+
+
+def options(command: Any) -> set[str]:
+    """Every option of a command and of those below it."""
+    own = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    return own.union(*(options(below) for below in vars(command).get("commands", {}).values()))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)

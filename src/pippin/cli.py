@@ -93,14 +93,20 @@ def generate(
 
 
 @app.command()
-def env() -> None:
-    """Print versions, device and memory: what a bug report needs."""
-    from pippin.environment import describe
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs and bug reports.")] = False,
+) -> None:
+    """Print versions, device, memory and limits, and what each feature lacks here: what a bug report needs."""
+    from rich.console import Console
 
-    facts = describe()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        typer.echo(f"{name:<{width}}  {value}")
+    from pippin import environment
+
+    found = environment.describe()
+    if as_json:
+        typer.echo(environment.as_json(found))
+    else:
+        width = None if sys.stdout.isatty() else 200  # in a file no line is broken
+        Console(width=width).print(environment.as_table(found))
 
 
 @app.command()

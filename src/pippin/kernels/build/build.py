@@ -75,4 +75,3 @@ def _key(platform: str, architecture: str | None) -> Key:
     if architecture is None and mx.default_device() != mx.Device(mx.gpu):
         raise ConfigError("MLX sees no GPU here, so say for which one to build, such as sm_90", "--arch")
     return key if architecture is None else Key(platform, architecture, key.mlx, key.sources)
-

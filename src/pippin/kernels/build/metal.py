@@ -25,7 +25,17 @@ Tell = Callable[[str], None]
 # As MLX compiles its own kernels: MLX 0.32 runs on macOS 14 and newer, and asks its JIT for exact math.
 _TARGET = "-mmacosx-version-min=14.0"
 _METAL = ("xcrun", "-sdk", "macosx", "metal", "-fno-fast-math", _TARGET)
-_CXX = ("xcrun", "-sdk", "macosx", "clang++", "-std=c++20", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing", _TARGET)
+_CXX = (
+    "xcrun",
+    "-sdk",
+    "macosx",
+    "clang++",
+    "-std=c++20",
+    "-O2",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    _TARGET,
+)
 _PRELUDE = '#include "mlx/backend/metal/kernels/utils.h"\n'
 
 
@@ -90,7 +100,9 @@ def compile_host(machine: Machine, scratch: Path) -> Path:
         succeed(machine.run, machine.through_ccache(command))
     target = scratch / f"{HOST_MODULE}{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
     linked = ["-shared", "-undefined", "dynamic_lookup", f"-L{mlx / 'lib'}", "-lmlx", f"-Wl,-rpath,{mlx / 'lib'}"]
-    succeed(machine.run, [*_CXX, *objects, *linked, "-framework", "Metal", "-framework", "Foundation", "-o", str(target)])
+    succeed(
+        machine.run, [*_CXX, *objects, *linked, "-framework", "Metal", "-framework", "Foundation", "-o", str(target)]
+    )
     return target
 
 

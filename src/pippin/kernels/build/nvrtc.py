@@ -53,7 +53,12 @@ def nvrtc_version() -> str | None:
 @cache
 def find_library() -> ctypes.CDLL | None:
     """NVRTC: the one that MLX has loaded, one beside NVIDIA's Python packages, or the system's."""
-    for name in (*_LIBRARIES[1:], *_packaged("lib", "libnvrtc.so.*"), *_in_toolkit("lib64", "libnvrtc.so*"), *_LIBRARIES):
+    for name in (
+        *_LIBRARIES[1:],
+        *_packaged("lib", "libnvrtc.so.*"),
+        *_in_toolkit("lib64", "libnvrtc.so*"),
+        *_LIBRARIES,
+    ):
         try:
             return ctypes.CDLL(name)
         except OSError:

@@ -42,7 +42,9 @@ def succeed(run: Run, command: Sequence[str]) -> str:
     """Its output. Raises CompileError with the command and what it said."""
     result = run(command)
     if result.status:
-        raise CompileError(f"{' '.join(command[:4])} … ended with status {result.status}: {result.output[-2000:].strip()}")
+        raise CompileError(
+            f"{' '.join(command[:4])} … ended with status {result.status}: {result.output[-2000:].strip()}"
+        )
     return result.output
 
 
@@ -71,7 +73,9 @@ def metal_missing(machine: Machine) -> list[str]:
     if machine.system != "Darwin":
         return [f"not macOS: Metal kernels are built on a Mac, and this is {machine.system}"]
     if machine.processor != "arm64":
-        return [f"not arm64: MLX needs Apple silicon, and this Python is for {machine.processor} (under Rosetta, perhaps)"]
+        return [
+            f"not arm64: MLX needs Apple silicon, and this Python is for {machine.processor} (under Rosetta, perhaps)"
+        ]
     missing = []
     if machine.run(["xcode-select", "-p"]).status:
         missing.append("no Command Line Tools: run `xcode-select --install`")
