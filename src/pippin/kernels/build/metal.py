@@ -1,4 +1,4 @@
-"""Metal kernels ahead of time: each source to ``.air``, all of them to one ``.metallib``, and a module that shows it to MLX.
+"""Metal kernels ahead of time: each source to ``.air``, all to one ``.metallib``, and a module that shows it to MLX.
 
 Not run by us: there was no Mac. The commands are tested with a recording toolchain.
 """

@@ -1,7 +1,7 @@
 """What MLX would compile for a launch on Metal, told by MLX itself: it prints the function it makes, with its name.
 
-``python -m pippin.kernels.build.metal_sources FILE`` is a process of its own, since MLX writes to the process's standard
-output. FILE holds launches as ``dump`` writes them.
+``python -m pippin.kernels.build.metal_sources FILE`` is a process of its own, since MLX writes to the process's
+standard output. FILE holds launches as ``dump`` writes them.
 """
 
 from __future__ import annotations
