@@ -57,9 +57,10 @@ def in_float32(config: EngineConfig) -> EngineConfig:
     return dataclasses.replace(config, dtype="float32") if config.dtype == "auto" else config
 
 
-def peers_of(options: OneBatchOptions) -> list[str]:
-    """Those asked for; PyTorch's if it is installed, or else mlx-lm."""
-    return options.peers or ["torch" if find_spec("torch") else "mlx-lm"]
+def peers_of(config: EngineConfig, options: OneBatchOptions) -> list[str]:
+    """Those asked for; PyTorch if it is installed and not what ``--device`` runs, or else mlx-lm."""
+    torch = find_spec("torch") is not None and not config.device.startswith("torch")
+    return options.peers or ["torch" if torch else "mlx-lm"]
 
 
 def read_prompts(options: OneBatchOptions) -> list[str]:
@@ -94,7 +95,7 @@ def check_correctness(config: EngineConfig, options: OneBatchOptions, console: C
                 f"a prompt and its answer take {longest} tokens, the context has {ours.info.context_length}",
                 "--prompt-filename",
             )
-        sides = [stack.enter_context(peer(name, config, ours.info)) for name in peers_of(options)]
+        sides = [stack.enter_context(peer(name, config, ours.info)) for name in peers_of(config, options)]
         return list(compare(ours.side, sides, prompts, options, ours.info, tokenizer, console))
 
 

@@ -14,7 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from pippin.memory import on_gpu
+from pippin.bench.child import Ask, Child
+from pippin.config import EngineConfig
+from pippin.memory import on_gpu, use_device
 
 _COPIES = 8
 
@@ -26,6 +28,12 @@ def copy_bandwidth(gpu_bytes: int = 1 << 30, cpu_bytes: int = 1 << 28) -> float:
     since MLX's own elementwise operations run on one.
     """
     return _best(_gpu_copy(gpu_bytes), gpu_bytes) if on_gpu() else _best(_cpu_copy(cpu_bytes), cpu_bytes)
+
+
+def open_bandwidth(config: EngineConfig) -> Ask:
+    """For a process of its own: the arrays would count among the peaks of whoever measures."""
+    use_device(config.device)
+    return lambda _: copy_bandwidth()
 
 
 def _best(copy: Callable[[], None], size: int) -> float:
@@ -53,6 +61,12 @@ def _cpu_copy(size: int) -> Callable[[], None]:
             pass
 
     return copy
+
+
+def measured_bandwidth(config: EngineConfig) -> float:
+    """``copy_bandwidth`` of the device that MLX would use, measured in another process."""
+    with Child("the bandwidth's measurement", f"{__name__}:{open_bandwidth.__name__}", config) as child:
+        return child.ask(None, float)
 
 
 def weight_bytes_read(model: nn.Module, vocab_size: int) -> int | None:

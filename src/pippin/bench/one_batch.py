@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pippin.bench.correctness import CORRECTNESS, check_correctness
-from pippin.bench.machine import copy_bandwidth, weight_bytes_read
-from pippin.bench.options import OneBatchOptions
+from pippin.bench.machine import measured_bandwidth, weight_bytes_read
+from pippin.bench.options import OneBatchOptions, check_ours
 from pippin.bench.prompts import plain_ids, random_prompts
 from pippin.bench.results import BenchResult, Value, append, make_result, to_line
 from pippin.bench.screen import Tick, bar, stderr
-from pippin.bench.sides import Measured, Ours, Side, open_ours, peer, with_room
+from pippin.bench.sides import Measured, Ours, Side, mlx_device, open_ours, peer, with_room
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
@@ -100,10 +100,10 @@ class Yardstick:
     slot_bytes: float
 
     @classmethod
-    def of(cls, ours: Ours) -> Self:
+    def of(cls, ours: Ours, bandwidth: float) -> Self:
         info, runner = ours.info, ours.runner
         weights = weight_bytes_read(runner.model, info.vocab_size) if isinstance(runner, MlxModelRunner) else None
-        return cls(copy_bandwidth(), weights, info.pool_bytes / (info.max_total_tokens + info.page_size))
+        return cls(bandwidth, weights, info.pool_bytes / (info.max_total_tokens + info.page_size))
 
     def share(self, m: Measurement) -> float | None:
         """The share of the bandwidth that a decode step of ``m`` uses at least, halfway through the answers."""
@@ -118,6 +118,7 @@ def run(config: EngineConfig, options: OneBatchOptions) -> int:
 
     Returns the exit status: 1 if answers differ. Raises ConfigError naming the option that can't be met.
     """
+    check_ours(options.peers, config.device)
     console = stderr()
     saved = Path(options.result_filename) if options.result_filename else None
     if saved:
@@ -134,13 +135,14 @@ def measure_grid(config: EngineConfig, options: OneBatchOptions, console: Consol
     """Measures every combination of sizes, shows the table, returns a result for each side of each."""
     shapes = [Shape(*point) for point in product(options.batch_sizes, options.input_lens, options.output_lens)]
     config = with_room(config, [[s.input_len + s.output_len] * s.batch_size for s in shapes])
+    bandwidth = measured_bandwidth(dataclasses.replace(config, device=mlx_device(config.device)))
     with ExitStack() as stack:
         with LoadingBar() as loading:
             ours = open_ours(config, loading)
         info = ours.info
         check_room(info, shapes)
         sides: list[Side] = [ours.side, *(stack.enter_context(peer(name, config, info)) for name in options.peers)]
-        yardstick = Yardstick.of(ours)
+        yardstick = Yardstick.of(ours, bandwidth)
         with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick:
             found = list(measure(sides, plain_ids(info), shapes, options, tick))
     console.print(table(found, yardstick, info))

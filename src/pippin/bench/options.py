@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from pippin.config import flag_of, option
 from pippin.errors import ConfigError
+from pippin.torch import require_torch
 
 PEERS = ("mlx-lm", "torch")
 
@@ -62,10 +63,16 @@ class OneBatchOptions:
         return self.output_len or [16]
 
 
-def check_peers(names: list[str] | tuple[str, ...]) -> None:
+def check_ours(names: Sequence[str], device: str) -> None:
+    """Raises ConfigError for a peer that is what ``--device`` asks for."""
+    if device.startswith("torch") and "torch" in names:
+        raise ConfigError(f"torch is what --device {device} runs already", "--vs")
+
+
+def check_peers(names: Sequence[str]) -> None:
     """Raises ConfigError for a peer that is not known, or not installed."""
     for name in names:
         if name not in PEERS:
             raise ConfigError(f"{name!r} is not known; there are {', '.join(PEERS)}", "--vs")
-        if name == "torch" and find_spec("torch") is None:
-            raise ConfigError("PyTorch is not installed here; pip install 'pippin[torch]'", "--vs")
+        if name == "torch":
+            require_torch("--vs")

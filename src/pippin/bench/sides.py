@@ -137,9 +137,8 @@ def peer(name: str, config: EngineConfig, info: ModelInfo) -> Iterator[Side]:
 
     Raises what loading it there raises.
     """
-    config = dataclasses.replace(config, dtype=info.dtype)
-    if name == "torch":
-        config = dataclasses.replace(config, device=torch_device(info.device))
+    on = torch_device if name == "torch" else mlx_device
+    config = dataclasses.replace(config, dtype=info.dtype, device=on(info.device))
     with Child(name, f"{__name__}:{OPENERS[name]}", config) as child:
         yield ChildSide(name, child)
 
@@ -150,6 +149,11 @@ def torch_device(ours: str) -> str:
         return ours
     gpu = "mps" if sys.platform == "darwin" else "cuda"
     return f"torch:{gpu if ours == 'gpu' else 'cpu'}"
+
+
+def mlx_device(ours: str) -> str:
+    """``--device`` by which MLX runs where we do."""
+    return {"torch": "auto", "torch:cpu": "cpu", "torch:cuda": "gpu", "torch:mps": "gpu"}.get(ours, ours)
 
 
 # --- in a child ---
