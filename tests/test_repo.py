@@ -42,6 +42,7 @@ engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
 cli <- check_env
 kernels <- bench <- kernels_cli <- cli
+cli <- bench_serving
 errors <- backend <- core
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core

@@ -11,16 +11,19 @@ from typer.core import TyperCommand
 
 from pippin.backend import prepare
 from pippin.bench.options import OneBatchOptions
+from pippin.bench.serving_options import DatasetOptions, LoadOptions, TargetOptions
 from pippin.config import EngineConfig
-from pippin.options import with_options
+from pippin.options import PANELS, with_options
 
 bench = typer.Typer(
     name="bench",
-    help="Measure: one batch, the engine alone. Each result is one line of JSON on standard output.",
+    help="Measure: one batch, the engine alone, a server under load. Each result is a line of JSON on standard output.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+PANELS.update({TargetOptions: "Server that is measured", LoadOptions: "Load", DatasetOptions: "Prompts and answers"})
 
 
 class ManyValues(TyperCommand):
@@ -53,3 +56,12 @@ def one_batch(engine: EngineConfig, options: OneBatchOptions) -> None:
     from pippin.bench.one_batch import run
 
     raise typer.Exit(run(engine, options))
+
+
+@bench.command("serving", cls=ManyValues)
+@with_options
+def serving(target: TargetOptions, load: LoadOptions, dataset: DatasetOptions) -> None:
+    """Put load on a server, OpenAI's kind or SGLang's: throughput, latencies, goodput, cached tokens, errors."""
+    from pippin.bench.serving import run
+
+    raise typer.Exit(run(target, load, dataset))

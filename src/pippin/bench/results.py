@@ -99,17 +99,17 @@ def to_line(result: BenchResult) -> str:
     return msgspec.json.encode(result).decode()
 
 
-def append(path: Path, results: Iterable[BenchResult]) -> None:
+def append(path: Path, results: Iterable[BenchResult], flag: str = "--result-filename") -> None:
     """Adds a line for each to a file, which is made if it is not there.
 
-    Raises ConfigError naming ``--result-filename`` if it can't be written.
+    Raises ConfigError naming ``flag`` if it can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.writelines(msgspec.json.encode(result) + b"\n" for result in results)
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}", "--result-filename") from error
+        raise ConfigError(f"{path} can't be written: {error.strerror}", flag) from error
 
 
 def read(paths: Sequence[Path]) -> list[BenchResult]:
