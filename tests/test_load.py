@@ -399,6 +399,20 @@ def test_download(tmp_path: Path) -> None:
     assert run_downloads(hub | {"HF_HUB_OFFLINE": "1"}, asked[:1])[0] == [found[0], []]
 
 
+def test_of_a_repository_without_safetensors_pytorchs_files_are_downloaded(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "tiny", "qwen3")
+    (path / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "optimizer.bin"):
+        (path / name).write_bytes(b"PK" * 1000)
+    with serve_hub("made/tiny", path) as address:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        ((said, _),) = run_downloads(hub, [("made/tiny", None)])
+    assert "torch" in said  # it is no weights: without torch it can't be read, with torch it is damaged
+    there = {file.name for file in (tmp_path / "cache").rglob("*")}
+    assert "pytorch_model.bin" in there
+    assert "optimizer.bin" not in there
+
+
 def run_downloads(env: dict[str, str], asked: list[tuple[str, str | None]]) -> list[Any]:
     command = [sys.executable, "-c", DOWNLOAD, json.dumps(asked)]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False)

@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 from pippin import __version__
 from pippin.bench.cli import bench
-from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
+from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.errors import ConfigError, PippinError, RequestError
 from pippin.kernels_cli import kernels
 from pippin.options import with_options
@@ -90,6 +90,23 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     with _engine(engine, None) as opened:
         show(opened.generate(text, dataclasses.asdict(sampling), stream=True), sys.stdout)
+
+
+@app.command()
+@with_options
+def convert(options: ConvertOptions) -> None:
+    """Write a checkpoint as MLX's safetensors: from PyTorch's files, cast, or quantized."""
+    from pippin.backend import prepare
+
+    prepare()
+    from pippin.models.convert import convert as run
+    from pippin.terminal import LoadingBar
+
+    with LoadingBar() as progress:
+        done = run(options, progress)
+    form = done.quantization or "not quantized"
+    typer.echo(f"{done.path}: {done.weight_bytes / 2**20:.1f} MiB in {done.files} file(s), {form}")
+    typer.echo(f"Try: pippin chat --model-path {done.path}")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 
 from pippin.errors import ConfigError
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZATIONS = ("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
 DEVICES = ("auto", "cpu", "gpu", "torch", "torch:cpu", "torch:cuda", "torch:mps")
 
 
@@ -32,11 +34,9 @@ class EngineConfig:
     dtype: str = option(
         "auto",
         "Weights and activations; auto keeps the checkpoint's on a GPU and takes float32 on a CPU.",
-        choices=("auto", "float32", "float16", "bfloat16"),
+        choices=DTYPES,
     )
-    quantization: str | None = option(
-        None, "Quantize while loading.", choices=("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
-    )
+    quantization: str | None = option(None, "Quantize while loading.", choices=QUANTIZATIONS)
     context_length: int | None = option(None, "Most tokens a request may have; the model's own maximum if left out.")
     attention_backend: str = option("mlx", "mlx chooses at load what is exact for the model; or a backend's name.")
     device: str = option(
@@ -91,8 +91,8 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))
         for name, options in (
-            ("dtype", ("auto", "float32", "float16", "bfloat16")),
-            ("quantization", (None, "mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")),
+            ("dtype", DTYPES),
+            ("quantization", (None, *QUANTIZATIONS)),
             ("schedule_policy", ("fcfs", "lpm")),
             ("device", DEVICES),
         ):
@@ -125,6 +125,42 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What ``convert`` reads and writes."""
+
+    output: str = option("", "Directory to write; new, or empty. Nothing is there until all is.", "--mlx-path")
+    model_path: str | None = option(None, "Local directory or hub id; the shipped demo model if left out.", "--model")
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the checkpoint. Off: such a checkpoint is refused."
+    )
+    dtype: str = option("auto", "Weights; auto keeps the checkpoint's.", choices=DTYPES)
+    quantization: str | None = option(None, "Quantize, as serve would while loading.", choices=QUANTIZATIONS)
+    q_bits: int | None = option(None, "Quantize to so many bits: 2, 3, 4, 5, 6 or 8.")
+    q_group_size: int | None = option(None, "Weights that share a scale: 32, 64 (if left out) or 128.")
+    max_shard_gb: float = option(5.0, "Largest file of weights, in GiB.")
+
+    def __post_init__(self) -> None:
+        quantizes = bool(self.quantization or self.q_bits)
+        for name, ok, need in (
+            ("output", bool(self.output), "say where to write"),
+            ("q_bits", self.q_bits in (None, 2, 3, 4, 5, 6, 8), "must be 2, 3, 4, 5, 6 or 8"),
+            ("q_bits", not (self.quantization and self.q_bits), "leave it out beside --quantization, which says it"),
+            ("q_group_size", self.q_group_size in (None, 32, 64, 128), "must be 32, 64 or 128"),
+            ("q_group_size", quantizes or self.q_group_size is None, "needs --q-bits or --quantization beside it"),
+            ("max_shard_gb", self.max_shard_gb > 0, "must be above 0"),
+            ("dtype", self.dtype in DTYPES, f"must be one of {', '.join(DTYPES)}"),
+            (
+                "quantization",
+                self.quantization in (None, *QUANTIZATIONS),
+                f"must be one of {', '.join(QUANTIZATIONS)}",
+            ),
+        ):
+            if not ok:
+                raise ConfigError(need, flag_of(name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ STAGES = {
     "download": "downloading",
     "load": "reading weights",
     "quantize": "quantizing",
+    "unpack": "reading PyTorch's files",
+    "save": "writing",
     "probe": "checking attention",
     "warm-up": "warming up",
 }

@@ -270,7 +270,7 @@ class Flushed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Loading goes on: ``stage`` is one of download, load, quantize, probe, warm-up; 0 <= done <= total."""
+    """Loading goes on: ``stage`` is download, unpack, load, quantize, save, probe or warm-up; 0 <= done <= total."""
 
     stage: str
     done: int

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +36,11 @@ CONTEXT_LENGTH_NAMES = (
     "n_positions",
     "n_ctx",
 )
+SAFETENSORS = "model*.safetensors"
+PICKLED = ("pytorch_model*.bin", "pytorch_model*.pt", "model*.bin", "model*.pt")
+READER = "pippin.torch.checkpoints:write_safetensors"
+"""What reads those: found by name, since it stands above this module, and only where torch is."""
+
 DEFAULT_CONTEXT_LENGTH = 32768
 """For models that name none, as recurrent ones."""
 
@@ -69,39 +78,83 @@ def load_mlx_model(
     Raises ModelError if the model can't be found, downloaded, read or run by mlx-lm, or brings code that
     ``config.trust_remote_code`` does not allow; ConfigError if ``--quantization`` is asked of a quantized one.
     """
-    found = find_model(path, config, progress)
-    model, facts = _build(found, config.trust_remote_code)
-    if config.quantization and (kind := quantization_of(model)):
-        raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
     form = Form(_wanted_dtype(config), BITS[config.quantization] if config.quantization else None)
-    try:
-        materialize(model, form, progress)
-    except Exception as error:
-        raise ModelError(f"Could not read the weights of {found}: {one_line(error)}") from error
+    model, facts, found = load_model(path, form, progress, revision=config.revision, trusted=config.trust_remote_code)
     return _described(model, facts, found, config)
 
 
-def find_model(path: str | None, config: EngineConfig, progress: Callable[[Progress], None] | None) -> Path:
+def load_model(
+    path: str | None,
+    form: Form,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    revision: str | None = None,
+    trusted: bool = False,
+) -> tuple[nn.Module, dict[str, Any], Path]:
+    """The model in memory, cast and quantized as ``form`` says, its configuration, and the checkpoint's directory.
+
+    Arguments and errors as of ``load_mlx_model``; ``trusted`` allows the checkpoint's own code.
+    """
+    found = find_model(path, revision, progress)
+    with as_safetensors(found, progress) as readable:
+        model, facts = _build(found, readable, trusted)
+        if form.bits and (kind := quantization_of(model)):
+            raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
+        try:
+            materialize(model, form, progress)
+        except Exception as error:
+            raise ModelError(f"Could not read the weights of {found}: {one_line(error)}") from error
+    return model, facts, found
+
+
+def find_model(path: str | None, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
     """The directory of a checkpoint, downloaded if need be; None is the demo model. Raises ModelError."""
     if path is None:
         from pippin.demo import demo_model_path
 
         return Path(demo_model_path())
-    return find_checkpoint(path, config.revision, mlx_lm.utils.DEFAULT_ALLOW_PATTERNS, progress)
+    patterns = mlx_lm.utils.DEFAULT_ALLOW_PATTERNS
+    found = find_checkpoint(path, revision, patterns, progress)
+    if not any(found.glob(SAFETENSORS)) and not Path(path).expanduser().is_dir():
+        found = find_checkpoint(path, revision, [*patterns, *PICKLED], progress)
+    return found
 
 
-def _build(path: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with lazy weights, and its configuration; whatever mlx-lm raises becomes a ModelError."""
+@contextmanager
+def as_safetensors(path: Path, progress: Callable[[Progress], None] | None = None) -> Iterator[Path]:
+    """A directory with the checkpoint's weights as mlx-lm reads them: ``path``, or one made for now from .bin files.
+
+    Raises ModelError if there are no weights, or they are PyTorch's and torch isn't there to read them.
+    """
+    if any(path.glob(SAFETENSORS)):
+        yield path
+        return
+    pickled = sorted(file for pattern in PICKLED for file in path.glob(pattern))
+    if not pickled:
+        raise ModelError(f"{path} has no {SAFETENSORS}, nor PyTorch's {PICKLED[0]}.")
+    if find_spec("torch") is None:
+        raise ModelError(
+            f"{path} holds PyTorch's {pickled[0].suffix} files, and only PyTorch reads these safely:"
+            " pip install 'pippin[torch]', then `pippin convert` makes a checkpoint that needs no torch."
+        )
+    with TemporaryDirectory(prefix="pippin-") as made:
+        pkgutil.resolve_name(READER)(path, pickled, Path(made), progress)
+        yield Path(made)
+
+
+def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with lazy weights, and its configuration; whatever mlx-lm raises becomes a ModelError.
+
+    ``readable`` is where mlx-lm finds the weights of ``path``.
+    """
     facts = read_config(path)
     if (code := facts.get("model_file")) is not None and not trusted:
         raise ModelError(
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
         )
-    if not any(path.glob("model*.safetensors")):
-        raise ModelError(f"{path} has no model*.safetensors: other formats need converting with mlx_lm.convert.")
     try:
         model, facts = mlx_lm.utils.load_model(
-            path, lazy=True, model_config=older_names(facts), trust_remote_code=trusted
+            readable, lazy=True, model_config=older_names(facts), trust_remote_code=trusted
         )
         correct(model, facts)
     except Exception as error:

@@ -33,6 +33,7 @@ class Form:
 
     dtype: mx.Dtype | None = None
     bits: int | None = None
+    group_size: int = GROUP_SIZE
 
 
 def materialize(model: nn.Module, form: Form, progress: Callable[[Progress], None] | None = None) -> None:
@@ -67,7 +68,7 @@ def _converted(model: nn.Module, form: Form) -> Iterator[tuple[Any, int]]:
     Leaf modules come first, one at a time and leaving no reference behind, since that would keep the source
     in memory; then what their parents hold themselves (sinks, biases of routers), which is small.
     """
-    cast, quantized = _caster(model, form.dtype), _quantizer(model, form.bits)
+    cast, quantized = _caster(model, form.dtype), _quantizer(model, form)
     leaves = deque(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     done: set[str] = set()
     while leaves:
@@ -103,14 +104,14 @@ def _caster(model: nn.Module, dtype: mx.Dtype | None) -> Callable[[str, mx.array
     return cast
 
 
-def _quantizer(model: nn.Module, bits: int | None) -> Callable[[str, nn.Module], nn.Module]:
+def _quantizer(model: nn.Module, form: Form) -> Callable[[str, nn.Module], nn.Module]:
     """A function of a leaf module's path and itself that gives its quantized form, or itself to stay whole."""
     choose: Callable[[str, nn.Module], bool | dict[str, Any]] = getattr(model, "quant_predicate", lambda *_: True)
 
     def quantized(path: str, module: nn.Module) -> nn.Module:
-        if bits is None or not hasattr(module, "to_quantized") or not (choice := choose(path, module)):
+        if form.bits is None or not hasattr(module, "to_quantized") or not (choice := choose(path, module)):
             return module
-        settings = {"group_size": GROUP_SIZE, "bits": bits} | (choice if isinstance(choice, dict) else {})
+        settings = {"group_size": form.group_size, "bits": form.bits} | (choice if isinstance(choice, dict) else {})
         if (width := module.weight.shape[-1]) % settings["group_size"]:
             logger.warning(
                 "%s stays unquantized: its rows of %d don't divide by %d", path, width, settings["group_size"]

@@ -112,7 +112,7 @@ def load_torch_model(config: EngineConfig, tell: Callable[[Progress], None] | No
     if config.attention_backend != "mlx":
         raise ConfigError("torch's attention is transformers' own; leave the option out", "--attention-backend")
     device = find_device(config.device)
-    path = find_model(config.model_path, config, tell)
+    path = find_model(config.model_path, config.revision, tell)
     facts = read_config(path)
     if "quantization" in facts:
         raise ModelError(f"{path} is quantized for MLX, which torch can't read: give the checkpoint it was made from")
