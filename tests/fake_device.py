@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from pippin.cache.radix import Node, RadixCache
@@ -152,6 +153,7 @@ class Loop:
     context_length: int = 100_000
     overlap: bool = True
     cache: bool = True
+    forcing: Random | None = None  # now and then, tokens of a queued step are forced before it is read
 
     def __post_init__(self) -> None:
         self.allocator = WatchedAllocator(self.num_pages, self.page)
@@ -167,6 +169,7 @@ class Loop:
         self.device = FakeDevice(self.num_pages * self.page, self.page)
         self.flight: tuple[Batch, list[RowResult]] | None = None
         self.batches: list[Batch] = []
+        self.forced = 0
         self.scored: dict[str, list[int]] = {}
         self.added = 0
 
@@ -215,11 +218,15 @@ class Loop:
         if gone is not None:
             self.abort(gone)
         previous, self.flight = (self.flight, launched) if self.overlap else (launched, None)
+        if not self.overlap and launched is not None:
+            self._force(launched[0])
         if previous is not None:
             if fails == "read":
                 self._drop([previous[0]])
             else:
                 self._finish(*previous)
+        if self.overlap and self.flight is not None:
+            self._force(self.flight[0])
         assert batch is not None or previous is not None or not self.scheduler.has_work, "nothing moves"
         return batch
 
@@ -239,6 +246,23 @@ class Loop:
             assert request.finish == Finish("abort")
             assert (request.row, len(request.slots)) == (-1, 0)
         check(self)
+
+    def _force(self, batch: Batch) -> None:
+        """Appends, for some requests, what the model would draw in this step and the next few anyway."""
+        for work in batch.works:
+            request = work.request
+            if self.forcing is None or not work.samples or request.finish or self.forcing.random() < 0.6:
+                continue
+            if request.params.prompt_logprobs:  # they are still to be read
+                continue
+            count = self.forcing.choice([1, 1, 2, 5, 20])
+            story = self.device.stories[request.seq]
+            story.upto(work.end + count)
+            tokens = self.scheduler.force(request, story.tokens[work.end : work.end + count], None)
+            assert tokens == story.tokens[work.end : work.end + len(tokens)]
+            assert len(tokens) == count or request.finish is not None
+            self.forced += len(tokens)
+            check(self)
 
     def _finish(self, batch: Batch, results: list[RowResult]) -> list[Update]:
         done = {w.request.id for w in batch.works if w.request.finish is not None}

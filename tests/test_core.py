@@ -24,7 +24,7 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
 from pippin.graph import DecodeGraphs
-from pippin.runner import InFlight, MlxModelRunner
+from pippin.runner import InFlight, Masks, MlxModelRunner
 from pippin.types import Batch, Finish, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
 
@@ -375,6 +375,9 @@ class FlakyFlight:
         self._flight = flight
         self._fail = fail
         self.batch = flight.batch
+
+    def draw(self, masks: Masks) -> None:
+        self._flight.draw(masks)
 
     def read(self) -> list[Any]:
         if "read" in self._fail:

@@ -63,12 +63,14 @@ models <- probe <- memory <- torch <- core
 runner <- torch
 backend <- environment
 sglang <- server
+config <- grammar <- core
+types <- text <- grammar <- sglang
 """
 
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.radix", "cache.slots",
-    "client", "completion", "engine", "cli", "server", "text", "transport",
+    "client", "completion", "engine", "cli", "server", "grammar", "text", "transport",
 )  # fmt: skip
 
 
@@ -373,7 +375,7 @@ def test_python_in_docs_imports_what_there_is(path: Path) -> None:
 def test_docs_list_every_sampling_parameter() -> None:
     section = text_of("docs/python.md").split("## sampling_params")[1].split("## ")[0]
     listed = {name for line in section.splitlines() if line.startswith("| `") for name in named_first(line)}
-    fields_of_their_own = {"logprobs", "top_logprobs", "prompt_logprobs"}
+    fields_of_their_own = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar"}
     assert listed == set(SamplingParams.__struct_fields__) - fields_of_their_own
 
 

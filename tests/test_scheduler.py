@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pippin.errors import RequestError
 from pippin.scheduler import Scheduler
-from pippin.types import Request, RowResult, SamplingParams
+from pippin.types import Finish, Request, RowResult, SamplingParams
 from tests.fake_device import VOCAB, Loop, Story, alone, check_idle, endless
 
 loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
@@ -112,6 +112,43 @@ def test_any_traffic_comes_to_what_each_request_comes_to_alone(options: dict[str
     traffic.play(60)
     traffic.loop.run()
     traffic.judge()
+
+
+@given(options=loops, seed=st.integers(0, 2**32))
+def test_tokens_that_are_forced_are_those_that_would_be_drawn(options: dict[str, Any], seed: int) -> None:
+    traffic = Traffic(Loop(**options, forcing=Random(seed)), Random(seed), faults=0.05)
+    traffic.play(60)
+    traffic.loop.run()
+    traffic.judge()
+    assert traffic.loop.scheduler.stats().forced_tokens == traffic.loop.forced
+
+
+def test_a_forced_span_takes_one_step() -> None:
+    loop = Loop(chunk=32)
+    request = loop.add([1, 2, 3], endless(30))
+    loop.step()
+    loop.step()
+    story = loop.device.stories[request.seq]
+    story.upto(40)
+    steps = len(loop.batches)
+    assert loop.scheduler.force(request, story.tokens[4:24], None) == story.tokens[4:24]
+    loop.step()
+    work = loop.batches[steps].works[0]
+    assert (work.start, work.end, work.samples) == (4, 24, True)
+    loop.run()
+    assert request.tokens == story.tokens[:33]
+
+
+@pytest.mark.parametrize("ended", [None, Finish("stop")])
+def test_a_forced_span_ends_at_the_limit_or_with_the_grammar(ended: Finish | None) -> None:
+    loop = Loop()
+    request = loop.add([1, 2, 3], endless(4))
+    loop.step()
+    loop.step()
+    assert loop.scheduler.force(request, [7, 7, 7] if ended else [7] * 9, ended) == [7, 7, 7]
+    assert request.finish == (ended or Finish("length"))
+    loop.run()
+    assert len(request.tokens) == 7
 
 
 @given(options=loops, seed=st.integers(0, 2**32))

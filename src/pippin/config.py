@@ -64,6 +64,15 @@ class EngineConfig:
     graph_max_rows: int = option(
         256, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
     )
+    grammar_backend: str = option(
+        "llguidance", "What enforces structured output; none refuses such requests.", choices=("llguidance", "none")
+    )
+    constrained_json_whitespace_pattern: str | None = option(
+        None, "Regex of the gaps between JSON's tokens in structured output; up to 32 of any whitespace if left out."
+    )
+    constrained_json_disable_any_whitespace: bool = option(
+        False, "Structured output has JSON on one line, with one space after each comma and colon."
+    )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
 
     def __post_init__(self) -> None:
@@ -95,6 +104,7 @@ class EngineConfig:
             ("quantization", (None, *QUANTIZATIONS)),
             ("schedule_policy", ("fcfs", "lpm")),
             ("device", DEVICES),
+            ("grammar_backend", ("llguidance", "none")),
         ):
             if getattr(self, name) not in options:
                 raise ConfigError(

@@ -9,17 +9,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
 
+import numpy as np
+import numpy.typing as npt
+
 from pippin.cache.pool import KVPool
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.config import EngineConfig
 from pippin.errors import RequestError
+from pippin.grammar.compiler import GrammarCompiler, compiler_of
+from pippin.grammar.matcher import GrammarMatcher
 from pippin.memory import Limits, MemoryPlan, limit_buffers, limits, on_gpu, plan_memory, use_device
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
@@ -27,23 +33,39 @@ from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
-from pippin.types import Batch, Finish, ModelInfo, Output, Progress, Request, RowResult, Stats, StepOutput, Submit
+from pippin.types import Batch, Finish, ModelInfo, Output, Progress, Request, RowResult, Stats, StepOutput, Submit, Work
 
 log = logging.getLogger(__name__)
+
+
+COMPILE_WAIT = 0.005
+"""Seconds that a step with nothing to do waits for a grammar: how late a command may be obeyed meanwhile."""
 
 
 class EngineCore:
     """Requests in, a StepOutput a step out.
 
-    With ``overlap``, step n+1 is scheduled and built before step n is read, whoever joins, leaves or finishes.
+    With ``overlap``, step n+1 is scheduled and built before step n is read, whoever joins, leaves or finishes. Where a
+    request has a grammar, the step's draws are built after that, while the device runs the rest of the step: its mask
+    hangs on the token that step n drew. ``grammars`` is None where requests with grammars are refused.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: ModelInfo, *, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        info: ModelInfo,
+        *,
+        overlap: bool = True,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
         self._overlap = overlap
         self._eos = frozenset(info.eos_token_ids)
+        self._grammars = grammars
+        self._compiling: dict[str, tuple[Request, Future[GrammarMatcher]]] = {}
         self._in_flight: Flight | None = None
         self._notices: list[Output] = []
         self._steps = 0
@@ -53,7 +75,8 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to say."""
-        return self._in_flight is not None or bool(self._notices) or self._scheduler.has_work
+        busy = self._in_flight is not None or bool(self._notices) or bool(self._compiling)
+        return busy or self._scheduler.has_work
 
     @property
     def stats(self) -> Stats:
@@ -75,15 +98,49 @@ class EngineCore:
             arrival=time.monotonic(),
             eos=self._eos,
         )
-        self._scheduler.add(request)
-        if request.finish is not None:  # a resumed stream that had reached its end
+        grammar = request.params.grammar
+        if grammar is None:
+            self._begin(request)
+        elif self._grammars is None:
+            raise RequestError(f"{grammar.field}: grammars are switched off (--grammar-backend)", grammar.field)
+        elif request.id in self._compiling:
+            raise RequestError(f"a request with id {request.id!r} is running already", "rid")
+        else:
+            generated = request.tokens[request.num_prompt :]
+            future = self._grammars.submit(grammar, generated, request.params.ignore_eos)
+            self._compiling[request.id] = request, future
+
+    def _begin(self, request: Request) -> None:
+        """Hands a request to the scheduler. Raises RequestError if it can't be served."""
+        if request.matcher is not None and request.matcher.ended:  # a resumed stream that had reached its end
+            request.finish = Finish("stop")
+        else:
+            self._scheduler.add(request)
+        if request.finish is not None:
             self._notices.append(Output(request.id, finish=request.finish))
+
+    def _begin_compiled(self) -> None:
+        """Hands on requests whose grammars are ready, each or the reason why not."""
+        for request, future in [*self._compiling.values()]:
+            if not future.done():
+                continue
+            del self._compiling[request.id]
+            try:
+                request.matcher = future.result()
+                self._begin(request)
+            except RequestError as error:
+                self._notices.append(Output(request.id, finish=failed(error)))
+            except Exception as error:
+                log.exception("the grammar of request %s could not be compiled", request.id)
+                message = f"the grammar could not be compiled ({type(error).__name__})"
+                self._notices.append(Output(request.id, finish=Finish("error", None, message)))
 
     def abort(self, id: str) -> None:
         """Ends a request now; the next step reports it. Its slots are free at once. Unknown ids are ignored."""
-        request = self._scheduler.abort(id)
+        compiling = self._compiling.pop(id, None)
+        request = self._scheduler.abort(id) if compiling is None else compiling[0]
         if request is not None:
-            self._notices.append(Output(id, num_cached=request.num_cached, finish=request.finish))
+            self._notices.append(Output(id, num_cached=request.num_cached, finish=Finish("abort")))
 
     def flush(self) -> None:
         """Empties the prefix cache. Raises RequestError while requests run.
@@ -102,17 +159,26 @@ class EngineCore:
         What fails here fails the requests of that step, with a Finish, and does not raise.
         """
         began = time.perf_counter()
+        if self._compiling:
+            self._begin_compiled()
         outputs, self._notices = self._notices, []
         batch = self._scheduler.schedule()
         launched = self._launch(batch, outputs) if batch is not None else None
         if self._overlap:
             previous, self._in_flight = self._in_flight, launched
             self._overlapped += previous is not None and launched is not None
+            if previous is not None:
+                self._finish(previous, outputs)
+            if self._in_flight is not None:
+                self._draw(self._in_flight, outputs)
         else:
-            previous = launched
-        if previous is not None:
-            self._finish(previous, outputs)
+            previous, self._in_flight = launched, launched
+            if launched is not None and self._draw(launched, outputs):
+                self._in_flight = None
+                self._finish(launched, outputs)
         if batch is None and previous is None and not outputs:
+            if self._compiling:
+                wait([future for _, future in self._compiling.values()], COMPILE_WAIT, FIRST_COMPLETED)
             return None
         self._seconds += time.perf_counter() - began
         return StepOutput(outputs, self.stats)
@@ -138,8 +204,69 @@ class EngineCore:
             return
         self._drop(flight.batch, kind, outputs)
 
+    def _draw(self, flight: Flight, outputs: list[Output]) -> bool:
+        """Queues the draws of a step that waits for masks; False if that failed, and the step with it."""
+        waiting = [w for w in flight.batch.works if w.samples and w.request.matcher is not None]
+        if not waiting:
+            return True
+        try:
+            for work in waiting:
+                self._force(work.request, outputs)
+            flight.draw(lambda works: self._masks(works, outputs))
+            return True
+        except Exception as error:
+            log.exception("the draws of a step of %d requests could not be queued", len(flight.batch.works))
+            kind = type(error).__name__
+        self._drop(flight.batch, kind, outputs)
+        return False
+
+    def _force(self, request: Request, outputs: list[Output]) -> None:
+        """Appends what the request's grammar leaves no choice of: the step's draw is ignored, the next computes on.
+
+        With logprobs such tokens are drawn one by one, from masks that allow nothing else: each needs its logits.
+        """
+        matcher = request.matcher
+        params = request.params
+        if matcher is None or request.finish is not None or params.logprobs or params.prompt_logprobs:
+            return
+        tokens = matcher.forced()
+        finish = self._follow(request, tokens)
+        if finish is not None and finish.reason == "error":
+            self._scheduler.fail(request, finish)
+            tokens = []
+        elif tokens:
+            tokens = self._scheduler.force(request, tokens, finish)
+        if tokens or request.finish is not None:
+            outputs.append(Output(request.id, tokens, num_cached=request.num_cached, finish=request.finish))
+
+    def _follow(self, request: Request, tokens: Sequence[int]) -> Finish | None:
+        """Takes a request's next tokens into its grammar; returns how it ends, if it does."""
+        matcher = request.matcher
+        if matcher is None:
+            return None
+        try:
+            for token in tokens:
+                matcher.take(token)
+        except RequestError as error:
+            return failed(error)
+        return Finish("stop") if matcher.ended else None
+
+    def _masks(self, works: Sequence[Work], outputs: list[Output]) -> npt.NDArray[np.uint32]:
+        """What each work may draw. A request whose grammar can't go on fails here, alone."""
+        assert self._grammars is not None
+        masks, failures = self._grammars.fill(works)
+        for row, error in failures.items():
+            request = works[row].request
+            self._scheduler.fail(request, failed(error))
+            outputs.append(Output(request.id, num_cached=request.num_cached, finish=request.finish))
+        return masks
+
     def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:
         """What the step added to each request that is still wanted."""
+        for work, result in zip(batch.works, results, strict=True):
+            request, drawn = work.request, work.samples and result.finite and result.token is not None
+            if drawn and request.finish is None and work.end == len(request.tokens):
+                result.finish = self._follow(request, [result.token] if result.token is not None else [])
         found = []
         for update in self._scheduler.finish(batch, results):
             request, result = update.request, update.result
@@ -167,6 +294,11 @@ class EngineCore:
             failed = self._scheduler.drop(part)
             outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
         self._runner.reset()
+
+
+def failed(error: RequestError) -> Finish:
+    """How a request ends that can't be served."""
+    return Finish("error", None, error.message, error.field, error.status)
 
 
 def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None = None) -> EngineCore:
@@ -249,7 +381,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     )
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
-    return EngineCore(scheduler, runner, info, overlap=overlap)
+    return EngineCore(scheduler, runner, info, overlap=overlap, grammars=compiler_of(config, info))
 
 
 def _info(

@@ -64,6 +64,7 @@ class DecodeGraphs:
         self._fusions = fusions
         self._compile = compile
         self._functions: dict[SamplingPlan, DecodeFunction] = {}
+        self._forward = compile(self._run)
 
     def takes(self, works: Sequence[Work]) -> bool:
         """Whether a step can go through a graph: decodes only, and few enough."""
@@ -83,11 +84,21 @@ class DecodeGraphs:
         table, *drawn = self._functions[plan](last_token, inputs, sampling)
         return table, Sampled(**dict(zip(_outputs_of(plan), drawn, strict=True)))
 
+    def logits(self, works: Sequence[Work], last_token: mx.array) -> tuple[mx.array, mx.array]:
+        """Lazy: the logits [T, vocab] of a step whose draws are to come, and its input tokens [T]."""
+        inputs = decode_inputs(works, self._pool.page_size, self.size(works))
+        logits, tokens = self._forward(last_token, inputs, SamplingInputs())
+        return logits, tokens
+
+    def _run(self, last_token: mx.array, inputs: DecodeInputs, _: SamplingInputs) -> tuple[mx.array, ...]:
+        self.num_traced += 1  # only tracing runs this
+        tokens = mx.where(inputs.unseen > 0, last_token[inputs.rows], inputs.known)
+        return self._logits(tokens, inputs, last_token), tokens
+
     def _function(self, plan: SamplingPlan) -> DecodeFunction:
         def run(last_token: mx.array, inputs: DecodeInputs, sampling: SamplingInputs) -> tuple[mx.array, ...]:
-            self.num_traced += 1  # only tracing runs this
-            tokens = mx.where(inputs.unseen > 0, last_token[inputs.rows], inputs.known)
-            sampled = sample(self._logits(tokens, inputs, last_token), plan, sampling, tokens)
+            logits, tokens = self._run(last_token, inputs, sampling)
+            sampled = sample(logits, plan, sampling, tokens)
             table = mx.put_along_axis(last_token, inputs.rows, sampled.tokens, axis=0)
             return table, *(array for array in sampled if array is not None)
 

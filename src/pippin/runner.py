@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
@@ -18,7 +20,7 @@ from pippin.inputs import Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
-from pippin.sampler import Sampled, prompt_logprobs, sample, sampling_inputs
+from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
 
 # Inputs of fewer elements are of another address space in a Metal kernel.
@@ -27,11 +29,22 @@ _LEAST_TABLE = 8
 _LEAST_AHEAD = 32
 
 
+Masks = Callable[[Sequence[Work]], npt.NDArray[np.uint32]]
+"""Of works that sample: which tokens each may draw, as ``sampler.allow`` takes them."""
+
+
 class Flight(Protocol):
     """A step that is queued on the device."""
 
     @property
     def batch(self) -> Batch: ...
+
+    def draw(self, masks: Masks) -> None:
+        """Queues the draws of a step whose requests have grammars; nothing is left to queue of any other.
+
+        ``masks`` is called while the device runs the step, and needs the step before to have been read.
+        """
+        ...
 
     def read(self) -> list[RowResult]:
         """Waits for the step; a result for each work, in order. Call once."""
@@ -57,11 +70,12 @@ class PromptRows:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InFlight:
     """A queued step of MlxModelRunner. Holds only small arrays: a reference to the pool would force its copy.
 
-    ``works`` are the batch's, in the order in which the backend runs them.
+    ``works`` are the batch's, in the order in which the backend runs them. ``draws`` is what is left to do if the draws
+    wait for masks.
     """
 
     batch: Batch
@@ -69,6 +83,11 @@ class InFlight:
     sampled: Sampled | None
     prompts: tuple[PromptRows, ...]
     prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
+    draws: Callable[[Masks], Sampled] | None = None
+
+    def draw(self, masks: Masks) -> None:
+        if self.draws is not None:
+            self.sampled, self.draws = self.draws(masks), None
 
     def read(self) -> list[RowResult]:
         results = [RowResult() for _ in self.works]
@@ -140,6 +159,7 @@ class MlxModelRunner:
         self._token_counts = TokenCounts()
         self._graph_rows = graph_rows
         self._unqueued: list[mx.array] = []
+        self._queued = True
         self.graphs = self._make_graphs()
         self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
         mx.eval(self._last_token)
@@ -162,27 +182,51 @@ class MlxModelRunner:
         if not self.pool.in_place:
             self._queue()
             works = self._write_ahead(works)
+        self._queued = False
         forwards = self.backend.forwards(works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
         prompts = tuple(prompt_rows(ordered))
         logits, step_tokens = self._forward(forwards, samples, prompts)
-        sampled, values = None, None
+        sampled, values, draws = None, None, None
         if samples:
             sampling = [ordered[i] for i in samples]
             plan, inputs = sampling_inputs(sampling, self._vocab_size, counts=self._token_counts)
-            sampled = sample(logits[: len(samples)], plan, inputs, step_tokens)
-            rows = mx.array([w.request.row for w in sampling], dtype=mx.int32)
-            self._last_token[rows] = sampled.tokens
+            draws = partial(self._draw, sampling, plan, inputs, logits[: len(samples)], step_tokens)
+            if not wait_for_masks(sampling):
+                sampled, draws = draws(None), None
         elif self.pool.in_place:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
             values = score_prompts(ordered, prompts, logits[len(samples) :], self._vocab_size)
-        self._unqueued = [*_arrays(sampled), *_arrays(values)]
+        self._unqueued = [*_arrays(sampled), *_arrays(values), *([logits] if draws else [])]
         if self.pool.in_place:
             self._queue()
         asked = {id(work): whole for work, whole in zip(works, batch.works, strict=True)}
-        return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values)
+        return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values, draws)
+
+    def _draw(
+        self,
+        works: Sequence[Work],
+        plan: SamplingPlan,
+        inputs: SamplingInputs,
+        logits: mx.array,
+        step_tokens: mx.array,
+        masks: Masks | None,
+    ) -> Sampled:
+        """Draws for the first rows of logits, one a work, and puts the tokens into the device table.
+
+        With ``masks`` it queues the step first, has them made while that runs, and queues the draws.
+        """
+        if masks is not None:
+            self._queue()
+            plan, inputs = allow(plan, inputs, masks(works), len(logits))
+        sampled = sample(logits, plan, inputs, step_tokens)
+        rows = mx.array([w.request.row for w in works], dtype=mx.int32)
+        self._last_token[rows] = sampled.tokens[: len(works)]
+        if masks is not None:
+            mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
+        return sampled
 
     def _write_ahead(self, works: list[Work]) -> list[Work]:
         """Runs prompts up to their last token, for their K and V alone; returns the works that are left to run.
@@ -204,6 +248,9 @@ class MlxModelRunner:
 
     def _queue(self) -> None:
         """Queues what is built and not queued yet, writes to the pool too: those nobody evaluates would pile up."""
+        if self._queued:
+            return
+        self._queued = True
         if not self.pool.in_place:
             mx.synchronize()
         mx.async_eval(self._last_token, self.pool.arrays, self._unqueued)  # type: ignore[no-untyped-call]
@@ -215,6 +262,10 @@ class MlxModelRunner:
             check_slots(work, self.pool.num_slots)
         size = graphs.size(works)
         plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
+        if wait_for_masks(works):
+            logits, tokens = graphs.logits(works, self._last_token)
+            mx.async_eval(logits, tokens)  # type: ignore[no-untyped-call]
+            return InFlight(batch, works, None, (), None, partial(self._draw, works, plan, inputs, logits, tokens))
         self._last_token, sampled = graphs.step(works, plan, inputs, self._last_token)
         mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
         return InFlight(batch, works, sampled, (), None)
@@ -234,6 +285,7 @@ class MlxModelRunner:
         """Starts over with an empty pool and no tokens in flight."""
         shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size
         self._unqueued = []
+        self._queued = True
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
         del self.pool, self.graphs  # before the next is made: there may not be memory for two
@@ -295,6 +347,11 @@ def check_slots(work: Work, num_slots: int) -> None:
     slots = request.slots[work.start : work.end]
     if request.row < 0 or len(slots) < work.end - work.start or not 0 < min(slots) <= max(slots) < num_slots:
         raise AssertionError(f"{request.id} was scheduled without a row or slots of the pool")
+
+
+def wait_for_masks(works: Sequence[Work]) -> bool:
+    """Whether what the works draw depends on tokens that the host may not have seen."""
+    return any(w.request.matcher is not None for w in works)
 
 
 def prompt_rows(works: Sequence[Work]) -> list[PromptRows]:

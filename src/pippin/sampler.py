@@ -1,7 +1,7 @@
 """Logits to tokens, inside MLX's lazy graph: nothing here waits for the device.
 
 ``sampling_inputs`` reads requests on the host, ``sample`` builds the graph. Order per row, as in SGLang:
-repetition penalty, frequency and presence penalties, logit_bias, forbidden stop tokens; then temperature;
+repetition penalty, frequency and presence penalties, logit_bias, forbidden stop tokens, grammar; then temperature;
 then top_k, top_p and min_p, each judged on the temperature-scaled distribution over the whole vocabulary and
 applied together. Among equal probabilities the lower id counts as the likelier token.
 
@@ -38,6 +38,8 @@ SMALLEST_TOP_P = 1e-9  # less would be 0 in float32, and keep nothing
 LARGEST_PARTITION = 1024  # above this top_k, bisecting is as fast as a partition and its sort
 PROBABILITY_1 = float(2**31)  # in the integers that top_p sums
 INTEGER_MAX = 2**31 - 1  # top_k: off
+EVERY = 2**32 - 1  # a word of a mask that allows all
+UNLIKELY = -1e30  # logit of a token that is drawn if nothing else may be
 NO_BOUNDARY = 2**31 - 1  # bits above those of every float
 
 
@@ -59,6 +61,7 @@ class SamplingPlan:
     logprobs: bool = False
     tops: int = 0
     partition: int = 0
+    masked: bool = False
 
 
 class SamplingInputs(NamedTuple):
@@ -66,6 +69,7 @@ class SamplingInputs(NamedTuple):
 
     ``temperature`` float32 [S], 0 for greedy. ``keys`` uint32 [S, 2]: the noise of this row at this position.
     ``top_k`` int32 [S], ``top_p`` float32 [S] (infinite: off), ``log_min_p`` float32 [S] (-infinite: off).
+    ``allowed`` uint32 [S, ceil(vocab_size / 32)]: bit t % 32 of word t // 32 says whether token t may be drawn.
     """
 
     temperature: mx.array | None = None
@@ -74,6 +78,7 @@ class SamplingInputs(NamedTuple):
     top_p: mx.array | None = None
     log_min_p: mx.array | None = None
     edits: LogitEdits | None = None
+    allowed: mx.array | None = None
 
 
 class Sampled(NamedTuple):
@@ -166,6 +171,15 @@ def _random_inputs(
     )
 
 
+def allow(
+    plan: SamplingPlan, inputs: SamplingInputs, allowed: npt.NDArray[np.uint32], size: int
+) -> tuple[SamplingPlan, SamplingInputs]:
+    """The plan and arrays with masks, as ``SamplingInputs.allowed``; rows up to ``size`` beyond it draw anything."""
+    padding = np.full((size - len(allowed), allowed.shape[1]), EVERY, np.uint32)
+    bits = np.concatenate([allowed, padding]) if len(padding) else allowed
+    return replace(plan, masked=True), inputs._replace(allowed=mx.array(bits))
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n (n >= 1)."""
     return 1 << (n - 1).bit_length()
@@ -208,6 +222,8 @@ def sample(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs, input_t
         raise ValueError(f"a vocabulary of {plan.vocab_size} ids, but logits of {logits.shape[-1]}")
     raw = logits[:, : plan.vocab_size].astype(mx.float32)
     edited = raw if inputs.edits is None else edit_logits(raw, inputs.edits, input_tokens)
+    if inputs.allowed is not None:
+        edited = _masked(edited, inputs.allowed)
     tokens = mx.argmax(edited, axis=-1)
     if plan.random:
         assert inputs.temperature is not None
@@ -218,6 +234,13 @@ def sample(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs, input_t
         return sampled
     logprob, top_ids, top_logprobs = token_logprobs(raw, tokens, plan.tops)
     return sampled._replace(logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def _masked(logits: mx.array, allowed: mx.array) -> mx.array:
+    """float32 [S, n] with minus infinity where the mask has 0. Of what it allows, edits forbid nothing for good."""
+    rows, n = logits.shape
+    bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.reshape(rows, -1)[:, :n] > 0, mx.maximum(logits, UNLIKELY), -mx.inf)
 
 
 def prompt_logprobs(

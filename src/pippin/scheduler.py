@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
-from pippin.types import Batch, Finish, Request, RowResult, Stats, Work
+from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
 
 HEADROOM = 16
 """Tokens that each running request can still draw, by count, when another is admitted: fewer retractions."""
@@ -67,6 +67,7 @@ class Scheduler:
         self._decoded = 0
         self._cached_tokens = 0
         self._prompt_tokens = 0
+        self._forced = 0
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +91,7 @@ class Scheduler:
             retractions=self._retractions,
             overlapped_steps=overlapped_steps,
             step_seconds=step_seconds,
+            forced_tokens=self._forced,
         )
 
     def add(self, request: Request) -> None:
@@ -150,11 +152,37 @@ class Scheduler:
             request = work.request
             if request.finish is not None:
                 continue
-            if work.samples:
+            drawn = work.samples and work.end == len(request.tokens)  # else it was forced meanwhile
+            if drawn:
                 result = self._take(request, result)
-            if work.samples or result.prompt_logprobs:
+            elif work.samples:
+                result = RowResult(prompt_logprobs=result.prompt_logprobs)
+            if drawn or result.prompt_logprobs:
                 updates.append(Update(request, result))
         return updates
+
+    def force(self, request: Request, tokens: Sequence[Token], finish: Finish | None) -> list[Token]:
+        """Appends tokens that its grammar leaves no choice of, in place of what a queued step draws for the request.
+
+        ``finish`` is how it ends after the last. Returns those it has room for, up to the one that ends it. What is
+        left to compute is computed as a resumed request's is.
+        """
+        taken: list[Token] = []
+        for token in tokens:
+            request.tokens.append(token)
+            taken.append(token)
+            found = self._stop(request, token, finish if len(taken) == len(tokens) else None)
+            if found is not None:
+                break
+        request.length = len(request.tokens)
+        self._forced += len(taken)
+        if found is not None:
+            self._end(request, found)
+        return taken
+
+    def fail(self, request: Request, finish: Finish) -> None:
+        """Ends a request that has not ended, at any moment between steps."""
+        self._end(request, finish)
 
     def drop(self, batch: Batch) -> list[Request]:
         """Undoes a step that raised; call it for every step in flight. Returns the requests that it failed.
@@ -330,11 +358,10 @@ class Scheduler:
     def _reuse(self, request: Request, slots: array[int]) -> None:
         """Puts the tree's slots after those that are shared already, and skips what they hold."""
         self._share(request, slots)
-        skipped = request.shared - request.computed
-        if skipped > 0:
+        if request.shared > request.computed:
+            skipped = min(request.shared, request.num_prompt) - min(request.computed, request.num_prompt)
             request.computed = request.shared
             if not request.retractions:
-                skipped = min(skipped, request.num_prompt - request.num_cached)
                 request.num_cached += skipped
                 self._cached_tokens += skipped
 
@@ -367,17 +394,22 @@ class Scheduler:
             )
             self._radix.flush()  # what was computed on the way may be the cause
             return RowResult()
+        if result.finish is not None and result.finish.reason == "error":
+            self._end(request, result.finish)
+            return RowResult()
         request.tokens.append(result.token)
-        finish = self._stop(request, result.token)
+        finish = self._stop(request, result.token, result.finish)
         if finish is not None:
             self._end(request, finish)
         return result
 
-    def _stop(self, request: Request, token: int) -> Finish | None:
+    def _stop(self, request: Request, token: int, ended: Finish | None) -> Finish | None:
         params, generated = request.params, len(request.tokens) - request.num_prompt
         stops = token in params.stop_token_ids or (token in request.eos and not params.ignore_eos)
         if stops and generated >= params.min_new_tokens:
             return Finish("stop", token)
+        if ended is not None:
+            return ended
         return Finish("length") if len(request.tokens) >= self._limit(request) else None
 
     def _end(self, request: Request, finish: Finish) -> None:

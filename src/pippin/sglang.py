@@ -16,6 +16,7 @@ import msgspec
 
 from pippin.completion import Delta, check_prompt, new_id
 from pippin.errors import RequestError
+from pippin.grammar.fields import grammar_of
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Finish, ModelInfo, SamplingParams, TokenLogprob
 
@@ -23,7 +24,8 @@ TextOf = Callable[[int], str | None]
 
 _NAMES = tuple(f.name for f in msgspec.structs.fields(SamplingParams))
 # What `generate` says in arguments of its own, so it is no key of sampling_params.
-_NOT_KEYS = {"logprobs", "top_logprobs", "prompt_logprobs"}
+_NOT_KEYS = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar"}
+_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingPar
     values = {name: value for name, value in (given or {}).items() if value is not None}
     if "sampling_seed" in values:
         values.setdefault("seed", values.pop("sampling_seed"))
+    grammar = grammar_of({name: values.pop(name, None) for name in _GRAMMARS}, "sampling_params.")
     if unknown := [name for name in values if name not in _NAMES or name in _NOT_KEYS]:
         raise RequestError(_unknown(str(unknown[0])), f"sampling_params.{unknown[0]}")
     if isinstance(values.get("stop"), str):
@@ -105,7 +108,8 @@ def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingPar
     try:
         # Not strict: JSON spells the keys of logit_bias as strings, and 1 is a fine temperature.
         values = {k: _loose_ints(v) if k == "logit_bias" else v for k, v in values.items()}
-        return msgspec.convert(values | more, SamplingParams)
+        params = msgspec.convert(values | more, SamplingParams)
+        return params if grammar is None else msgspec.structs.replace(params, grammar=grammar)
     except msgspec.ValidationError as error:
         name = (re.search(r"`\$\.(\w+)", str(error)) or ["", ""])[1]
         said = str(error).split(" - at")[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -17,6 +17,21 @@ from pippin.errors import RequestError
 
 Token = int
 Slot = int
+
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "grammar", "choice", "structural_tag"]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer's text must be, as the request gave it.
+
+    ``text``: by ``kind`` a JSON schema, nothing (any JSON object), a regex that the whole answer matches, GBNF or Lark,
+    a JSON list of strings, or a JSON structural tag. ``field`` is the request's field, for errors.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+    field: str = "grammar"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,6 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ``stop`` strings are found in the text, outside of the engine process; ``stop_token_ids`` in it.
     ``top_logprobs`` counts the alternatives reported beside each token when ``logprobs`` is set.
     ``prompt_logprobs`` reports each prompt token's logprob too, and so recomputes the whole prompt.
+    ``grammar`` is what the answer's text must be; its end ends the answer, and nothing else but its limit does before.
 
     Raises RequestError naming the field that is out of range.
     """
@@ -52,6 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name, ok, need in (
@@ -101,7 +118,7 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """A token's natural-log probability under the model itself, before penalties, bias and temperature.
+    """A token's natural-log probability under the model itself, before penalties, bias, grammar and temperature.
 
     ``logprob`` is None for a prompt's first token. ``top`` lists the likeliest alternatives, best first.
     """
@@ -112,6 +129,20 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 # --- inside the engine ---
+
+
+class Matcher(Protocol):
+    """One answer's place in its grammar: it has taken the tokens that the host has seen, and no others."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+
+    def take(self, token: Token) -> None:
+        """Goes on by a token of the answer. Raises RequestError if it can't follow, or the grammar is too complex."""
+
+    def forced(self) -> list[Token]:
+        """The tokens that come next whatever the model says; often none."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -126,6 +157,7 @@ class Request:
     ``row`` is its line in the device tables while it runs, -1 otherwise.
     ``seq`` numbers requests as they are added; ``retractions`` counts how often this one lost its slots;
     ``scored`` prompt tokens have had their rows' logprobs asked for (``prompt_logprobs``).
+    ``matcher`` is its place in its grammar, if it has one: the steps that draw for it wait for their masks.
     """
 
     id: str
@@ -146,6 +178,7 @@ class Request:
     seq: int = 0
     retractions: int = 0
     scored: int = 0
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -187,12 +220,14 @@ class RowResult:
     """What a step computed for one Work: the token it drew, if it samples, and logprobs if asked for.
 
     ``finite`` is False where the logits held no finite maximum: the token means nothing then.
+    ``finish`` is set where the request's grammar ended with this token, or can't go on.
     """
 
     token: Token | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: Sequence[TokenLogprob] = ()
     finite: bool = True
+    finish: Finish | None = None
 
 
 # --- between the HTTP process and the engine process ---
@@ -254,6 +289,7 @@ class Stats(msgspec.Struct, frozen=True):
     retractions: int = 0
     overlapped_steps: int = 0
     step_seconds: float = 0.0
+    forced_tokens: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

@@ -100,7 +100,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"thinking_budget": 0}, "thinking_budget", ">= 1"),
     (CHAT, {"thinking_budget": 5}, "thinking_budget", "does not reason"),
     (CHAT, {"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages[0].mood", "unknown field"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", 'send {"type":"text"}'),
+    (CHAT, {"response_format": {"type": "yaml"}}, "response_format.type", "text, json_object"),
     (CHAT, {"audio": {"voice": "x"}}, "audio", "not supported yet"),
     (CHAT, {"store": True}, "store", "not supported yet"),
     (CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),

@@ -132,6 +132,7 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ("decode_tokens", "Tokens computed one at a time.", stats.decode_tokens),
         ("steps", "Steps of the engine.", stats.steps),
         ("overlapped_steps", "Steps queued before the one before was read.", stats.overlapped_steps),
+        ("forced_tokens", "Tokens that grammars left no choice of.", stats.forced_tokens),
         ("step_seconds", "Time spent in steps.", stats.step_seconds),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
     ]

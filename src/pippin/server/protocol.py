@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import astuple, fields
 
 from pippin.errors import RequestError
-from pippin.types import SamplingParams
+from pippin.grammar.fields import KINDS, grammar_of
+from pippin.types import Grammar, SamplingParams
 
 T = TypeVar("T", bound=Struct)
 
@@ -30,7 +32,6 @@ IGNORED = frozenset(
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -51,15 +52,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "session_id": (),
     "session_params": (),
     "session_rid": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
     "stop_regex": ([], ""),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_grammar": (),
-    "guided_choice": (),
     "custom_params": (),
     "custom_logit_processor": (),
     "cache_salt": (),
@@ -112,6 +105,16 @@ class OpenAIRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool = True
     priority: Int32 = 0
     rid: str | None = None
+    response_format: Json | None = None
+    structured_outputs: Json | None = None
+    json_schema: Json | str | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: Json | str | None = None
+    guided_json: Json | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def params(self, max_tokens: int, **others: Any) -> SamplingParams:
         """The engine's parameters. Raises RequestError with the fields' names as OpenAI spells them."""
@@ -135,10 +138,18 @@ class OpenAIRequest(Struct, kw_only=True, forbid_unknown_fields=True):
                 no_stop_trim=self.no_stop_trim,
                 skip_special_tokens=self.skip_special_tokens,
                 spaces_between_special_tokens=self.spaces_between_special_tokens,
+                grammar=self.grammar,
                 **others,
             )
         except RequestError as error:
             raise respell(error, {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}) from error
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be. Raises RequestError naming the field that doesn't say."""
+        names = ("response_format", "structured_outputs", *KINDS)
+        given = {f.name: value for f, value in zip(fields(self), astuple(self), strict=True)}
+        return grammar_of({name: given[name] for name in names})
 
     @property
     def usage_at_end(self) -> bool:
@@ -252,7 +263,7 @@ def read(body: bytes, kind: type[T]) -> T:
 
 def build(raw: Mapping[str, Any], kind: type[T]) -> T:
     """A JSON object as a struct. Raises RequestError that names the field."""
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = {field.encode_name for field in fields(kind)}
     given = {name: value for name, value in raw.items() if value is not None and name not in IGNORED - known}
     for name in [n for n in given if n not in known]:
         refuse_or_drop(given, name, known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from pippin.attention.padded import Padded
 from pippin.penalties import TokenCounts
-from pippin.runner import InFlight, PromptRows, check_slots, prompt_rows, score_prompts
-from pippin.sampler import sample, sampling_inputs
+from pippin.runner import InFlight, Masks, PromptRows, check_slots, prompt_rows, score_prompts, wait_for_masks
+from pippin.sampler import Sampled, allow, sample, sampling_inputs
 from pippin.torch.bridge import torch_to_mlx
 from pippin.torch.store import Rows, TorchKVStore, lay_out
 from pippin.types import Batch, Work
@@ -45,17 +46,26 @@ class TorchModelRunner:
         samples = [i for i, w in enumerate(works) if w.samples]
         prompts = tuple(prompt_rows(works))
         logits = self._forward(forwards, prompts)
-        sampled, values = None, None
+        sampled, values, draws = None, None, None
         if samples:
             drawing = [works[i] for i in samples]
-            plan, inputs = sampling_inputs(drawing, self._vocab_size, counts=self._token_counts)
-            last_inputs = mx.array([self._token(w, w.end - 1) for w in drawing], dtype=mx.int32)
-            sampled = sample(logits[: len(samples)], plan, inputs, last_inputs)
-            for work, token in zip(drawing, np.asarray(sampled.tokens), strict=True):
-                self._last_token[work.request.row] = int(token)
+            draws = partial(self._draw, drawing, logits[: len(samples)])
+            if not wait_for_masks(drawing):
+                sampled, draws = draws(None), None
         if prompts:
             values = score_prompts(works, prompts, logits[len(samples) :], self._vocab_size)
-        return InFlight(batch, works, sampled, prompts, values)
+        return InFlight(batch, works, sampled, prompts, values, draws)
+
+    def _draw(self, works: Sequence[Work], logits: mx.array, masks: Masks | None) -> Sampled:
+        """Draws for rows of logits, one a work, and keeps the tokens."""
+        plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
+        if masks is not None:
+            plan, inputs = allow(plan, inputs, masks(works), len(works))
+        last_inputs = mx.array([self._token(w, w.end - 1) for w in works], dtype=mx.int32)
+        sampled = sample(logits, plan, inputs, last_inputs)
+        for work, token in zip(works, np.asarray(sampled.tokens), strict=True):
+            self._last_token[work.request.row] = int(token)
+        return sampled
 
     def logits(self, batch: Batch) -> mx.array:
         """Runs a batch to the logits of its sampling works, [n, vocab] float32, and draws nothing."""

@@ -1,0 +1,270 @@
+"""Grammars in the engine: every answer fits, and is the same alone, batched, overlapped, forced ahead and resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pippin.config import EngineConfig
+from pippin.core import EngineCore, load_core
+from pippin.types import Finish, Grammar, Output, SamplingParams, Submit
+from tests.checkpoints import make_checkpoint
+from tests.tokenizers_for_tests import byte_level
+
+EOS = byte_level().eos_ids[0]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["a test of tokens", "a test of apples", "seed"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+}
+REGEX = r"(apple|apples|app){1,4}-[0-9]{2,5}( stopped| stop)?"
+GRAMMARS = [
+    Grammar("json_schema", json.dumps(SCHEMA)),
+    Grammar("regex", REGEX),
+    Grammar("regex", r"[^a]{3,30}"),
+    Grammar("choice", json.dumps(["Hello world, this is", "Hello world, that was", "Ünïcödé 🙂", "no"])),
+    Grammar("grammar", 'root ::= "Pippin" (" and " "apple" [0-9])* "!"'),
+    None,
+    None,
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level()
+    make_checkpoint(path, "qwen3", head_dim=16, num_hidden_layers=2, vocab_size=tokenizer.vocab_size + 9)
+    tokenizer.hf.save_pretrained(path)
+    return path
+
+
+def make_core(path: Path, **options: Any) -> EngineCore:
+    return load_core(EngineConfig(model_path=str(path), **{"max_total_tokens": 2000, "context_length": 200, **options}))
+
+
+@pytest.fixture(scope="module")
+def core(checkpoint: Path) -> EngineCore:
+    return make_core(checkpoint)
+
+
+def answers(core: EngineCore, submits: Sequence[Submit]) -> dict[str, tuple[list[int], Finish | None]]:
+    """Adds all at once and steps until nothing is left."""
+    for submit in submits:
+        core.add(submit)
+    found: dict[str, list[Output]] = {submit.id: [] for submit in submits}
+    while core.has_work:
+        step = core.step()
+        for output in step.outputs if step else ():
+            found[output.id].append(output)
+    assert all(outputs[-1].finish is not None for outputs in found.values())
+    assert all(output.finish is None for outputs in found.values() for output in outputs[:-1])
+    return {id: ([t for o in outputs for t in o.tokens], outputs[-1].finish) for id, outputs in found.items()}
+
+
+def params_for(source: random.Random, grammar: Grammar | None) -> SamplingParams:
+    longest = source.choice([5, 60, 60, 100])
+    return SamplingParams(
+        max_new_tokens=longest,
+        min_new_tokens=source.choice([0, 0, 4]),
+        temperature=source.choice([0.0, 1.0, 1.5]),
+        top_p=source.choice([1.0, 0.7]),
+        top_k=source.choice([-1, 3]),
+        min_p=source.choice([0.0, 0.1]),
+        repetition_penalty=source.choice([1.0, 1.3]),
+        presence_penalty=source.choice([0.0, 1.0]),
+        logit_bias=source.choice([{}, {300: 20.0, 20: -100.0}]),
+        seed=source.choice([0, 1, 2**63]),
+        stop_token_ids=source.choice([(), (), (70, 300)]),
+        ignore_eos=source.random() < 0.3,
+        grammar=grammar,
+    )
+
+
+def submits_for(source: random.Random, count: int) -> list[Submit]:
+    prefix = [source.randrange(3, 280) for _ in range(20)]
+    found = []
+    for i in range(count):
+        tail = [source.randrange(3, 280) for _ in range(source.choice([1, 4, 30]))]
+        params = params_for(source, source.choice(GRAMMARS))
+        found.append(Submit(f"r{i}", [*prefix[: source.choice([0, 20])], *tail], 0, params))
+    return [msgspec.structs.replace(s, num_prompt=len(s.tokens)) for s in found]
+
+
+def text(tokens: Sequence[int]) -> str:
+    return byte_level().decode([t for t in tokens if t != EOS])
+
+
+def fits(grammar: Grammar, said: str) -> bool:
+    """By other means than those that made it."""
+    match grammar.kind:
+        case "json_schema":
+            value = json.loads(said)
+            return (
+                [*value] in (["name", "kind"], ["name", "kind", "count"])
+                and value["kind"] in SCHEMA["properties"]["kind"]["enum"]  # type: ignore[index]
+                and len(value["name"]) <= 6
+                and 0 <= value.get("count", 0) <= 120
+            )
+        case "regex":
+            return re.fullmatch(grammar.text, said) is not None
+        case "choice":
+            return said in json.loads(grammar.text)
+    return re.fullmatch(r"Pippin( and apple[0-9])*!", said) is not None
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"disable_overlap_schedule": True},
+    {"chunked_prefill_size": 3},
+    {"disable_radix_cache": True, "max_running_requests": 3},
+    {"max_total_tokens": 200, "page_size": 4},
+    {"attention_backend": "padded", "schedule_policy": "lpm"},
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_fit_and_are_the_same_whatever_the_schedule(checkpoint: Path, core: EngineCore, seed: int) -> None:
+    submits = submits_for(random.Random(seed), 16)
+    expected: dict[str, tuple[list[int], Finish | None]] = {}
+    for submit in submits:
+        expected |= answers(core, [submit])
+    for submit in submits:
+        tokens, finish = expected[submit.id]
+        assert finish is not None
+        assert finish.reason in ("stop", "length")
+        if submit.params.grammar and finish.reason == "stop" and finish.matched in (None, EOS):
+            assert fits(submit.params.grammar, text(tokens)), text(tokens)
+        if submit.params.grammar and finish.reason == "length":
+            assert len(tokens) == submit.params.max_new_tokens
+    assert sum(finish is not None and finish.reason == "stop" for _, finish in expected.values()) > 6
+    assert answers(core, submits) == expected
+    for options in OPTIONS:
+        other = make_core(checkpoint, **options)
+        assert answers(other, submits) == expected, options
+        assert other.stats.forced_tokens > 0
+        other.flush()
+        assert other.stats.slots_free == other.stats.slots_total
+
+
+def test_answers_that_lose_their_slots_come_back_to_their_place(checkpoint: Path, core: EngineCore) -> None:
+    grammars = [Grammar("regex", r"([^a]{20}, apples and ){3,}END"), None]
+    submits = [
+        Submit(f"r{i}", [3 + i] * 9, 9, SamplingParams(max_new_tokens=80, seed=i, grammar=grammars[i % 2]))
+        for i in range(8)
+    ]
+    small = make_core(checkpoint, max_total_tokens=160)
+    assert answers(small, submits) == answers(core, submits)
+    assert small.stats.retractions > 0
+    assert small.stats.forced_tokens > 0
+
+
+def test_logprobs_change_no_token_and_are_the_models_own(core: EngineCore) -> None:
+    """With them nothing is forced ahead: each token is drawn, from a mask that may leave one."""
+    for grammar in GRAMMARS[:5]:
+        params = SamplingParams(max_new_tokens=60, seed=3, grammar=grammar)
+        forced = core.stats.forced_tokens
+        ((tokens, _),) = answers(core, [Submit("a", [5, 6, 7], 3, params)]).values()
+        assert core.stats.forced_tokens > forced or grammar == GRAMMARS[2]
+        forced = core.stats.forced_tokens
+        core.add(Submit("b", [5, 6, 7], 3, msgspec.structs.replace(params, logprobs=True, top_logprobs=2)))
+        outputs = [o for _ in range(400) if core.has_work and (step := core.step()) for o in step.outputs]
+        assert core.stats.forced_tokens == forced
+        drawn = [p for o in outputs for p in o.logprobs]
+        assert [p.token for p in drawn] == [t for o in outputs for t in o.tokens] == tokens
+        free = SamplingParams(max_new_tokens=1, logprobs=True, prompt_logprobs=True)
+        core.add(Submit("c", [5, 6, 7, *tokens], 3 + len(tokens), free))
+        outputs = [o for _ in range(400) if core.has_work and (step := core.step()) for o in step.outputs]
+        scored = [p for o in outputs for p in o.prompt_logprobs][3:]
+        assert [p.logprob for p in drawn] == pytest.approx([p.logprob for p in scored], abs=1e-4)
+
+
+def test_a_stream_that_broke_off_anywhere_goes_on_as_it_would_have(core: EngineCore) -> None:
+    for grammar in GRAMMARS[:5]:
+        whole = Submit("a", [9, 8], 2, SamplingParams(max_new_tokens=60, seed=7, ignore_eos=True, grammar=grammar))
+        ((tokens, finish),) = answers(core, [whole]).values()
+        cuts = [
+            msgspec.structs.replace(whole, id=f"cut{i}", tokens=[9, 8, *tokens[:i]]) for i in range(1, len(tokens) + 1)
+        ]
+        for i, (rest, end) in enumerate(answers(core, cuts).values(), 1):
+            assert (tokens[:i] + rest, end) == (tokens, finish)
+
+
+def test_the_grammar_wins_over_what_forbids_all_that_it_allows(core: EngineCore) -> None:
+    """min_new_tokens forbids stop tokens, but here the grammar allows nothing else."""
+    (stop,) = byte_level().encode("S")
+    params = SamplingParams(
+        max_new_tokens=9, min_new_tokens=9, stop_token_ids=(stop,), grammar=Grammar("regex", "S{3}"), temperature=1.0
+    )
+    assert answers(core, [Submit("a", [4], 1, params)]) == {"a": ([stop] * 3, Finish("stop"))}
+
+
+def test_an_end_comes_only_where_the_grammar_allows_it(core: EngineCore) -> None:
+    """The model wants to end at once, and to write its turn's beginning."""
+    eager = SamplingParams(
+        max_new_tokens=40, logit_bias={EOS: 100.0, 1: 100.0, 0: 100.0}, grammar=Grammar("regex", "(ab){3,}")
+    )
+    ((tokens, finish),) = answers(core, [Submit("a", [4], 1, eager)]).values()
+    assert (text(tokens), tokens[-1], finish) == ("ababab", EOS, Finish("stop", EOS))
+    endless = msgspec.structs.replace(eager, ignore_eos=True)
+    ((tokens, finish),) = answers(core, [Submit("a", [4], 1, endless)]).values()
+    assert re.fullmatch("(ab)*a?", text(tokens))
+    assert (len(tokens), finish) == (40, Finish("length"))
+
+
+def test_a_grammar_that_fails_is_its_own_requests_trouble(core: EngineCore) -> None:
+    fine = Submit("fine", [5, 6], 2, SamplingParams(max_new_tokens=30, seed=1, ignore_eos=True))
+    alone = answers(core, [fine])
+    bad = [
+        Grammar("regex", "(a", "regex"),
+        Grammar("json_schema", '{"not": {}}', "response_format.json_schema.schema"),
+        Grammar("grammar", "start: UNKNOWN", "ebnf"),
+    ]
+    submits = [Submit(f"bad{i}", [5, 6], 2, SamplingParams(grammar=grammar)) for i, grammar in enumerate(bad)]
+    good = Submit("good", [7], 1, SamplingParams(grammar=Grammar("choice", '["yes"]')))
+    found = answers(core, [*submits, fine, good])
+    assert found["fine"] == alone["fine"]
+    assert text(found["good"][0]) == "yes"
+    for submit, grammar in zip(submits, bad, strict=True):
+        tokens, finish = found[submit.id]
+        assert finish is not None
+        assert (tokens, finish.reason, finish.status, finish.field) == ([], "error", 400, grammar.field)
+        assert grammar.field in finish.message
+    assert "keyword not" in str(found["bad1"][1])
+
+
+def test_a_request_may_go_while_its_grammar_compiles(core: EngineCore) -> None:
+    core.add(Submit("a", [5], 1, SamplingParams(grammar=Grammar("regex", "[a-z]{900}"))))
+    core.abort("a")
+    step = core.step()
+    assert step is not None
+    assert [(o.id, o.finish) for o in step.outputs] == [("a", Finish("abort"))]
+    assert not core.has_work
+
+
+def test_without_a_backend_grammars_are_refused_by_name(checkpoint: Path) -> None:
+    core = make_core(checkpoint, grammar_backend="none")
+    with pytest.raises(Exception, match="regex: grammars are switched off"):
+        core.add(Submit("a", [5], 1, SamplingParams(grammar=Grammar("regex", "a", "regex"))))
+
+
+def test_steps_with_grammars_overlap_as_all_do(core: EngineCore) -> None:
+    before = core.stats
+    mixed = [
+        Submit(f"r{i}", [5, 6, i + 3], 3, SamplingParams(max_new_tokens=40, seed=i, ignore_eos=True, grammar=grammar))
+        for i, grammar in enumerate([GRAMMARS[2], None] * 4)
+    ]
+    answers(core, mixed)
+    steps, overlapped = core.stats.steps - before.steps, core.stats.overlapped_steps - before.overlapped_steps
+    assert steps <= 44
+    assert overlapped >= steps - 2

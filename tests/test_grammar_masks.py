@@ -1,0 +1,176 @@
+"""Masks against brute force: a token is allowed if, and only if, some text of the grammar goes on with it.
+
+What can go on is judged by partial matches of the ``regex`` package, which knows nothing of llguidance or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+from llguidance import LLTokenizer
+
+from pippin.grammar.compiler import GrammarCompiler
+from pippin.grammar.matcher import GrammarMatcher
+from pippin.grammar.vocabulary import vocabulary_of
+from pippin.sampler import SamplingInputs, SamplingPlan, allow, sample
+from pippin.text.tokenizer import Tokenizer
+from pippin.types import Grammar, Request, SamplingParams, Work
+from tests.tokenizers_for_tests import byte_ids, byte_level, fallback, metaspace, python_bytes
+
+LETTERS = ["a", "p", "l", "e", " ", "t", "h", "s", "o", "é", "日", "A", ".", "the ", "apple", "test"]
+
+
+def literal(text: str) -> str:
+    return f"(?:{regex.escape(text)})"
+
+
+def patterns() -> st.SearchStrategy[str]:
+    """Regexes that mean the same to both, over texts and over their UTF-8."""
+    leaf = st.one_of(st.sampled_from(LETTERS).map(literal), st.sampled_from(["[a-e]", "[ht ]", "[0-9]"]).map(str))
+
+    def more(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        return st.one_of(
+            st.lists(inner, min_size=1, max_size=4).map("".join),
+            st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})"),
+            st.tuples(inner, st.sampled_from(["?", "*", "+", "{2}", "{1,3}", "{0,2}"])).map(
+                lambda p: f"(?:{p[0]}){p[1]}"
+            ),
+        )
+
+    return st.recursive(leaf, more, max_leaves=8)
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte_level": byte_level,
+    "fallback": fallback,
+    "gemma": lambda: fallback(strip=False),
+    "metaspace": metaspace,
+    "python_bytes": python_bytes,
+    "byte_ids": byte_ids,
+}
+
+
+@cache
+def compiler(name: str) -> tuple[Tokenizer, GrammarCompiler]:
+    tokenizer = TOKENIZERS[name]()
+    future: Future[LLTokenizer] = Future()
+    future.set_result(vocabulary_of(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids))
+    return tokenizer, GrammarCompiler(future, tokenizer.vocab_size, tokenizer.eos_ids)
+
+
+def matcher_of(made: GrammarCompiler, grammar: Grammar, tokens: Sequence[int] = ()) -> GrammarMatcher:
+    return made.submit(grammar, tokens, False).result()
+
+
+def mask_of(made: GrammarCompiler, matcher: GrammarMatcher, ends_at: int = 1) -> set[int]:
+    """The ids that may come next."""
+    request = Request("r", [0] * ends_at, 1, SamplingParams(), matcher=matcher)
+    masks, failures = made.fill([Work(request, 0, ends_at, True)])
+    assert not failures
+    return {int(i) for i in np.flatnonzero(np.unpackbits(masks[0].view(np.uint8), bitorder="little"))}
+
+
+def spelled_as(tokenizer: Tokenizer, token: int) -> bytes:
+    """A token's text; of Metaspace's, with the space that decoding it alone would drop."""
+    if tokenizer is metaspace():
+        return (tokenizer.piece(token) or "").replace("\u2581", " ").encode()
+    return tokenizer.token_bytes(token)
+
+
+def judged(tokenizer: Tokenizer, pattern: str, said: bytes) -> set[int]:
+    """By brute force."""
+    compiled = regex.compile(pattern.encode())
+    special = tokenizer.special_ids
+    found = set()
+    for token in range(tokenizer.vocab_size):
+        spelled = spelled_as(tokenizer, token)
+        if token not in special and spelled and compiled.fullmatch(said + spelled, partial=True):
+            found.add(token)
+    if (whole := compiled.fullmatch(said)) is not None and not whole.partial:
+        found |= set(tokenizer.eos_ids)
+    return found
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(pattern=patterns(), data=st.data())
+def test_a_token_is_allowed_if_some_text_goes_on_with_it(name: str, pattern: str, data: st.DataObject) -> None:
+    tokenizer, made = compiler(name)
+    matcher = matcher_of(made, Grammar("regex", pattern))
+    said = b""
+    for _ in range(12):
+        if matcher.ended:
+            assert not judged(tokenizer, pattern, said) - set(tokenizer.eos_ids)
+            break
+        allowed, expected, forced = mask_of(made, matcher), judged(tokenizer, pattern, said), matcher.forced()
+        if forced:  # then only the tokenizer's own way of writing what must come
+            text = b"".join(spelled_as(tokenizer, t) for t in forced)
+            spelled = [spelled_as(tokenizer, t) for t in expected]
+            assert not expected & set(tokenizer.eos_ids)
+            assert all(s.startswith(text) or text.startswith(s) for s in spelled)
+            assert allowed == {forced[0]}
+        else:
+            assert allowed == expected, (pattern, said)
+        token = data.draw(st.sampled_from(sorted(allowed)))
+        matcher.take(token)
+        if token in tokenizer.eos_ids:
+            assert matcher.ended
+            break
+        said += spelled_as(tokenizer, token)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_are_no_text(name: str) -> None:
+    """Their names may be written, in other tokens, but only the end of text may stand for itself."""
+    tokenizer, made = compiler(name)
+    for grammar in (Grammar("regex", r"(.|\n)*"), Grammar("regex", "[a-z ]{90}")):
+        matcher = matcher_of(made, grammar)
+        for _ in range(5):
+            allowed = mask_of(made, matcher)
+            assert not allowed & tokenizer.special_ids - set(tokenizer.eos_ids)
+            assert bool(allowed & set(tokenizer.eos_ids)) == grammar.text.endswith("*")
+            matcher.take(min(allowed - set(tokenizer.eos_ids)))
+
+
+def test_a_text_that_no_tokens_can_write_fails_its_request() -> None:
+    tokenizer, made = compiler("metaspace")
+    unknown = "Ω"
+    assert not any(unknown in (tokenizer.piece(i) or "") for i in range(tokenizer.vocab_size))
+    matcher = matcher_of(made, Grammar("choice", json.dumps([unknown]), "guided_choice"))
+    masks, failures = made.fill([Work(Request("r", [0], 1, SamplingParams(), matcher=matcher), 0, 1, True)])
+    assert failures[0].field == "guided_choice"
+    assert masks.all()
+
+
+@given(data=st.data())
+def test_only_what_the_mask_allows_is_drawn(data: st.DataObject) -> None:
+    """Whatever else shapes the draw; without a mask's words, a row is free."""
+    n = data.draw(st.integers(1, 100))
+    allowed = data.draw(st.lists(st.sets(st.integers(0, n - 1), min_size=1), min_size=1, max_size=4))
+    bits = np.zeros((len(allowed), -(-n // 32)), np.uint32)
+    for row, ids in enumerate(allowed):
+        for i in ids:
+            bits[row, i // 32] |= np.uint32(1 << i % 32)
+    rows = len(allowed) + 1
+    logits = mx.array(np.random.default_rng(n).normal(size=(rows, n)).astype(np.float32))
+    forbidden = data.draw(st.booleans())
+    if forbidden:
+        logits = mx.full((rows, n), -mx.inf)
+    greedy, inputs = allow(SamplingPlan(n), SamplingInputs(), bits, rows)
+    assert greedy.masked
+    drawn = np.asarray(sample(logits, greedy, inputs, mx.zeros((rows,), mx.int32)).tokens).tolist()
+    for row, ids in enumerate(allowed):
+        assert drawn[row] in ids
+        if not forbidden:
+            best = max(ids, key=lambda i: float(logits[row, i]))
+            assert drawn[row] == best
+    if not forbidden:
+        assert drawn[-1] == int(mx.argmax(logits[-1]))
