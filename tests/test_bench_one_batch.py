@@ -27,6 +27,7 @@ from pippin.bench.sides import Measured, open_ours
 from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
+from pippin.runner import Masks
 from pippin.types import Batch, ModelInfo, RowResult
 from tests.fake_core import expected, fake_info
 
@@ -45,6 +46,9 @@ class FakeFlight:
     def __init__(self, batch: Batch, log: list[str]) -> None:
         self.batch = batch
         self._log = log
+
+    def draw(self, masks: Masks) -> None:
+        """Nothing waits for masks here."""
 
     def read(self) -> list[RowResult]:
         self._log.append("read")
