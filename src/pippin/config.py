@@ -6,7 +6,7 @@ line is made from these classes, so an option exists exactly once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pippin.errors import ConfigError
@@ -52,7 +52,9 @@ class EngineConfig:
     chunked_prefill_size: int | None = option(
         None, "Most prompt tokens in one step (2048 on a GPU, 512 on a CPU); longer prompts go in chunks."
     )
-    page_size: int = option(1, "Slots allocated, shared and evicted together.")
+    page_size: int = option(
+        0, "Slots allocated, shared and evicted together; 0: 16 where kernels read the KV pool by page, 1 elsewhere."
+    )
     schedule_policy: str = option(
         "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")
     )
@@ -75,6 +77,10 @@ class EngineConfig:
     )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
 
+    def with_pages(self, size: int) -> EngineConfig:
+        """This, with pages of ``size`` slots if none are asked for."""
+        return self if self.page_size else replace(self, page_size=size)
+
     def __post_init__(self) -> None:
         for name, ok, need in (
             (
@@ -94,7 +100,7 @@ class EngineConfig:
                 "at least 1",
             ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
-            ("page_size", self.page_size >= 1, "at least 1"),
+            ("page_size", self.page_size >= 0, "at least 0"),
             ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),
         ):
             if not ok:

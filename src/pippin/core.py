@@ -19,6 +19,7 @@ prepare()  # before any import of MLX: it is what makes that work, and fast
 import numpy as np
 import numpy.typing as npt
 
+from pippin import kernels
 from pippin.cache.pool import KVPool
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
@@ -301,6 +302,10 @@ def failed(error: RequestError) -> Finish:
     return Finish("error", None, error.message, error.field, error.status)
 
 
+PAGE = 16
+"""Slots of a page where none is asked for and kernels read by page: small tables, few changes, prefixes cut little."""
+
+
 def load_core(config: EngineConfig, progress: Callable[[Progress], None] | None = None) -> EngineCore:
     """Loads a model and makes everything that serves it; ``progress`` hears of the stages on the way.
 
@@ -331,6 +336,7 @@ def build_runner(
     loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progress], None]
 ) -> tuple[MlxModelRunner, ModelInfo]:
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
+    config = config.with_pages(PAGE if kernels.backend() else 1)
     tell(Progress("probe", 0, 2))
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)

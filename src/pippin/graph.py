@@ -13,6 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
@@ -20,7 +21,7 @@ from pippin.inputs import Group, Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, power_of_two, sample
-from pippin.types import Work
+from pippin.types import Request, Work
 
 _LEAST_WIDTH = 256
 
@@ -39,7 +40,67 @@ class DecodeInputs(NamedTuple):
     pages: mx.array
 
 
-DecodeFunction = Callable[[mx.array, DecodeInputs, SamplingInputs], tuple[mx.array, ...]]
+_LINES = 5
+
+
+def _unpacked(packed: mx.array, size: int) -> DecodeInputs:
+    """The inputs as they lie in one array, which is one copy to the device in place of six."""
+    known, unseen, rows, positions, slots = (packed[i * size : (i + 1) * size] for i in range(_LINES))
+    return DecodeInputs(known, unseen, rows, positions, slots, packed[_LINES * size :].reshape(size, -1))
+
+
+class DecodeTable:
+    """Lays steps of single tokens out, by what has changed since the step before: mostly, a new page now and then."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._requests: list[Request] = []
+        self._starts: list[int] = []
+        self._pages = np.zeros((0, 0), np.int32)
+
+    def forget(self) -> None:
+        """To be called when a step that isn't laid out here has run: slots may be others."""
+        self._requests = []
+
+    def inputs(self, works: Sequence[Work], size: int) -> npt.NDArray[np.int32]:
+        """The arrays of ``DecodeInputs``, padded to ``size`` rows and a power of two of pages, one after the other."""
+        requests, starts = [w.request for w in works], [w.start for w in works]
+        width = self._width(max(starts) + 1)
+        packed = np.zeros(size * (_LINES + width), np.int32)
+        lines = packed[: _LINES * size].reshape(_LINES, size)
+        n = len(works)
+        lengths = [len(r.tokens) for r in requests]
+        lines[0, :n] = [r.tokens[at] if at < m else 0 for r, at, m in zip(requests, starts, lengths, strict=True)]
+        lines[1, :n] = [at >= m for at, m in zip(starts, lengths, strict=True)]
+        lines[2, :n] = [r.row for r in requests]
+        lines[3, :n] = starts
+        lines[4, :n] = [r.slots[at] for r, at in zip(requests, starts, strict=True)]
+        self._turn(requests, starts, lines[4], (size, width))
+        packed[_LINES * size :] = self._pages.reshape(-1)
+        return packed
+
+    def _width(self, longest: int) -> int:
+        pages = -(-longest // self._page_size)
+        return power_of_two(max(pages, -(-_LEAST_WIDTH // self._page_size)))
+
+    def _turn(
+        self, requests: list[Request], starts: list[int], slots: npt.NDArray[np.int32], shape: tuple[int, int]
+    ) -> None:
+        """Brings the page table up to this step."""
+        at = np.array(starts)
+        goes_on = self._requests == requests and self._pages.shape == shape
+        if goes_on and self._starts == [start - 1 for start in starts]:
+            begun = np.flatnonzero(at % self._page_size == 0)
+            self._pages[begun, at[begun] // self._page_size] = slots[begun] // self._page_size
+        else:
+            self._pages = np.zeros(shape, np.int32)
+            for i, (request, start) in enumerate(zip(requests, starts, strict=True)):
+                first = np.frombuffer(request.slots, np.int32)[: start + 1 : self._page_size]
+                self._pages[i, : len(first)] = first // self._page_size
+        self._requests, self._starts = requests, starts
+
+
+DecodeFunction = Callable[[mx.array, mx.array, SamplingInputs], tuple[mx.array, ...]]
 Compile = Callable[[DecodeFunction], DecodeFunction]
 
 
@@ -63,8 +124,8 @@ class DecodeGraphs:
         self._pool = pool
         self._fusions = fusions
         self._compile = compile
-        self._functions: dict[SamplingPlan, DecodeFunction] = {}
-        self._forward = compile(self._run)
+        self._functions: dict[tuple[SamplingPlan | None, int], DecodeFunction] = {}
+        self._table = DecodeTable(pool.page_size)
 
     def takes(self, works: Sequence[Work]) -> bool:
         """Whether a step can go through a graph: decodes only, and few enough."""
@@ -78,26 +139,37 @@ class DecodeGraphs:
         self, works: Sequence[Work], plan: SamplingPlan, sampling: SamplingInputs, last_token: mx.array
     ) -> tuple[mx.array, Sampled]:
         """Lazy: the device table after the step, and what was drawn [T]. ``sampling`` is padded to ``size(works)``."""
-        inputs = decode_inputs(works, self._pool.page_size, self.size(works))
-        if plan not in self._functions:
-            self._functions[plan] = self._compile(self._function(plan))
-        table, *drawn = self._functions[plan](last_token, inputs, sampling)
+        table, *drawn = self._call(works, last_token, plan, sampling)
         return table, Sampled(**dict(zip(_outputs_of(plan), drawn, strict=True)))
 
     def logits(self, works: Sequence[Work], last_token: mx.array) -> tuple[mx.array, mx.array]:
         """Lazy: the logits [T, vocab] of a step whose draws are to come, and its input tokens [T]."""
-        inputs = decode_inputs(works, self._pool.page_size, self.size(works))
-        logits, tokens = self._forward(last_token, inputs, SamplingInputs())
+        logits, tokens = self._call(works, last_token, None, SamplingInputs())
         return logits, tokens
 
-    def _run(self, last_token: mx.array, inputs: DecodeInputs, _: SamplingInputs) -> tuple[mx.array, ...]:
-        self.num_traced += 1  # only tracing runs this
-        tokens = mx.where(inputs.unseen > 0, last_token[inputs.rows], inputs.known)
-        return self._logits(tokens, inputs, last_token), tokens
+    def forget(self) -> None:
+        """To be called when any other step has run."""
+        self._table.forget()
 
-    def _function(self, plan: SamplingPlan) -> DecodeFunction:
-        def run(last_token: mx.array, inputs: DecodeInputs, sampling: SamplingInputs) -> tuple[mx.array, ...]:
-            logits, tokens = self._run(last_token, inputs, sampling)
+    def _call(
+        self, works: Sequence[Work], last_token: mx.array, plan: SamplingPlan | None, sampling: SamplingInputs
+    ) -> tuple[mx.array, ...]:
+        size = self.size(works)
+        packed = mx.array(self._table.inputs(works, size))
+        if (plan, size) not in self._functions:
+            self._functions[plan, size] = self._compile(self._function(plan, size))
+        return self._functions[plan, size](last_token, packed, sampling)
+
+    def _function(self, plan: SamplingPlan | None, size: int) -> DecodeFunction:
+        """A step of ``size`` rows up to what it draws, or without a plan up to its logits."""
+
+        def run(last_token: mx.array, packed: mx.array, sampling: SamplingInputs) -> tuple[mx.array, ...]:
+            self.num_traced += 1  # only tracing runs this
+            inputs = _unpacked(packed, size)
+            tokens = mx.where(inputs.unseen > 0, last_token[inputs.rows], inputs.known)
+            logits = self._logits(tokens, inputs, last_token)
+            if plan is None:
+                return logits, tokens
             sampled = sample(logits, plan, sampling, tokens)
             table = mx.put_along_axis(last_token, inputs.rows, sampled.tokens, axis=0)
             return table, *(array for array in sampled if array is not None)
@@ -128,20 +200,3 @@ class DecodeGraphs:
 def _outputs_of(plan: SamplingPlan) -> tuple[str, ...]:
     """Which fields of ``Sampled`` a plan fills, in their order."""
     return ("tokens", "finite", *(["logprob"] * plan.logprobs), *(["top_ids", "top_logprobs"] * bool(plan.tops)))
-
-
-def decode_inputs(works: Sequence[Work], page_size: int, size: int) -> DecodeInputs:
-    """The arrays of a step of single tokens, padded to ``size`` rows and to a power of two of pages."""
-    longest = -(-max(w.end for w in works) // page_size)
-    width = power_of_two(max(longest, -(-_LEAST_WIDTH // page_size)))
-    lines = np.zeros((5, size), np.int32)
-    pages = np.zeros((size, width), np.int32)
-    for i, work in enumerate(works):
-        request, at = work.request, work.start
-        seen = at < len(request.tokens)
-        slots = np.frombuffer(request.slots, np.int32)[: work.end]
-        lines[:, i] = request.tokens[at] if seen else 0, not seen, request.row, at, slots[at]
-        first = slots[::page_size]
-        pages[i, : len(first)] = first // page_size
-    known, unseen, rows, positions, write_slots = (mx.array(line) for line in lines)
-    return DecodeInputs(known, unseen, rows, positions, write_slots, mx.array(pages))

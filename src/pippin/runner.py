@@ -178,6 +178,8 @@ class MlxModelRunner:
         """
         if self.graphs is not None and self.graphs.takes(batch.works):
             return self._launch_graph(self.graphs, batch)
+        if self.graphs is not None:
+            self.graphs.forget()
         works = list(batch.works)
         if not self.pool.in_place:
             self._queue()

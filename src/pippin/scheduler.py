@@ -133,7 +133,8 @@ class Scheduler:
         kept = self._chunk // 2 if self._waiting and self._rows else 0
         left = self._chunk - kept
         for request in tuple(self._running):
-            left -= self._advance(request, left, plan)
+            if not self._decodes(request, plan):
+                left -= self._advance(request, left, plan)
         left += kept
         if self._retractions == before:
             left = self._admit(left, plan)
@@ -236,6 +237,16 @@ class Scheduler:
 
     # --- building a step ---
 
+    def _decodes(self, request: Request, plan: dict[Request, int]) -> bool:
+        """Plans the next token of a request that has a slot for it, as most have; ``_advance`` does all else."""
+        at = request.computed
+        ready = at >= request.num_prompt and request.length == at + 1 <= len(request.slots) and request.row >= 0
+        if ready and request.length < self._limit(request):
+            plan[request] = at
+            request.computed = request.length
+            return True
+        return False
+
     def _advance(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans the next token or chunk of a running request; the lowest ranks make room if there is none.
 
@@ -253,6 +264,8 @@ class Scheduler:
 
     def _admit(self, left: int, plan: dict[Request, int]) -> int:
         """Starts waiting requests, in order, until one finds no row, room or budget; returns the budget left."""
+        if not self._waiting:
+            return left
         busy = any(map(_is_prefill, self._running))
         claimed = sum(self._claim(r) - self._pages(len(r.slots)) for r in self._running)
         admitted = 0

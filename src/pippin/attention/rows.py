@@ -12,7 +12,7 @@ from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.inputs import Group, Step, row_step
 from pippin.kernels import Heads, paged_decode, rope_kv_write
-from pippin.models.deferred import Part, settled
+from pippin.models.deferred import Attended, Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
 
@@ -73,16 +73,16 @@ class RowLayer:
         return self._pool.write(self._layer, self._step.write_slots, _flat(keys), _flat(values), self._step.after)
 
     def _rotate_and_write(self, q: mx.array | Part) -> mx.array:
-        """Stores K and V that are parts, and returns the queries; all at once if those are a part of the same."""
+        """Stores K and V that are parts, and returns the queries [T, heads, dim]; at once if they are a part too."""
         keys, values = self.keys_and_values()
         assert isinstance(keys, Part)
         assert isinstance(values, Part)
         assert keys.turn is not None
         if not isinstance(q, Part) or q.source is not keys.source or not self._turns_alike(q, keys):
             self._written = self._write()
-            return settled(q)  # type: ignore[no-any-return]
+            return _flat(settled(q))
         rows, self._written = rope_kv_write(
-            q.source.rows,
+            q.source.y,
             *self._pool.layer(self._layer),
             Heads(q.heads, keys.heads, keys.dim, values.dim, q.first, keys.first, values.first),
             keys.turn.rope,
@@ -91,7 +91,7 @@ class RowLayer:
             norms=(q.norm, keys.norm),
             after=self._step.after,
         )
-        return rows[:, :, None]
+        return rows
 
     def _turns_alike(self, q: Part, keys: Part) -> bool:
         if q.turn is None or keys.turn is None or q.turn.offset is not self.offset or q.dim != keys.dim:
@@ -104,36 +104,57 @@ class RowLayer:
             raise LookupError("a layer asked for shared K and V before they were stored")
         return self._stored
 
-    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array:
+    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array | Attended:
         """Attention of all rows, group by group; see ``seam.LayerAttention``."""
         if mask is not None and not isinstance(mask, Window):
             raise ModelError("it computes with its attention mask")
         window = mask.size if mask is not None else self._window
         if self._written is None and isinstance(self.keys_and_values()[0], Part):
-            q = self._rotate_and_write(q)
-        queries: mx.array = settled(q)
+            queries = self._rotate_and_write(q)
+        else:
+            queries = _flat(settled(q))
+        groups = self._step.groups
+        if len(groups) == 1 and self._reads_pages(groups[0]) and self._seam.fusions.joined:
+            return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
         parts = []
-        for group in self._step.groups:
+        for group in groups:
             rows = queries[group.first : group.first + group.count * group.rows]
             parts.append(self._attend_group(rows, group, scale, window, sinks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
+    def _reads_pages(self, group: Group) -> bool:
+        """Whether a kernel attends to the pool itself."""
+        return group.pages is not None and group.rows == 1
+
     def _attend_group(
         self, q: mx.array, group: Group, scale: float, window: int | None, sinks: mx.array | None
     ) -> mx.array:
-        if group.pages is None or group.rows > 1:
-            assert self._written is not None
-            keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
-            return group_attention(q, keys, values, group, scale, window, sinks)
+        """q [T, heads, dim] to [T, heads, 1, value_dim]."""
+        if self._reads_pages(group):
+            return self._decode(q, group, scale, window, sinks)[:, :, None]
+        assert self._written is not None
+        keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
+        return group_attention(q[:, :, None], keys, values, group, scale, window, sinks)
+
+    def _decode(
+        self,
+        q: mx.array,
+        group: Group,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+        joined: bool = False,
+    ) -> mx.array:
+        assert group.pages is not None
         new = None
         if self._written is None:
             stored = self.keys_and_values()
             new = _flat(settled(stored[0])), _flat(settled(stored[1]))
         out = paged_decode(
-            _flat(q),
+            q,
             *self._pool.layer(self._layer),
             group.pages,
-            group.starts + 1,
+            self._lengths(group),
             page_size=self._pool.page_size,
             scale=scale,
             window=window,
@@ -141,10 +162,18 @@ class RowLayer:
             after=self._step.after if new else self._written,
             new=new,
             longest=group.context,
+            joined=joined,
         )
         if new is not None:
             self._written = out  # for another layer that shares these keys: it reads after the write
-        return out[:, :, None]
+        return out
+
+    def _lengths(self, group: Group) -> mx.array:
+        """How many tokens each row attends to, [count] int32; made once a step for all layers."""
+        key = group.first, 0
+        if key not in self._gathers:
+            self._gathers[key] = group.starts + 1
+        return self._gathers[key]
 
     def _head_rows(self, group: Group) -> mx.array:
         """``Group.head_rows``, made once a step for all layers of as many heads."""

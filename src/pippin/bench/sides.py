@@ -16,7 +16,7 @@ from pippin.bench.child import Ask, Child
 from pippin.bench.machine import process_peak_bytes
 from pippin.bench.runner import BenchRunner, EngineRunner, Prompts, Timing, timed
 from pippin.config import EngineConfig
-from pippin.core import load_runner
+from pippin.core import PAGE, load_runner
 from pippin.runner import ModelRunner
 from pippin.types import ModelInfo, Progress
 
@@ -112,7 +112,7 @@ def with_room(config: EngineConfig, batches: Sequence[Sequence[int]]) -> EngineC
 
     And no more: peers need memory too.
     """
-    page = config.page_size
+    page = config.with_pages(PAGE).page_size
     slots = max(sum(-(-length // page) * page for length in batch) for batch in batches)
     return dataclasses.replace(
         config,

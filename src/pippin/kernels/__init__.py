@@ -105,7 +105,7 @@ def rope_kv_write(
     norms: tuple[Norm | None, Norm | None] = (None, None),
     after: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """A layer's q, k and v from rows y [T, n]: q and k normed and rotated, then k and v stored at ``slots`` [T].
+    """A layer's q, k and v from rows y [.., n]: q and k normed and rotated, then k and v stored at ``slots`` [T].
 
     ``heads`` says where in a row they lie, ``norms`` are q's and k's, over a head, ``positions`` [T] int32 what to
     rotate by. Returns q [T, heads, dim] and what readers of the pools pass on as ``after``, as ``kv_write`` does.
@@ -113,7 +113,7 @@ def rope_kv_write(
     launch = _launcher("rope_kv_write", k_pool, v_pool)
     if launch is not None:
         return fused.rope_kv_write(launch, y, k_pool, v_pool, heads, rope, positions, slots, norms, after)
-    q, k, v = reference.heads_of(y, heads)
+    q, k, v = reference.heads_of(y.reshape(-1, y.shape[-1]), heads)
     q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in zip((q, k), norms, strict=True))
     q, k = (reference.rope(x, positions, rope.dims, rope.frequencies, traditional=rope.traditional) for x in (q, k))
     return q, kv_write(k_pool, v_pool, k, v, slots, after=after)
@@ -125,8 +125,7 @@ def add_rms_norm(x: mx.array, r: mx.array, norm: Norm) -> tuple[mx.array, mx.arr
     if launch is None:
         total = x + r
         return total, mx.fast.rms_norm(total, *norm)
-    total, out = fused.add_rms_norm(launch, x.reshape(-1, x.shape[-1]), r.reshape(-1, x.shape[-1]), norm)
-    return total.reshape(x.shape), out.reshape(x.shape)
+    return fused.add_rms_norm(launch, x, r, norm)
 
 
 def swiglu(y: mx.array) -> mx.array:
@@ -135,7 +134,7 @@ def swiglu(y: mx.array) -> mx.array:
     launch = _row_launcher("swiglu", width, y.dtype)
     if launch is None:
         return reference.swiglu(y)
-    return fused.swiglu(launch, y.reshape(-1, 2 * width)).reshape(*y.shape[:-1], width)
+    return fused.swiglu(launch, y)
 
 
 def kv_gather(
@@ -166,6 +165,7 @@ def paged_decode(
     after: mx.array | None = None,
     new: tuple[mx.array, mx.array] | None = None,
     longest: int | None = None,
+    joined: bool = False,
 ) -> mx.array:
     """Attention of one query per row: q [R, heads, dim] to [R, heads, value_dim], in q's dtype.
 
@@ -173,13 +173,14 @@ def paged_decode(
     length 0 is padding and gives zeros. ``new`` = (k [R, kv_heads, dim],
     v [R, kv_heads, value_dim]) also stores them, as the K and V of token ``lengths[r] - 1``, in the same launch: only
     where no other row of this step reads that token. ``longest`` is an upper bound of ``lengths`` that decides how far
-    contexts are split; the table's width if left out. The rest as in ``reference``.
+    contexts are split; the table's width if left out. ``joined``: heads come out side by side, [R, 1, heads *
+    value_dim], as the next projection takes them. The rest as in ``reference``.
     """
     form = paged.Form(page_size, scale, window, softcap)
     launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
     if launch is not None:
         cut = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
-        return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, cut, sinks, after, new)
+        return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, cut, sinks, after, new, joined)
     if new is not None:
         after = kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
         return paged_decode(
@@ -195,8 +196,9 @@ def paged_decode(
             softcap=softcap,
             after=after,
             longest=longest,
+            joined=joined,
         )
-    return reference.paged_decode(
+    out = reference.paged_decode(
         q,
         k_pool,
         v_pool,
@@ -208,6 +210,7 @@ def paged_decode(
         sinks=sinks,
         softcap=softcap,
     )
+    return out.reshape(q.shape[0], 1, -1) if joined else out
 
 
 def paged_extend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -144,7 +145,7 @@ def _rope_launch(
     dtype: mx.Dtype,
     kv_dtype: mx.Dtype,
 ) -> Launch:
-    rows, width = shape
+    rows, width = math.prod(shape[:-1]), shape[-1]
     warps = 4
     parts = -(-(heads.heads + 2 * heads.kv_heads) // warps)
     return Launch(
@@ -180,28 +181,29 @@ def takes_rows(width: int, dtype: mx.Dtype) -> bool:
 
 
 def add_rms_norm(launch: Launcher, x: mx.array, r: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
-    """See ``kernels.add_rms_norm``; x and r are [T, n]."""
-    rows, width = x.shape
-    total, out = launch(_norm_launch(rows, width, x.dtype), [x, r, norm.weight, params(norm.eps, 0.0)])
+    """See ``kernels.add_rms_norm``."""
+    total, out = launch(_norm_launch(tuple(x.shape), x.dtype), [x, r, norm.weight, params(norm.eps, 0.0)])
     return total, out
 
 
 @lru_cache(maxsize=1024)
-def _norm_launch(rows: int, width: int, dtype: mx.Dtype) -> Launch:
+def _norm_launch(shape: tuple[int, ...], dtype: mx.Dtype) -> Launch:
+    width = shape[-1]
     packs = width * dtype.size // 16
     warps = min(_MOST_WARPS, -(-packs // 32))
     constants = (("T", dtype), ("H", width), ("WARPS", warps), ("PACKS", -(-packs // (32 * warps))))
-    return Launch(ADD_RMS_NORM, constants, (rows, 1), 32 * warps, (((rows, width), dtype),) * 2)
+    return Launch(ADD_RMS_NORM, constants, (math.prod(shape[:-1]), 1), 32 * warps, ((shape, dtype),) * 2)
 
 
 def swiglu(launch: Launcher, y: mx.array) -> mx.array:
-    """See ``kernels.swiglu``; y is [T, 2 n]."""
-    return launch(_swiglu_launch(y.shape[0], y.shape[1] // 2, y.dtype), [y])[0]
+    """See ``kernels.swiglu``."""
+    return launch(_swiglu_launch(tuple(y.shape), y.dtype), [y])[0]
 
 
 @lru_cache(maxsize=1024)
-def _swiglu_launch(rows: int, width: int, dtype: mx.Dtype) -> Launch:
+def _swiglu_launch(shape: tuple[int, ...], dtype: mx.Dtype) -> Launch:
+    rows, width = math.prod(shape[:-1]), shape[-1] // 2
     packs = width * dtype.size // 16
     threads = min(256, -(-packs // 32) * 32)
     constants = (("T", dtype), ("WIDTH", width), ("THREADS", threads))
-    return Launch(SWIGLU, constants, (rows, -(-packs // threads)), threads, (((rows, width), dtype),))
+    return Launch(SWIGLU, constants, (rows, -(-packs // threads)), threads, (((*shape[:-1], width), dtype),))

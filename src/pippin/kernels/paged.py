@@ -150,9 +150,10 @@ def paged_decode(
     sinks: mx.array | None = None,
     after: mx.array | None = None,
     new: tuple[mx.array, mx.array] | None = None,
+    joined: bool = False,
 ) -> mx.array:
     """See ``kernels.paged_decode``; with ``new`` (k, v) it stores each row's newest K and V too."""
-    shape = Shape.of(q, k_pool, v_pool)
+    shape = Shape.of(q, k_pool, v_pool, joined)
     first, second = _decode_launches(shape, form, tuning, sinks is not None, new is not None)
     inputs = [q, k_pool, v_pool, table, lengths, *_rest(q, sinks, form, after)]
     if new is not None:
@@ -215,11 +216,18 @@ class Shape:
     kv_heads: int
     dtype: mx.Dtype
     kv_dtype: mx.Dtype
+    joined: bool = False
 
     @staticmethod
-    def of(q: mx.array, k_pool: mx.array, v_pool: mx.array) -> Shape:
+    def of(q: mx.array, k_pool: mx.array, v_pool: mx.array, joined: bool = False) -> Shape:
         rows, heads, dim = q.shape
-        return Shape(rows, heads, dim, v_pool.shape[2], k_pool.shape[1], q.dtype, k_pool.dtype)
+        return Shape(rows, heads, dim, v_pool.shape[2], k_pool.shape[1], q.dtype, k_pool.dtype, joined)
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """[rows, heads, value_dim], or if ``joined`` [rows, 1, heads * value_dim]."""
+        heads = (1, self.heads * self.value_dim) if self.joined else (self.heads, self.value_dim)
+        return (self.rows, *heads)
 
 
 # Launches are made once for each shape: a step asks for the same ones in every layer.
@@ -315,7 +323,7 @@ def _launches(
         *cut,
     )
     queries = shape.rows * shape.heads
-    whole = (((shape.rows, shape.heads, shape.value_dim), shape.dtype),)
+    whole = ((shape.out, shape.dtype),)
     if not split:
         return Launch(source, constants, (blocks, 1), threads, whole), None
     parts = (

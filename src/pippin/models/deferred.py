@@ -72,11 +72,6 @@ class Source:
 
     y: mx.array
 
-    @property
-    def rows(self) -> mx.array:
-        """One line a token: [B * L, n]."""
-        return self.y.reshape(-1, self.y.shape[-1])
-
 
 @dataclass(frozen=True, eq=False)
 class Turn:
@@ -173,6 +168,39 @@ class Part(Deferred):
                 freqs=rope.periods,
             )
         return x
+
+
+@dataclass(frozen=True, eq=False)
+class Attended(Deferred):
+    """What attention gave, ``y`` [T, 1, heads * dim]: seen as [T, heads, 1, dim] until heads are joined again."""
+
+    y: mx.array
+    heads: int
+    swapped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, dim = self.y.shape[0], self.y.shape[2] // self.heads
+        return (rows, 1, self.heads, dim) if self.swapped else (rows, self.heads, 1, dim)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.y.dtype
+
+    def transpose(self, *axes: Any) -> Any:
+        given = tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
+        return replace(self, swapped=not self.swapped) if given == (0, 2, 1, 3) else self.array().transpose(*axes)
+
+    def swapaxes(self, first: int, second: int) -> Any:
+        return self.transpose(0, 2, 1, 3) if {first, second} == {1, 2} else self.array().swapaxes(first, second)
+
+    def reshape(self, *shape: Any) -> Any:
+        given = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        joined = len(given) == 3 and given[:2] == self.y.shape[:2] and given[2] in (-1, self.y.shape[2])
+        return self.y if joined else self.array().reshape(*shape)
+
+    def array(self) -> mx.array:
+        return self.y.reshape(self.shape)
 
 
 class Residual(Deferred):

@@ -20,7 +20,7 @@ from mlx_lm.models import activations, base
 
 from pippin.errors import ModelError
 from pippin.kernels import cpu
-from pippin.models.deferred import Fusions, Part, Residual, deferring, joined_swiglu, settled
+from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_swiglu, settled
 
 NO_FUSIONS = Fusions()
 
@@ -28,7 +28,7 @@ NO_FUSIONS = Fusions()
 class LayerAttention(Protocol):
     """Attends for the layer that stored the keys: q [T, heads, 1, dim] to [T, heads, 1, value_dim]."""
 
-    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array: ...
+    def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array | Attended: ...
 
 
 class Seam:
@@ -72,6 +72,12 @@ def active(seam: Seam) -> Iterator[None]:
         seam.owners.clear()  # layers and seam refer to each other: K and V would wait for the cycle collector
 
 
+def fusing_now() -> bool:
+    """Whether the forward under way puts operations together."""
+    seam = _active.get()
+    return seam is not None and seam.fusions != NO_FUSIONS
+
+
 def joins_now(names: tuple[str, ...]) -> bool:
     """Whether the forward under way takes parts of the joined projections of these names."""
     seam = _active.get()
@@ -86,7 +92,7 @@ def attention(
     scale: float,
     mask: object = None,
     sinks: mx.array | None = None,
-) -> mx.array:
+) -> mx.array | Attended:
     """Stands in for mlx-lm's ``scaled_dot_product_attention``, with its arguments."""
     seam = _active.get()
     owned = seam.owners.get(id(keys)) if seam is not None else None

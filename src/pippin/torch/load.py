@@ -60,6 +60,7 @@ def load_torch_runner(config: EngineConfig, tell: Callable[[Progress], None]) ->
     Raises ModelError if transformers can't load it, or it keeps more than a K and a V a token; ConfigError if an option
     can't be met.
     """
+    config = config.with_pages(1)
     loaded = load_torch_model(config, tell)
     gpu = loaded.device.type != "cpu"
     sizes = limits(config, gpu)

@@ -40,6 +40,12 @@ INLINE float sum_lanes(float x) {
   return x;
 }
 
+// The same angle between -pi and pi, where fast sines are right to 2^-21: minus whole turns, 2 pi in two numbers.
+INLINE float within_a_turn(float angle) {
+  const float turns = floor_of(angle * 0.15915494309189535f + 0.5f);
+  return fma_of(turns, 1.7484555e-7f, fma_of(turns, -6.2831855f, angle));
+}
+
 // tanh as 1 - 2 / (e^2x + 1); beyond 15 it is 1 in float32, and e^2x could overflow.
 INLINE float tanh_of(float x) { return 1.0f - 2.0f / (exp2_of(2.0f * LOG2E * (x < 15.0f ? x : 15.0f)) + 1.0f); }
 

@@ -71,6 +71,8 @@ static void* shared_memory(size_t bytes) {
 INLINE float exp2_of(float x) { return exp2f(x); }
 INLINE float rsqrt_of(float x) { return 1.0f / sqrtf(x); }
 INLINE float sin_of(float x) { return sinf(x); }
+INLINE float floor_of(float x) { return floorf(x); }
+INLINE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 INLINE float cos_of(float x) { return cosf(x); }
 
 INLINE uint32_t bits_of(float x) {

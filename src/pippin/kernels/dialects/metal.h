@@ -11,10 +11,11 @@
 namespace pippin {
 
 INLINE float exp2_of(float x) { return metal::fast::exp2(x); }
-// Angles grow with the position: the fast sine is right for small ones only.
 INLINE float rsqrt_of(float x) { return metal::rsqrt(x); }
-INLINE float sin_of(float x) { return metal::precise::sin(x); }
-INLINE float cos_of(float x) { return metal::precise::cos(x); }
+INLINE float sin_of(float x) { return metal::fast::sin(x); }
+INLINE float cos_of(float x) { return metal::fast::cos(x); }
+INLINE float floor_of(float x) { return metal::floor(x); }
+INLINE float fma_of(float a, float b, float c) { return metal::fma(a, b, c); }
 INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
 
 }  // namespace pippin
