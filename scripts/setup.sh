@@ -4,6 +4,7 @@
 #   scripts/setup.sh serve   .venv: Pippin with MLX's build for this machine
 #   scripts/setup.sh dev     .venv: the same, and what the tests and linters need
 #   scripts/setup.sh parity  .venv-parity: the same, and torch, which only the parity tests use
+#   scripts/setup.sh browser Chromium from the system's packages, for tests that look at pages; they are skipped without it
 #   scripts/setup.sh extra   prints which extra of pyproject.toml brings MLX's build for this machine
 #
 # PYTHON=/path/to/python chooses the interpreter. Works with bash 3.2, as macOS has it.
@@ -101,6 +102,18 @@ except OSError: print("no")')
   say "without OpenBLAS float32 on the CPU is 10 to 20 times slower; all works. To mend: apt-get install libopenblas0-pthread"
 }
 
+browser() {
+  local name
+  for name in chromium chromium-browser google-chrome; do
+    ! command -v "$name" >/dev/null 2>&1 || return 0
+  done
+  if can_apt; then
+    say "installing chromium (tests look at pages with it)"
+    apt_install chromium && return 0
+  fi
+  say "without Chromium the tests that look at pages are skipped. To mend: apt-get install chromium"
+}
+
 # --- the environment ---
 
 make_venv() {
@@ -135,8 +148,9 @@ main() {
     serve) extras=$extra ;;
     dev) extras=${extra:+$extra,}dev ;;
     parity) extras=${extra:+$extra,}dev,torch venv=.venv-parity ;;
+    browser) browser && return 0 ;;
     extra) echo "$extra" && return 0 ;;
-    *) die "usage: scripts/setup.sh serve|dev|parity|extra" ;;
+    *) die "usage: scripts/setup.sh serve|dev|parity|browser|extra" ;;
   esac
   stamp=$venv/.pippin-$mode
   # What the environment was made from: when any of it changes, pip looks again.

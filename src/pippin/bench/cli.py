@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -65,3 +66,16 @@ def serving(target: TargetOptions, load: LoadOptions, dataset: DatasetOptions) -
     from pippin.bench.serving import run
 
     raise typer.Exit(run(target, load, dataset))
+
+
+@bench.command("report")
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files: JSON lines of any of the benchmarks.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Benchmarks",
+) -> None:
+    """Join result files into one HTML page with plots, that needs no network."""
+    from pippin.bench.report import run
+
+    number = run(files, output, title)
+    typer.echo(f"{output}: {number} results", err=True)
