@@ -47,6 +47,48 @@ def build(
     typer.echo(f"{done.kernels} kernels, {done.compiled} compiled in {done.seconds:.1f} s: {done.folder}")
 
 
+@kernels.command()
+def tune(
+    quick: Annotated[bool, typer.Option("--quick", help="A few points instead of all.")] = False,
+    output: Annotated[str | None, typer.Option(help="File to write instead of the one in the user's cache.")] = None,
+) -> None:
+    """Measure how to cut attention over long contexts on this GPU, and keep the table for later runs."""
+    prepare()
+    import mlx.core as mx
+
+    from pippin.bench.tune import gpu_measure, points, save
+    from pippin.bench.tune import tune as tune_kernels
+    from pippin.kernels import backend, tuning
+
+    measure = gpu_measure()
+    table, chip = tuning.table(backend() or "cuda"), str(mx.device_info()["device_name"])
+    for point, cut, taken, found in tune_kernels(table, points(quick), measure, chip):
+        table = found
+        where = f"{point.kernel} of {point.units} x {point.longest} in {point.dtype}"
+        typer.echo(f"{where:<40} {cut.warps} warps, {cut.splits:>2} parts: {taken * 1e6:8.1f} µs")
+    typer.echo(f"{len(table.cells)} cuts: {save(table, output)}")
+
+
+@kernels.command()
+def check(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+) -> None:
+    """Compare every kernel with plain MLX on many shapes, on this GPU or thread by thread on the CPU."""
+    prepare()
+    from pippin.bench.kernel_checks import kernel_checks
+
+    outcomes = []
+    for outcome in kernel_checks(quick):
+        outcomes.append(outcome)
+        said = " ".join(f"{name}={value}" for name, value in outcome.detail.items())
+        typer.echo(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.check:<24} {outcome.error:9.2e}  {said}")
+    failed = sum(not outcome.ok for outcome in outcomes)
+    typer.echo(
+        f"{len(outcomes)} checks, {failed} failed" if outcomes else "no GPU, and no g++ to play one: nothing ran"
+    )
+    raise typer.Exit(1 if failed or not outcomes else 0)
+
+
 def _shape(model_path: str | None, page_size: int, dtype: str | None) -> ModelShape:
     from pippin.demo import demo_model_path
     from pippin.kernels.build.variants import DTYPES, read_config, shape_of_config

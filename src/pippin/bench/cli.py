@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from pippin.backend import prepare
-from pippin.bench.options import OneBatchOptions
+from pippin.bench.options import KernelOptions, OneBatchOptions
 from pippin.bench.serving_options import DatasetOptions, LoadOptions, TargetOptions
 from pippin.config import EngineConfig
 from pippin.options import PANELS, with_options
@@ -66,6 +66,16 @@ def serving(target: TargetOptions, load: LoadOptions, dataset: DatasetOptions) -
     from pippin.bench.serving import run
 
     raise typer.Exit(run(target, load, dataset))
+
+
+@bench.command("kernels", cls=ManyValues)
+@with_options
+def kernels(options: KernelOptions) -> None:
+    """Time each kernel: microseconds, share of what a copy moves, and how much faster than MLX's own operation."""
+    prepare()  # before any import of MLX
+    from pippin.bench.kernels import run
+
+    run(options)
 
 
 @bench.command("report")

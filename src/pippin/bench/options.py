@@ -69,6 +69,23 @@ def check_ours(names: Sequence[str], device: str) -> None:
         raise ConfigError(f"torch is what --device {device} runs already", "--vs")
 
 
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """What ``pippin bench kernels`` measures."""
+
+    quick: bool = option(False, "Fewer and smaller shapes.")
+    kernel: list[str] | None = option(None, "Only kernels whose name has this in it; may be given several times.")  # noqa: RUF009
+    rounds: int = option(4, "Measured runs of each; the median is reported. One more run warms up.")
+    run_name: str = option("default", "Name of the run in its results.")
+    result_filename: str | None = option(
+        None, "File that the results' JSON lines are added to, beside standard output."
+    )
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"must be at least 1, not {self.rounds}", "--rounds")
+
+
 def check_peers(names: Sequence[str]) -> None:
     """Raises ConfigError for a peer that is not known, or not installed."""
     for name in names:
