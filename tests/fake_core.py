@@ -14,7 +14,21 @@ from pathlib import Path
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError, RequestError
-from pippin.types import Finish, ModelInfo, Output, Progress, Stats, StepOutput, Submit, TokenLogprob
+from pippin.types import (
+    Finish,
+    ModelInfo,
+    Output,
+    ProfileStarted,
+    Progress,
+    Span,
+    Spans,
+    StartProfile,
+    Stats,
+    StepOutput,
+    StopProfile,
+    Submit,
+    TokenLogprob,
+)
 
 VOCAB = 300
 EOS = 256
@@ -71,6 +85,7 @@ class FakeCore:
         self.steps = 0
         self.cached_tokens = 0
         self.prompt_tokens = 0
+        self.spans: list[Span] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -111,11 +126,24 @@ class FakeCore:
             raise RequestError("the cache can't be flushed while requests run", status=409)
         self.seen.clear()
 
+    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Spans], None]) -> None:
+        """Spans of its steps, as far as a core without a device has any."""
+        if isinstance(command, StopProfile):
+            spans, self.spans = self.spans, None
+            if spans is not None:
+                tell(Spans(command.id, spans, ended=True))
+            return
+        self.spans = []
+        tell(ProfileStarted(command.id, time.perf_counter_ns(), os.getpid()))
+
     def step(self) -> StepOutput | None:
         if not self.has_work:
             return None
+        began = time.perf_counter_ns()
         time.sleep(self.seconds)
         self.steps += 1
+        if self.spans is not None:
+            self.spans.append(Span("device steps", "fake", began, time.perf_counter_ns(), self.steps))
         outputs, self.notices = self.notices, []
         for submit, tokens in list(self.running.values()):
             outputs.append(self._advance(submit, tokens))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pippin.completion import Delta, answer_ids, check_prompt, complete
 from pippin.errors import EngineError, RequestError
+from pippin.profile.timeline import Timeline
 from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
 from tests.tokenizers_for_tests import TOKENIZERS, byte_level
 
@@ -53,6 +54,7 @@ class ScriptedClient:
     aborted: list[str] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
     info: ModelInfo = INFO
+    timeline: Timeline | None = None
 
     async def submit(
         self, tokens: Sequence[int], params: SamplingParams, priority: int = 0, id: str | None = None

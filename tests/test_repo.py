@@ -56,6 +56,8 @@ demo <- models
 demo <- text
 config <- worker <- transport <- client <- completion <- server <- cli <- launch_server
 types <- worker
+types <- profile <- runner
+profile <- worker
 types <- models
 types <- text <- completion <- sglang <- engine <- terminal <- cli
 memory <- environment <- cli
@@ -71,6 +73,7 @@ types <- text <- grammar <- sglang
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.radix", "cache.slots",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport",
+    "profile.control", "profile.summary",
 )  # fmt: skip
 
 

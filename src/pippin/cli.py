@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -124,6 +125,26 @@ def env(
     else:
         width = None if sys.stdout.isatty() else 200  # in a file no line is broken
         Console(width=width).print(environment.as_table(found))
+
+
+@app.command()
+def profile(
+    file: Annotated[Path, typer.Argument(help="A timeline, `….trace.json.gz` or unpacked.")],
+    top: Annotated[int, typer.Option(min=0, help="How many of the slowest steps and longest gaps to list.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Summarise a timeline: time by lane, gaps between device steps, the slowest steps."""
+    import msgspec
+    from rich.console import Console
+
+    from pippin.profile.report import show_summary
+    from pippin.profile.summary import read_trace, summarize
+
+    summary = summarize(read_trace(file))
+    if as_json:
+        typer.echo(msgspec.json.encode(summary))
+    else:
+        show_summary(summary, Console(highlight=False), top)
 
 
 @app.command()

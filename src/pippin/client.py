@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from pippin import __version__
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
+from pippin.profile.control import Profiler
+from pippin.profile.timeline import Timeline
 from pippin.transport import ProcessTransport, ThreadTransport, Transport
 from pippin.types import (
     Abort,
@@ -26,14 +29,19 @@ from pippin.types import (
     Flushed,
     ModelInfo,
     Output,
+    ProfileStarted,
     Progress,
     Ready,
     SamplingParams,
+    Spans,
     Stats,
     StepOutput,
     Submit,
 )
 from pippin.worker import CORE, Load
+
+CLOSE_SECONDS = 5.0
+"""How long an engine may take for its last words, and to end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +99,7 @@ class EngineClient:
         self._ready: asyncio.Future[ModelInfo] | None = None
         self._random = random.Random(seed)
         self._count = itertools.count()
+        self.profiler = Profiler(transport.send, self._about)
 
     @classmethod
     def spawn(cls, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> EngineClient:
@@ -108,6 +117,11 @@ class EngineClient:
         if self._info is None:
             raise self.failure or EngineError("the model is still loading", 503)
         return self._info
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Where to record what takes time in this process; None unless a profile runs."""
+        return self.profiler.timeline
 
     async def start(self) -> ModelInfo:
         """Start the worker and wait until it is ready.
@@ -183,8 +197,19 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the worker, at once if it is still loading; requests still live fail with EngineError."""
+        await self.profiler.close(CLOSE_SECONDS)
         self._fail(EngineError("the server is shutting down", 503))
-        await self.transport.close(0.0 if self._info is None else 5.0)
+        await self.transport.close(0.0 if self._info is None else CLOSE_SECONDS)
+
+    def _about(self) -> dict[str, str | None]:
+        """For a profile's files: what was served, on what."""
+        info = self._info
+        return {
+            "pippin": __version__,
+            "model": info.model_path if info else None,
+            "device": info.device if info else None,
+            "attention_backend": info.attention_backend if info else None,
+        }
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -195,6 +220,8 @@ class EngineClient:
             case Flushed(id):
                 if (waiter := self._flushes.pop(id, None)) is not None and not waiter.done():
                     waiter.set_result(event)
+            case ProfileStarted() | Spans():
+                self.profiler.hear(event)
             case Progress():
                 self.progress = event
                 self.on_progress(event)
@@ -221,6 +248,7 @@ class EngineClient:
         """The worker is gone, or as good as: nothing that waits will get an answer. The first reason stays."""
         if self.failure is None:
             self.failure = failure
+        self.profiler.lost(self.failure)
         journal, self._journal = self._journal, {}
         for live in journal.values():
             live.fail(self.failure)

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from pippin.errors import RequestError
+from pippin.profile.timeline import DETOKENIZING, Timeline
 from pippin.text.detokenizer import NONE, TextStream
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
@@ -30,6 +31,9 @@ class Client(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def timeline(self) -> Timeline | None: ...
 
     def submit(
         self, tokens: Sequence[int], params: SamplingParams, priority: int = 0, id: str | None = None
@@ -183,7 +187,11 @@ async def _answer(
     try:
         async for output in outputs:
             finished = output.finish is not None
-            delta = answer.delta(output)
+            timeline = client.timeline
+            if timeline is None:
+                delta = answer.delta(output)
+            else:
+                delta = timeline.timed(DETOKENIZING, "detokenize", answer.delta, output)
             if delta.finish is not None and not finished:
                 finished = True
                 client.abort(id)  # a stop string: the engine does not know yet

@@ -31,10 +31,27 @@ from pippin.memory import Limits, MemoryPlan, limit_buffers, limits, on_gpu, pla
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
+from pippin.profile.engine import Tell, open_profile
+from pippin.profile.steps import StepProfile, TimedRunner
+from pippin.profile.timeline import SCHEDULER
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
-from pippin.types import Batch, Finish, ModelInfo, Output, Progress, Request, RowResult, Stats, StepOutput, Submit, Work
+from pippin.types import (
+    Batch,
+    Finish,
+    ModelInfo,
+    Output,
+    Progress,
+    Request,
+    RowResult,
+    StartProfile,
+    Stats,
+    StepOutput,
+    StopProfile,
+    Submit,
+    Work,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +80,12 @@ class EngineCore:
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
-        self._overlap = overlap
+        self._overlap = self._may_overlap = overlap
         self._eos = frozenset(info.eos_token_ids)
         self._grammars = grammars
         self._compiling: dict[str, tuple[Request, Future[GrammarMatcher]]] = {}
         self._in_flight: Flight | None = None
+        self._profile: StepProfile | None = None
         self._notices: list[Output] = []
         self._steps = 0
         self._overlapped = 0
@@ -154,6 +172,33 @@ class EngineCore:
             )
         self._scheduler.flush()
 
+    def profile(self, command: StartProfile | StopProfile, tell: Tell) -> None:
+        """Begins to record steps, or ends it; ``tell`` hears the answer, and spans as they come.
+
+        A step in flight is read first, and what it drew is told by the next ``step``.
+        """
+        self._settle()
+        if isinstance(command, StopProfile):
+            if self._profile is not None:
+                self._profile.end()
+            return
+        running, device = self._profile is not None, self.info.device
+        profile = open_profile(command, tell, device=device, running=running, steps=self._steps, on_end=self._unprofile)
+        if profile is not None:
+            self._profile, self._runner = profile, TimedRunner(self._runner, profile)
+            self._overlap = self._may_overlap and not profile.alone
+
+    def _unprofile(self) -> None:
+        if isinstance(self._runner, TimedRunner):
+            self._runner = self._runner.leave()
+        self._profile, self._overlap = None, self._may_overlap
+
+    def _settle(self) -> None:
+        """Reads the step in flight now."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None:
+            self._finish(flight, self._notices)
+
     def step(self) -> StepOutput | None:
         """One turn: queue the next step, finish the one before. None if there was nothing to do or to say.
 
@@ -164,6 +209,8 @@ class EngineCore:
             self._begin_compiled()
         outputs, self._notices = self._notices, []
         batch = self._scheduler.schedule()
+        if self._profile is not None:
+            self._profile.scheduled(began, batch)
         launched = self._launch(batch, outputs) if batch is not None else None
         if self._overlap:
             previous, self._in_flight = self._in_flight, launched
@@ -201,7 +248,12 @@ class EngineCore:
             log.exception("a step of %d requests failed", len(flight.batch.works))
             kind = type(error).__name__
         else:
-            outputs += self._outputs(flight.batch, results)
+            profile = self._profile
+            outputs += (
+                self._outputs(flight.batch, results)
+                if profile is None
+                else profile.timeline.timed(SCHEDULER, "finish", self._outputs, flight.batch, results)
+            )
             return
         self._drop(flight.batch, kind, outputs)
 

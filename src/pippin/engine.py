@@ -24,6 +24,7 @@ from pippin.client import EngineClient
 from pippin.completion import Delta, complete, merge
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError
+from pippin.profile.control import ProfileOptions
 from pippin.sglang import Answers, Arguments, Asked
 from pippin.text.chat import ChatTemplate, Message, read_template
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
@@ -205,6 +206,33 @@ class Engine:
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False if requests run."""
         return self._wait(self._client.flush()).ok
+
+    def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        start_step: int | None = None,
+        profile_by_stage: bool = False,
+        profile_id: str | None = None,
+        activities: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Record a timeline until ``stop_profile``, or for ``num_steps``; the files that it will be written to.
+
+        The arguments are those of /start_profile (docs/profiling.md). Raises RequestError that names the argument.
+        """
+        options = ProfileOptions(
+            output_dir=output_dir,
+            num_steps=num_steps,
+            start_step=start_step,
+            profile_by_stage=profile_by_stage,
+            profile_id=profile_id,
+            activities=None if activities is None else list(activities),
+        )
+        return [str(path) for path in self._wait(self._client.profiler.start(options))]
+
+    def stop_profile(self) -> list[str]:
+        """End the profile; its files, complete. Raises RequestError if none runs."""
+        return [str(path) for path in self._wait(self._client.profiler.stop())]
 
     def get_server_info(self) -> dict[str, Any]:
         """Options, what was loaded, and the engine's counts now, in one dict."""

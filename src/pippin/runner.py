@@ -20,6 +20,7 @@ from pippin.inputs import Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
+from pippin.profile.timeline import Lap, no_lap
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
 
@@ -160,6 +161,7 @@ class MlxModelRunner:
         self._graph_rows = graph_rows
         self._unqueued: list[mx.array] = []
         self._queued = True
+        self.lap: Lap = no_lap
         self.graphs = self._make_graphs()
         self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
         mx.eval(self._last_token)
@@ -190,6 +192,7 @@ class MlxModelRunner:
         samples = [i for i, w in enumerate(ordered) if w.samples]
         prompts = tuple(prompt_rows(ordered))
         logits, step_tokens = self._forward(forwards, samples, prompts)
+        self.lap("forward")
         sampled, values, draws = None, None, None
         if samples:
             sampling = [ordered[i] for i in samples]
@@ -201,6 +204,7 @@ class MlxModelRunner:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
         if prompts:
             values = score_prompts(ordered, prompts, logits[len(samples) :], self._vocab_size)
+        self.lap("sampling")
         self._unqueued = [*_arrays(sampled), *_arrays(values), *([logits] if draws else [])]
         if self.pool.in_place:
             self._queue()
@@ -257,6 +261,7 @@ class MlxModelRunner:
             mx.synchronize()
         mx.async_eval(self._last_token, self.pool.arrays, self._unqueued)  # type: ignore[no-untyped-call]
         self._unqueued = []
+        self.lap("queue")
 
     def _launch_graph(self, graphs: DecodeGraphs, batch: Batch) -> InFlight:
         works = batch.works
@@ -264,12 +269,17 @@ class MlxModelRunner:
             check_slots(work, self.pool.num_slots)
         size = graphs.size(works)
         plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
+        self.lap("sampling")
         if wait_for_masks(works):
             logits, tokens = graphs.logits(works, self._last_token)
+            self.lap("forward")
             mx.async_eval(logits, tokens)  # type: ignore[no-untyped-call]
+            self.lap("queue")
             return InFlight(batch, works, None, (), None, partial(self._draw, works, plan, inputs, logits, tokens))
         self._last_token, sampled = graphs.step(works, plan, inputs, self._last_token)
+        self.lap("forward")
         mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
+        self.lap("queue")
         return InFlight(batch, works, sampled, (), None)
 
     def logits(self, batch: Batch) -> mx.array:

@@ -255,11 +255,48 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     id: str
 
 
+class StartProfile(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Records the engine's steps; the answer is a ProfileStarted, then Spans come until one that has ``ended``.
+
+    ``num_steps`` steps from step ``start_step`` of the engine on, or until stopped; with ``by_stage``, so many that
+    compute prompts and so many that only decode. ``gpu``: also what the device's own profiler takes (None: if it can);
+    its files are ``stem`` with a suffix (see ``profile.files``).
+    """
+
+    id: str
+    stem: str
+    num_steps: int | None = None
+    start_step: int | None = None
+    by_stage: bool = False
+    gpu: bool | None = None
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag=True):
+    """Ends the profile of this id, if it still runs, after the step in flight."""
+
+    id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine process after the step in flight."""
 
 
-Command = Submit | Abort | Flush | Shutdown
+Command = Submit | Abort | Flush | StartProfile | StopProfile | Shutdown
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Something that took from ``start`` to ``end``, nanoseconds of ``time.perf_counter_ns``, shown in a lane.
+
+    ``step`` is the number of the engine's step that it belongs to, ``group`` keeps spans of one thing in one row.
+    """
+
+    lane: str
+    name: str
+    start: int
+    end: int
+    step: int | None = None
+    group: str = ""
+    args: dict[str, str | int | float | bool] | None = None
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -303,6 +340,29 @@ class Flushed(msgspec.Struct, frozen=True, tag=True):
     id: str
     ok: bool
     message: str = ""
+
+
+class ProfileStarted(msgspec.Struct, frozen=True, tag=True):
+    """A profile runs now, or not: ``error`` says why, ``field`` at what.
+
+    ``clock`` is the engine's perf_counter_ns as it was sent, ``pid`` its process.
+    """
+
+    id: str
+    clock: int
+    pid: int
+    error: str = ""
+    field: str | None = None
+
+
+class Spans(msgspec.Struct, frozen=True, tag=True):
+    """What a profile recorded since the last of these; with the last, captures that are complete or why they failed."""
+
+    id: str
+    spans: list[Span]
+    ended: bool = False
+    files: list[str] = []
+    error: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -349,4 +409,4 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = StepOutput | Flushed | Progress | Ready | Fatal
+Event = StepOutput | Flushed | ProfileStarted | Spans | Progress | Ready | Fatal

@@ -31,11 +31,15 @@ from pippin.types import (
     Flushed,
     ModelInfo,
     Output,
+    ProfileStarted,
     Progress,
     Ready,
     Shutdown,
+    Spans,
+    StartProfile,
     Stats,
     StepOutput,
+    StopProfile,
     Submit,
 )
 
@@ -66,6 +70,9 @@ class Core(Protocol):
 
     def flush(self) -> None:
         """Empty the prefix cache. Raises RequestError while requests run."""
+
+    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Spans], None]) -> None:
+        """Begin to record steps, or end it; ``tell`` hears the answer, and spans as they come. Raises nothing."""
 
 
 Receive = Callable[[bool], Command | None]
@@ -110,6 +117,9 @@ def serve(core: Core, receive: Receive, send: Send) -> None:
         while (command := receive(not core.has_work)) is not None:
             if isinstance(command, Shutdown):
                 return
+            if isinstance(command, StartProfile | StopProfile):
+                core.profile(command, send)
+                continue
             for event in obey(core, command):
                 send(event)
         if (output := core.step()) is not None:

@@ -18,7 +18,7 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import native, openai
+from pippin.server import native, openai, profile
 from pippin.server.http import CLIENT_CLOSED, JsonResponse, error_response
 from pippin.server.protocol import (
     AbortRequest,
@@ -58,6 +58,10 @@ ROUTES: tuple[tuple[str, str, Route, type[msgspec.Struct] | None], ...] = (
     ("POST", "/flush_cache", native.flush_cache, None),
     ("GET", "/flush_cache", native.flush_cache, None),
     ("POST", "/abort_request", native.abort_request, AbortRequest),
+    ("POST", "/start_profile", profile.start_profile, profile.StartProfileRequest),
+    ("GET", "/start_profile", profile.start_profile, None),
+    ("POST", "/stop_profile", profile.stop_profile, None),
+    ("GET", "/stop_profile", profile.stop_profile, None),
     ("GET", "/metrics", native.metrics, None),
 )
 
@@ -77,6 +81,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
         )
     for kind in (PippinError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_error)
+    app.add_middleware(profile.RequestSpans, client=client)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key)
     return app

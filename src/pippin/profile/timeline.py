@@ -1,0 +1,95 @@
+"""Records spans of one process. There is one only while a profile runs: whoever could record asks for None first."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pippin.types import Span
+
+T = TypeVar("T")
+
+Value = str | int | float | bool
+
+HTTP = "http"
+DETOKENIZING = "detokenizing"
+SCHEDULER = "scheduler"
+BUILDING = "graph building"
+SAMPLING = "sampling"
+DEVICE = "device steps"
+WAITING = "waiting for the device"
+
+HTTP_LANES = (HTTP, DETOKENIZING)
+ENGINE_LANES = (SCHEDULER, BUILDING, SAMPLING, DEVICE, WAITING)
+
+Lap = Callable[[str], None]
+"""Told when a part of building a step is done: ``forward``, ``sampling`` or ``queue``."""
+
+
+def no_lap(part: str) -> None:
+    """The Lap of a runner that nobody profiles."""
+
+
+class Timeline:
+    """Spans in the order in which they ended, on a clock that all processes of a machine share.
+
+    ``time.perf_counter_ns`` is CLOCK_MONOTONIC on Linux and mach_absolute_time on macOS.
+    """
+
+    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
+        self.now = clock
+        self._spans: list[Span] = []
+        self._open: dict[str, tuple[str, str, int]] = {}
+        self._count = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def add(
+        self,
+        lane: str,
+        name: str,
+        start: int,
+        end: int | None = None,
+        *,
+        step: int | None = None,
+        group: str = "",
+        args: dict[str, Value] | None = None,
+    ) -> None:
+        """Records a span that ends now, or at ``end``."""
+        self._spans.append(Span(lane, name, start, self.now() if end is None else end, step, group, args))
+
+    def timed(self, lane: str, name: str, function: Callable[..., T], *arguments: object) -> T:
+        """The function's result, with a span from its call to its end, even by an exception."""
+        start = self.now()
+        try:
+            return function(*arguments)
+        finally:
+            self.add(lane, name, start)
+
+    def begin(self, lane: str, name: str) -> str:
+        """Begins a span among others of its lane; returns its group, for ``end`` and for spans inside of it."""
+        group = f"{lane}-{next(self._count)}"
+        self._open[group] = lane, name, self.now()
+        return group
+
+    def end(self, group: str, args: dict[str, Value] | None = None) -> bool:
+        """Ends what ``begin`` began; False if ``close`` has."""
+        if group not in self._open:
+            return False
+        lane, name, start = self._open.pop(group)
+        self.add(lane, name, start, group=group, args=args)
+        return True
+
+    def take(self) -> list[Span]:
+        """What has ended since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def close(self) -> list[Span]:
+        """As ``take``; what has begun and not ended is cut now, and says so."""
+        for group in list(self._open):
+            self.end(group, {"unfinished": True})
+        return self.take()
