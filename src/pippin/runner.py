@@ -248,8 +248,11 @@ class MlxModelRunner:
         if any(not late.isdisjoint(w.request.slots[: w.start]) for w in works):
             return works
         self._forward(self.backend.forwards(ahead), (), ())
+        self.lap("build ahead")
         mx.synchronize()
+        self.lap("wait")
         mx.eval(self.pool.arrays)
+        self.lap("ahead")
         return [replace(w, start=w.end - 1) if c else w for w, c in zip(works, cut, strict=True)]
 
     def _queue(self) -> None:

@@ -102,12 +102,15 @@ class Profiler:
         self._run: Run | None = None
         self._ended: asyncio.Future[list[Path]] | None = None
         self._last = ""
+        self._failure: PippinError | None = None
 
     async def start(self, options: ProfileOptions) -> list[Path]:
         """Begins a profile; returns the files that it will be written to.
 
-        Raises RequestError: 409 if one runs, else for what can't be recorded, or written.
+        Raises RequestError: 409 if one runs, else for what can't be recorded, or written; what ``lost`` was told.
         """
+        if self._failure is not None:
+            raise self._failure
         if self._run is not None:
             raise RequestError(
                 f"a profile is running, to {self._run.paths[0]}; end it with /stop_profile first", status=409
@@ -177,7 +180,7 @@ class Profiler:
 
     def lost(self, why: PippinError) -> None:
         """The engine is gone: what it told is written."""
-        run = self._run
+        self._failure, run = why, self._run
         if run is None or run.writing is not None:
             return
         if not run.answer.done():

@@ -9,12 +9,23 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from pippin.profile.files import STAGES, Stage
 from pippin.profile.gpu import Tracer
-from pippin.profile.timeline import BUILDING, DEVICE, SAMPLING, SCHEDULER, WAITING, Lap, Timeline, Value, no_lap
+from pippin.profile.timeline import (
+    BUILDING,
+    DEVICE,
+    QUEUEING,
+    SAMPLING,
+    SCHEDULER,
+    WAITING,
+    Lap,
+    Timeline,
+    Value,
+    no_lap,
+)
 from pippin.types import Batch, Request, RowResult, Span
 
 log = logging.getLogger(__name__)
@@ -29,6 +40,8 @@ class Flight(Protocol):
 
     @property
     def batch(self) -> Batch: ...
+
+    def draw(self, masks: Any) -> None: ...
 
     def read(self) -> list[RowResult]: ...
 
@@ -46,6 +59,16 @@ class TellsLaps(Protocol):
     """A runner that says which part of building a step is done."""
 
     lap: Lap
+
+
+LANE_OF = {
+    "build ahead": BUILDING,
+    "sampling": SAMPLING,
+    "queue": QUEUEING,
+    "ahead": QUEUEING,
+    "wait": WAITING,
+}
+"""Where a lap is shown; ``forward`` is a step's ``build``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +145,13 @@ class Window:
 
 @dataclass(slots=True, eq=False)
 class StepTimes:
-    """A recorded step: its number, what it computes, and when it was queued, once that is known."""
+    """A recorded step: its number, what it computes; once known, when it was queued, and was surely done."""
 
     number: int
     label: Label
     args: dict[str, Value] = field(default_factory=dict)
     queued: int | None = None
+    done: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +214,20 @@ class StepProfile:
         return times
 
     def built(self, times: StepTimes, start: int) -> None:
-        """The step was built, whether or not it failed."""
-        self._trace(lambda tracer: tracer.launched())
+        """Its graph was."""
         self.timeline.add(BUILDING, f"build {times.label}", start, step=times.number, args=times.args)
+
+    def launched(self) -> None:
+        """A step was queued, or failed to be."""
+        self._trace(lambda tracer: tracer.launched())
 
     def read(self, times: StepTimes, start: int) -> None:
         """The step's results are on the host; ``start`` is when they were asked for."""
-        end = self.timeline.now()
+        now = self.timeline.now()
+        waited = {"waited_us": round((now - start) / 1000)}
+        self.timeline.add(WAITING, "read", start, now, step=times.number)
         begin = max(start if times.queued is None else times.queued, self._device_until)
-        self._device_until = end
-        waited = {"waited_us": round((end - start) / 1000)}
-        self.timeline.add(WAITING, "read", start, end, step=times.number)
+        end = self._device_until = max(begin, now if times.done is None else times.done)
         self.timeline.add(DEVICE, str(times.label), begin, end, step=times.number, args={**times.args, **waited})
         self.gone(times)
 
@@ -237,12 +264,17 @@ class StepProfile:
 class TimedFlight:
     """A queued step whose reading is recorded."""
 
-    def __init__(self, flight: Flight, times: StepTimes, profile: StepProfile) -> None:
-        self._flight, self._times, self._profile = flight, times, profile
+    def __init__(self, flight: Flight, times: StepTimes, profile: StepProfile, runner: TimedRunner) -> None:
+        self._flight, self._times, self._profile, self._runner = flight, times, profile, runner
 
     @property
     def batch(self) -> Batch:
         return self._flight.batch
+
+    def draw(self, masks: Any) -> None:
+        start = self._runner.mark()
+        self._flight.draw(masks)
+        self._profile.timeline.add(SAMPLING, "masks and draws", start, step=self._times.number)
 
     def read(self) -> list[RowResult]:
         start = self._profile.timeline.now()
@@ -273,17 +305,25 @@ class TimedRunner:
     def launch(self, batch: Batch) -> Flight:
         times = self._profile.step(batch)
         self._before, self._current, self._built = self._current, times, False
-        start = self._lap_from = self._profile.timeline.now()
+        start = self.mark()
         if times is None:
             return self._runner.launch(batch)
         try:
             flight = self._runner.launch(batch)
         except BaseException:
-            self._profile.built(times, start)
+            self._profile.built(times, self._lap_from)
             self._profile.gone(times)
             raise
-        self._profile.built(times, start)
-        return TimedFlight(flight, times, self._profile)
+        finally:
+            self._profile.launched()
+        if not self._built:  # a runner that tells no laps
+            self._profile.built(times, start)
+        return TimedFlight(flight, times, self._profile, self)
+
+    def mark(self) -> int:
+        """Now, from when the next lap counts."""
+        self._lap_from = self._profile.timeline.now()
+        return self._lap_from
 
     def reset(self) -> None:
         """After a failure: steps that were not read never will be."""
@@ -292,13 +332,18 @@ class TimedRunner:
         self._runner.reset()
 
     def _lap(self, part: str) -> None:
-        """A part of building a step is done. What is queued before its forward is built is the step before."""
-        timeline, start = self._profile.timeline, self._lap_from
-        self._lap_from = timeline.now()
+        """A part of launching a step is done; see ``timeline.Lap``."""
+        start, end = self._lap_from, self.mark()
         self._built |= part == "forward"
-        step = self._current if self._built else self._before
-        if part == "queue" and step is not None and step.queued is None:
+        before = part == "wait" or (part == "queue" and not self._built)
+        step = self._before if before else self._current
+        if step is None:
+            return
+        if part == "forward":
+            self._profile.built(step, start)
+            return
+        if part == "wait":
+            step.done = end
+        elif LANE_OF[part] == QUEUEING and step.queued is None:
             step.queued = start
-        if self._current is not None:
-            lane = SAMPLING if part == "sampling" else BUILDING
-            timeline.add(lane, part, start, self._lap_from, step=self._current.number)
+        self._profile.timeline.add(LANE_OF[part], part, start, end, step=step.number)

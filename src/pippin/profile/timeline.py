@@ -18,14 +18,20 @@ DETOKENIZING = "detokenizing"
 SCHEDULER = "scheduler"
 BUILDING = "graph building"
 SAMPLING = "sampling"
+QUEUEING = "queueing"
 DEVICE = "device steps"
 WAITING = "waiting for the device"
 
 HTTP_LANES = (HTTP, DETOKENIZING)
-ENGINE_LANES = (SCHEDULER, BUILDING, SAMPLING, DEVICE, WAITING)
+ENGINE_LANES = (SCHEDULER, BUILDING, SAMPLING, QUEUEING, DEVICE, WAITING)
 
 Lap = Callable[[str], None]
-"""Told when a part of building a step is done: ``forward``, ``sampling`` or ``queue``."""
+"""Told when a part of launching a step is done.
+
+``forward``, ``sampling``: its graph is built. ``queue``: it is handed to the device, or before its ``forward``, the
+step before is. Where part of a prompt is computed while the step is built: ``build ahead`` its graph, ``wait`` the
+step before is done, ``ahead`` that part is.
+"""
 
 
 def no_lap(part: str) -> None:
@@ -69,10 +75,10 @@ class Timeline:
         finally:
             self.add(lane, name, start)
 
-    def begin(self, lane: str, name: str) -> str:
+    def begin(self, lane: str, name: str, start: int) -> str:
         """Begins a span among others of its lane; returns its group, for ``end`` and for spans inside of it."""
         group = f"{lane}-{next(self._count)}"
-        self._open[group] = lane, name, self.now()
+        self._open[group] = lane, name, start
         return group
 
     def end(self, group: str, args: dict[str, Value] | None = None) -> bool:

@@ -89,7 +89,7 @@ class RequestSpan:
     def __init__(self, timeline: Timeline, scope: Scope) -> None:
         self._timeline, self._scope = timeline, scope
         self._began = timeline.now()
-        self._group = timeline.begin(HTTP, f"{scope['method']} {scope['path']}")
+        self._group = timeline.begin(HTTP, f"{scope['method']} {scope['path']}", self._began)
         self._first: int | None = None
         self._status, self._bytes = 0, 0
 
