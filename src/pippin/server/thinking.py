@@ -12,6 +12,7 @@ from contextlib import aclosing
 import msgspec
 
 from pippin.client import EngineClient
+from pippin.profile.timeline import Timeline
 from pippin.text.detokenizer import detokenizer
 from pippin.text.parts import Reasoning
 from pippin.text.reply import Reply, Speech
@@ -34,6 +35,10 @@ class Budgeted:
     @property
     def info(self) -> ModelInfo:
         return self._client.info
+
+    @property
+    def timeline(self) -> Timeline | None:
+        return self._client.timeline
 
     def abort(self, id: str) -> None:
         self._client.abort(id)
