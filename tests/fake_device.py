@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from pippin.attention.solo import Solo
 from pippin.cache.radix import Node, RadixCache
 from pippin.cache.slots import SlotAllocator
+from pippin.cache.snapshots import NONE, Snapshots
 from pippin.scheduler import Scheduler, Update
 from pippin.types import Batch, Finish, Request, RowResult, SamplingParams, TokenLogprob, Work
 
@@ -74,15 +76,22 @@ class StepFailed(Exception):
     """The device gave up on a step."""
 
 
+State = tuple[int, int]  # how many tokens it has seen, and their fingerprint
+_SOLO = Solo("solo", padded=False)
+
+
 class FakeDevice:
     """Slots and ``last_token`` rows. A step runs when it is queued, but is read when the loop chooses.
 
     It keeps nothing of a Request but what ``launch`` may read: what the scheduler does later is not seen.
     """
 
-    def __init__(self, num_slots: int, page: int) -> None:
+    def __init__(self, num_slots: int, page: int, states: bool = False) -> None:
         self.num_slots = num_slots
         self.page = page
+        self.has_states = states
+        self.states: dict[int, State] = {}  # by row
+        self.snapshots: dict[int, State] = {}  # by id
         self.slots: dict[int, int] = {}
         self.last_token: dict[int, int] = {}
         self.stories: dict[int, Story] = {}
@@ -92,11 +101,41 @@ class FakeDevice:
         written = [slot for work in batch.works for slot in work.request.slots[work.start : work.end]]
         assert len(written) == len(set(written)), "a slot is written twice in a step"
         assert all(self.page <= slot < self.num_slots for slot in written), "a write outside of the pool"
-        for work in batch.works:
-            self._write(work, broken)
+        results: dict[int, RowResult] = {}
+        for works in _SOLO.forwards(batch.works) if self.has_states else [batch.works]:
+            for work in works:
+                self._write(work, broken)
+                if self.has_states and not broken:
+                    self._advance(work)
+            if not broken:
+                results |= {id(work): self._read(work) for work in works}
         if broken:
             raise StepFailed
-        return [self._read(work) for work in batch.works]
+        return [results[id(work)] for work in batch.works]
+
+    def keep(self, row: int, id: int) -> None:
+        """A ``StateKeeper``'s methods."""
+        assert id not in self.snapshots
+        self.snapshots[id] = self.states[row]
+
+    def drop(self, id: int) -> None:
+        self.snapshots.pop(id, None)
+
+    def release(self, row: int) -> None:
+        self.states.pop(row, None)
+
+    def _advance(self, work: Work) -> None:
+        """A state must be that of exactly the tokens before."""
+        request, story = work.request, self.stories[work.request.seq]
+        state = self.snapshots[work.restore] if work.restore is not None else self.states.get(request.row)
+        if work.start:
+            assert state == (work.start, story.prints[work.start - 1]), f"{request.id}: wrong state at {work.start}"
+        else:
+            assert work.restore is None
+        self.states[request.row] = work.end, story.prints[work.end - 1]
+        if work.save is not None:
+            assert work.save not in self.snapshots
+            self.snapshots[work.save] = self.states[request.row]
 
     def _story(self, work: Work) -> Story:
         story = self.stories.setdefault(work.request.seq, Story(list(work.request.tokens)))
@@ -154,10 +193,14 @@ class Loop:
     overlap: bool = True
     cache: bool = True
     forcing: Random | None = None  # now and then, tokens of a queued step are forced before it is read
+    states: int | None = None
+    """For a model with recurrent states: how many snapshots there may be."""
 
     def __post_init__(self) -> None:
         self.allocator = WatchedAllocator(self.num_pages, self.page)
-        self.radix = RadixCache(self.allocator, enabled=self.cache)
+        self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None)
+        self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states)
+        self.radix = RadixCache(self.allocator, enabled=self.cache, snapshots=self.snapshots)
         self.scheduler = Scheduler(
             self.allocator,
             self.radix,
@@ -166,7 +209,6 @@ class Loop:
             policy=self.policy,
             context_length=self.context_length,
         )
-        self.device = FakeDevice(self.num_pages * self.page, self.page)
         self.flight: tuple[Batch, list[RowResult]] | None = None
         self.batches: list[Batch] = []
         self.forced = 0
@@ -204,7 +246,7 @@ class Loop:
         running = {r: r.retractions for r in self.scheduler._running}
         self.allocator.handed.clear()
         batch = self.scheduler.schedule()
-        check(self)
+        check(self, launched=False)
         assert all(r.row < 0 for r, n in running.items() if r.retractions > n), "retracted and admitted in one step"
         launched = None
         if batch is not None:
@@ -285,6 +327,7 @@ class Loop:
         assert self.scheduler.stats().num_running == self.radix.num_cached == 0
         self.device.slots.clear()
         self.device.last_token.clear()
+        assert not self.device.states
         check(self)
 
     def _check_batch(self, batch: Batch, before: set[int]) -> None:
@@ -317,7 +360,7 @@ def nodes(radix: RadixCache) -> Iterator[Node]:
         stack += node.children.values()
 
 
-def check(loop: Loop) -> None:
+def check(loop: Loop, launched: bool = True) -> None:
     """Each page is free, in the tree, or one running request's own; pins are those of the running requests."""
     running, waiting = loop.scheduler._running, loop.scheduler._waiting
     pages = loop.allocator.pages_of
@@ -340,6 +383,25 @@ def check(loop: Loop) -> None:
     stats = loop.scheduler.stats()
     assert (stats.num_running, stats.num_waiting) == (len(running), len(waiting))
     assert stats.slots_free == len(free) * loop.page
+    check_snapshots(loop, launched)
+
+
+def check_snapshots(loop: Loop, launched: bool) -> None:
+    """The tree's snapshots are those that are kept: within the budget, each of exactly its node's tokens."""
+    ids = {node.snapshot: node for node in nodes(loop.radix) if node.snapshot}
+    assert len(ids) == len(loop.snapshots) <= (loop.states or 0)
+    kept = loop.device.snapshots
+    assert ids.keys() == kept.keys() if launched else ids.keys() >= kept.keys()
+    for id, (end, print) in kept.items():
+        path: list[int] = []
+        node: Node | None = ids[id]
+        while node is not None:
+            path[:0], node = node.tokens, node.parent
+        assert (end, print) == (len(path), fingerprints(path)[-1])
+    running = loop.scheduler._running
+    held = [r.restore for r in running if r.restore is not None]
+    assert sorted(held) == sorted(loop.snapshots._held.elements())
+    assert loop.device.states.keys() <= {r.row for r in running}
 
 
 def check_running(loop: Loop, request: Request, holders: dict[Node, int]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pippin import memory
 from pippin.attention import backends_to_try
-from pippin.cache.pool import KVPool, LayerShape
+from pippin.cache.layout import CacheLayout, LayerShape
+from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.memory import MemoryPlan, device_bytes, limits, plan_memory, use_device
@@ -24,7 +25,7 @@ GB = 10**9
 
 def choice(layers: int = 2) -> Choice:
     """Two layers that store and one that doesn't: 320 bytes a slot."""
-    return Choice(backends_to_try("rows")[0], "", (*[SHAPE] * layers, None))
+    return Choice(backends_to_try("rows")[0], "", CacheLayout.of((*[SHAPE] * layers, None)))
 
 
 def plan(

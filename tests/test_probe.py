@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache
 
 from pippin.attention import register_attention_backend
 from pippin.attention.rows import RowLayer, Rows, Window
@@ -16,8 +17,9 @@ from pippin.cache.pool import KVPool
 from pippin.errors import ConfigError, ModelError
 from pippin.inputs import Group, Step
 from pippin.models.seam import Seam
-from pippin.probe import choose_attention, measure_activations, measure_layers
+from pippin.probe import choose_attention, measure_activations, measure_caches
 from pippin.types import Work
+from tests.checkpoints import build_model, family_config
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -78,7 +80,7 @@ def test_each_family_gets_the_backend_that_is_exact(family: str, overrides: dict
 
 def test_windows_are_read_off_the_models_own_caches() -> None:
     model = tiny("gemma3_text", sliding_window=4, sliding_window_pattern=2)
-    assert [s.window for s in measure_layers(model) if s] == [4, None, 4, None]
+    assert [s.window for s in measure_caches(model).shapes if s] == [4, None, 4, None]
 
 
 class _Far(RowLayer):
@@ -123,24 +125,35 @@ def test_a_backend_that_is_wrong_is_refused_with_its_distance(fault: str, monkey
         choose_attention(model, backend.name, 300)
 
 
-def test_recurrent_models_are_refused_by_what_they_keep() -> None:
-    with pytest.raises(ModelError, match="ArraysCache"):
-        choose_attention(tiny("mamba2", **MAMBA), "mlx", 300)
+def test_caches_of_an_unknown_kind_are_refused_by_their_name() -> None:
+    model = tiny("qwen3")
+    model.make_cache = lambda: [ChunkedKVCache(8)]
+    with pytest.raises(ModelError, match="ChunkedKVCache"):
+        choose_attention(model, "mlx", 300)
 
 
-MAMBA: dict[str, Any] = {
-    "num_heads": 8,
-    "head_dim": 16,
-    "state_size": 16,
-    "conv_kernel": 4,
-    "n_groups": 1,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "time_step_limit": (0.0, 1e9),
-    "time_step_rank": "auto",
-    "layer_norm_epsilon": 1e-5,
-    "residual_in_fp32": False,
-}
+class _Growing:
+    """A model whose state takes up each token that it sees."""
+
+    def make_cache(self) -> list[ArraysCache]:
+        return [ArraysCache(1)]
+
+    def __call__(self, tokens: mx.array, cache: list[ArraysCache]) -> mx.array:
+        seen = tokens if cache[0][0] is None else mx.concatenate([cache[0][0], tokens], axis=1)
+        cache[0][0] = seen
+        return seen
+
+
+def test_states_that_grow_are_refused() -> None:
+    with pytest.raises(ModelError, match="changes its shape with the context"):
+        measure_caches(_Growing())
+
+
+@pytest.mark.parametrize("name", ["rows", "padded"])
+def test_recurrent_models_are_refused_where_nobody_minds_their_state(name: str) -> None:
+    model = build_model(family_config("mamba2"))
+    with pytest.raises(ModelError, match=rf"{name}: it keeps recurrent state"):
+        choose_attention(model, name, 288)
 
 
 def test_an_unknown_backend_names_the_known_ones() -> None:

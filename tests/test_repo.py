@@ -47,6 +47,7 @@ errors <- backend <- core
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention
+cache <- inputs
 errors <- kernels <- cache
 kernels <- models
 config <- models <- attention
@@ -71,7 +72,7 @@ types <- text <- grammar <- sglang
 
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
 WITHOUT_MLX = (
-    "types", "errors", "config", "scheduler", "cache.radix", "cache.slots",
+    "types", "errors", "config", "scheduler", "cache.radix", "cache.slots", "cache.snapshots",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport",
     "profile.control", "profile.summary",
 )  # fmt: skip

@@ -25,6 +25,7 @@ loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "context_length": st.sampled_from([12, 40, 1000]),
         "overlap": st.booleans(),
         "cache": st.sampled_from([True, True, True, False]),
+        "states": st.sampled_from([None, None, 0, 2, 100]),
     }
 )
 

@@ -28,16 +28,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("hybrid"), "falcon_h1")
+
+
+@pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> Alone:
+    return alone_with(checkpoint, "padded")
+
+
+@pytest.fixture(scope="module")
+def hybrid_alone(hybrid: Path) -> Alone:
+    return alone_with(hybrid, "solo_padded")
+
+
+def alone_with(path: Path, backend: str) -> Alone:
     return Alone(
         load_core(
             EngineConfig(
-                model_path=str(checkpoint),
+                model_path=str(path),
                 context_length=CONTEXT,
                 max_total_tokens=CONTEXT,
                 disable_radix_cache=True,
                 disable_overlap_schedule=True,
-                attention_backend="padded",
+                attention_backend=backend,
             )
         )
     )
@@ -175,7 +189,17 @@ def same_logprobs(found: list[TokenLogprob], expected: list[TokenLogprob]) -> No
 @pytest.mark.parametrize("seed", range(8))
 def test_each_answer_is_what_the_request_alone_would_get(checkpoint: Path, alone: Alone, seed: int) -> None:
     source = random.Random(seed)
-    options = random_options(source)
+    compare(checkpoint, alone, random_options(source), source)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_so_it_is_where_a_model_keeps_recurrent_state(hybrid: Path, hybrid_alone: Alone, seed: int) -> None:
+    source = random.Random(seed)
+    more = {"attention_backend": "solo", "max_mamba_cache_size": source.choice([None, 0, 2, 10])}
+    compare(hybrid, hybrid_alone, random_options(source) | more, source)
+
+
+def compare(checkpoint: Path, alone: Alone, options: dict[str, Any], source: random.Random) -> None:
     core = load_core(EngineConfig(model_path=str(checkpoint), **options))
     pool = core.info.max_total_tokens
     limited = alone_within(alone, pool)

@@ -59,6 +59,9 @@ class EngineConfig:
         "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")
     )
     disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
+    max_mamba_cache_size: int | None = option(
+        None, "Most snapshots of recurrent state kept for reuse (hybrid models); 0 keeps none. From memory if left out."
+    )
     disable_overlap_schedule: bool = option(False, "Finish each step before the next is built.")
     disable_graph: bool = option(
         False, "Build every step anew instead of compiling the small ones.", "--disable-cuda-graph"
@@ -98,6 +101,11 @@ class EngineConfig:
                 "chunked_prefill_size",
                 self.chunked_prefill_size is None or self.chunked_prefill_size >= 1,
                 "at least 1",
+            ),
+            (
+                "max_mamba_cache_size",
+                self.max_mamba_cache_size is None or self.max_mamba_cache_size >= 0,
+                "at least 0",
             ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("page_size", self.page_size >= 0, "at least 0"),

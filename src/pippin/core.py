@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin import kernels
-from pippin.cache.pool import KVPool
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
+from pippin.cache.snapshots import NONE, Snapshots
 from pippin.config import EngineConfig
 from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
 from pippin.grammar.matcher import GrammarMatcher
-from pippin.memory import Limits, MemoryPlan, limit_buffers, limits, on_gpu, plan_memory, use_device
+from pippin.memory import Limits, MemoryPlan, limit_buffers, limit_rows, limits, on_gpu, plan_memory, use_device
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
@@ -159,7 +159,8 @@ class EngineCore:
         compiling = self._compiling.pop(id, None)
         request = self._scheduler.abort(id) if compiling is None else compiling[0]
         if request is not None:
-            self._notices.append(Output(id, num_cached=request.num_cached, finish=Finish("abort")))
+            ended = Output(id, num_cached=request.num_cached, finish=Finish("abort"), miss=request.miss)
+            self._notices.append(ended)
 
     def flush(self) -> None:
         """Empties the prefix cache. Raises RequestError while requests run.
@@ -331,6 +332,7 @@ class EngineCore:
                     prompt_logprobs=list(result.prompt_logprobs),
                     num_cached=request.num_cached,
                     finish=request.finish,
+                    miss=request.miss,
                 )
             )
         return found
@@ -393,7 +395,7 @@ def build_runner(
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)
     tell(Progress("probe", 1, 2))
-    sizes = limits(config)
+    sizes = limit_rows(config, choice, limits(config), loaded.weight_bytes)
     activations = measure_activations(
         loaded.model,
         choice,
@@ -413,7 +415,7 @@ def build_runner(
     limit_buffers(plan)
     tell(Progress("probe", 2, 2))
     vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
-    pool = KVPool(choice.shapes, plan.slots + config.page_size, config.page_size)
+    pool = choice.pool(plan.slots + config.page_size, config.page_size)
     runner = MlxModelRunner(
         loaded.model,
         choice.backend,
@@ -429,9 +431,11 @@ def build_runner(
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
     """An engine over a runner that holds what ``info`` says."""
     allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size)
+    states = runner.pool.states if isinstance(runner, MlxModelRunner) else None
+    snapshots = NONE if states is None else Snapshots(states, info.max_mamba_cache_size)
     scheduler = Scheduler(
         allocator,
-        RadixCache(allocator, enabled=not config.disable_radix_cache),
+        RadixCache(allocator, enabled=not config.disable_radix_cache, snapshots=snapshots),
         max_running=info.max_running_requests,
         chunk=info.chunked_prefill_size,
         policy=config.schedule_policy,
@@ -467,5 +471,7 @@ def _info(
         page_size=config.page_size,
         weight_bytes=plan.weight_bytes,
         pool_bytes=plan.pool_bytes,
+        max_mamba_cache_size=plan.snapshots,
+        state_bytes=plan.state_bytes + plan.snapshot_bytes,
         device="gpu" if on_gpu() else "cpu",
     )

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pippin.cache.state import OpenStates
 from pippin.types import Work
 
 Ints = npt.NDArray[np.int32]
@@ -54,7 +55,8 @@ class Step:
     ``tokens`` int32: [T, 1] or [B, L], as the layout has it. ``positions`` int32: [T] each token's, or [B] each
     work's first. ``write_slots`` int32 [T] or [B, L]. ``lasts`` says where each work's last token lies in the flattened
     tokens, in the order in which the works were given. ``after`` is something that all steps before have computed: what
-    writes the pool in place waits for it. ``decodes`` says that all works are (``Work.decodes``).
+    writes the pool in place waits for it. ``decodes`` says that all works are (``Work.decodes``). ``states`` are the
+    works' recurrent states, in the order in which the tokens lie.
     """
 
     tokens: mx.array
@@ -64,6 +66,7 @@ class Step:
     lasts: tuple[int, ...]
     after: mx.array | None = None
     decodes: bool = False
+    states: OpenStates | None = None
 
     @property
     def stores_as_it_attends(self) -> bool:

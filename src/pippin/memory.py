@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from pippin.cache.pool import bytes_per_slot
+from pippin.cache.layout import bytes_per_slot
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.probe import Choice
@@ -19,6 +19,15 @@ _CPU_FRACTION = 0.5
 # where the context is longer: --max-total-tokens asks for more.
 _CPU_SLOTS = 32768
 _LEAST_SLOTS = 16
+# Slots where a token's take no memory, since the model keeps nothing but recurrent states.
+_FREE_SLOTS = 1 << 20
+# Of what weights leave, the share that running requests' states may take; of what is left then, that of snapshots.
+_STATE_SHARE = 1 / 3
+_SNAPSHOT_SHARE = 1 / 4
+# A step's states are new arrays, while those of the step before and of the one in flight are still there.
+_STATE_COPIES = 3
+_MOST_SNAPSHOTS = 4096
+_CPU_SNAPSHOTS = 128
 _SPARE_BYTES = 256 << 20
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -33,7 +42,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by part; ``slots`` is what the pool holds beside its scratch page."""
+    """Bytes by part; ``slots`` is what the pool holds beside its scratch page.
+
+    ``state_bytes`` are recurrent states of the requests in a step in flight (those of the step that is measured are
+    activations), ``snapshots`` how many more may be kept for reuse, of ``snapshot_bytes`` in all.
+    """
 
     device_bytes: int
     budget_bytes: int
@@ -41,6 +54,9 @@ class MemoryPlan:
     activation_bytes: int
     pool_bytes: int
     slots: int
+    state_bytes: int = 0
+    snapshot_bytes: int = 0
+    snapshots: int = 0
 
 
 def on_gpu() -> bool:
@@ -79,6 +95,49 @@ def _container_limits() -> list[int]:
     return [int(limit) for limit in found if limit.isdigit()]
 
 
+def limit_rows(config: EngineConfig, choice: Choice, sizes: Limits, weight_bytes: int) -> Limits:
+    """``sizes`` with as many rows as recurrent states find room. Raises ConfigError or ModelError if too few."""
+    each = choice.layout.state_bytes * _STATE_COPIES
+    if not each:
+        return sizes
+    budget = _budget(config, device_bytes(), on_gpu())
+    room = budget - weight_bytes
+    fit = max(0, int(room * _STATE_SHARE)) // each
+    if config.max_running_requests is not None and config.max_running_requests * each > room * 2 * _STATE_SHARE:
+        raise ConfigError(
+            f"the recurrent states of {sizes.max_running} requests take {_gb(sizes.max_running * each)}, and weights "
+            f"({_gb(weight_bytes)}) leave {_gb(room)}, partly for these; lower it, or raise --mem-fraction-static",
+            "--max-running-requests",
+        )
+    if not fit:
+        raise ModelError(
+            f"weights ({_gb(weight_bytes)}) leave no room for a request's recurrent state ({_gb(each)}) in "
+            f"{_gb(budget)}; use --quantization or a larger --mem-fraction-static"
+        )
+    return replace(sizes, max_running=config.max_running_requests or min(sizes.max_running, fit))
+
+
+def _budget(config: EngineConfig, device: int, gpu: bool) -> int:
+    return int(device * (config.mem_fraction_static or (_GPU_FRACTION if gpu else _CPU_FRACTION)))
+
+
+def _snapshots(config: EngineConfig, each: int, left: int, gpu: bool) -> int:
+    """How many snapshots of ``each`` bytes to keep, of ``left`` bytes that they share with the pool."""
+    if not each or config.disable_radix_cache:
+        return 0
+    fit = max(0, left) // each
+    asked = config.max_mamba_cache_size
+    if asked is None:
+        return min(int(fit * _SNAPSHOT_SHARE), _MOST_SNAPSHOTS if gpu else _CPU_SNAPSHOTS)
+    if asked > fit:
+        raise ConfigError(
+            f"{asked} snapshots take {_gb(asked * each)}, and there is room for {fit}; lower it, or raise "
+            "--mem-fraction-static",
+            "--max-mamba-cache-size",
+        )
+    return asked
+
+
 def plan_memory(
     config: EngineConfig,
     choice: Choice,
@@ -95,10 +154,13 @@ def plan_memory(
     Raises ModelError or ConfigError, with the sizes, if too little is left to serve.
     """
     device, gpu = device_bytes() if device is None else device, on_gpu() if gpu is None else gpu
-    fraction = config.mem_fraction_static or (_GPU_FRACTION if gpu else _CPU_FRACTION)
-    budget = int(device * fraction)
+    budget = _budget(config, device, gpu)
     slot, page = bytes_per_slot(choice.shapes), config.page_size
-    fit = max(0, (budget - weight_bytes - activation_bytes) // slot - page)  # beside the scratch page
+    each = choice.layout.state_bytes
+    left = budget - weight_bytes - activation_bytes - max_running * each
+    snapshots = _snapshots(config, each, left, gpu)
+    left -= snapshots * each
+    fit = max(0, (left // slot if slot else _FREE_SLOTS) - page)  # beside the scratch page
     least = -(-_LEAST_SLOTS // page) * page
     want = min(fit, max(least, -(-max_running * context_length // page) * page))
     if not gpu and config.mem_fraction_static is None:
@@ -122,7 +184,17 @@ def plan_memory(
             f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)}) leave no room for KV slots in "
             f"{_gb(budget)}; use --quantization, a smaller --chunked-prefill-size or a larger --mem-fraction-static"
         )
-    return MemoryPlan(device, budget, weight_bytes, activation_bytes, (slots + page) * slot, slots)
+    return MemoryPlan(
+        device,
+        budget,
+        weight_bytes,
+        activation_bytes,
+        (slots + page) * slot,
+        slots,
+        state_bytes=max_running * each,
+        snapshot_bytes=snapshots * each,
+        snapshots=snapshots,
+    )
 
 
 def limit_buffers(plan: MemoryPlan) -> None:

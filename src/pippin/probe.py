@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from pippin import kernels
 from pippin.attention import AttentionBackend, backends_to_try
-from pippin.cache.pool import KVPool, LayerShape
+from pippin.cache.layout import CacheLayout, LayerShape, Leaf, StateShape
+from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.models.deferred import Fusions
 from pippin.models.joined import join
@@ -24,23 +27,34 @@ from pippin.types import Batch, Request, SamplingParams, Work
 
 log = logging.getLogger(__name__)
 
-# Contexts of the probe's sequences before and after it; a chunk behind a prefix, a prompt, a decode and a short chunk.
-_PROBE = ((7, 12), (0, 5), (9, 10), (3, 5))
+# Contexts of the probe's sequences before and after it; a chunk behind a prefix, a prompt, decodes and a short chunk.
+_PROBE = ((7, 12), (0, 5), (9, 10), (3, 5), (13, 14))
+# Tokens after which a recurrent state has its usual shape.
+_SETTLED = 8
 # How far logits may lie from the model's own, as a share of their largest: rounding, and no more.
 _TOLERANCE = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend for a model, why it, and what each of the model's caches stores (None: nothing).
+    """The backend for a model, why it, and what the model's caches store.
 
     ``fusions`` are the operations that its forward may put together (``models.deferred``).
     """
 
     backend: AttentionBackend
     reason: str
-    shapes: tuple[LayerShape | None, ...]
+    layout: CacheLayout
     fusions: Fusions = NO_FUSIONS
+
+    @property
+    def shapes(self) -> tuple[LayerShape | None, ...]:
+        """What each K and V stores; None: nothing."""
+        return self.layout.shapes
+
+    def pool(self, num_slots: int, page_size: int = 1) -> KVPool:
+        """A store for the model: ``num_slots`` slots, the scratch page included."""
+        return KVPool(self.shapes, num_slots, page_size, self.layout)
 
 
 def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool | None = None) -> Choice:
@@ -49,16 +63,16 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
     ``fuse``: also try to put operations together; where kernels run, if left out. Hooks the model (``seam.install``).
     Raises ModelError with every backend's reason if none serves it.
     """
-    shapes = measure_layers(model)
+    layout = measure_caches(model)
     install(model, vocab_size)
     tokens = _probe_tokens(vocab_size)
     expected = _alone(model, tokens)
     refused: list[str] = []
     for backend in backends_to_try(name):
-        reason = _differs(model, Choice(backend, "", shapes), tokens, expected, vocab_size)
+        reason = _differs(model, Choice(backend, "", layout), tokens, expected, vocab_size)
         if reason is None:
             reason = "exact in the probe" + "".join(f"; not {r}" for r in refused)
-            choice = Choice(backend, reason, shapes)
+            choice = Choice(backend, reason, layout)
             wanted = kernels.backend() is not None if fuse is None else fuse
             return _fused(model, choice, tokens, expected, vocab_size) if wanted else choice
         refused.append(f"{backend.name}: {reason}")
@@ -82,17 +96,38 @@ def _fused(
     return choice
 
 
-def measure_layers(model: nn.Module) -> tuple[LayerShape | None, ...]:
-    """Runs one token through the model with its own caches, and looks at what they hold.
+def measure_caches(model: nn.Module) -> CacheLayout:
+    """Runs some tokens through the model with its own caches, and looks at what they hold.
 
-    Raises ModelError for caches that are not a K and a V a token (recurrent state, chunked or nested ones).
+    Raises ModelError for caches of kinds that no backend serves, and for states that grow with the context.
     """
     caches = make_prompt_cache(model)
-    for cache in caches:
-        if type(cache) not in (KVCache, RotatingKVCache):
-            raise ModelError(f"its layers keep {type(cache).__name__}, which no attention backend serves yet")
+    for leaf in _leaves(caches):
+        if type(leaf) not in (KVCache, RotatingKVCache, ArraysCache):
+            raise ModelError(f"its layers keep {type(leaf).__name__}, which no attention backend serves yet")
+    model(mx.array([[1] * _SETTLED]), cache=caches)
+    states = [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]
     mx.eval(model(mx.array([[1]]), cache=caches))
-    return tuple(_shape_of(cache) for cache in caches)
+    if states != [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]:
+        raise ModelError("its recurrent state changes its shape with the context, which no attention backend serves")
+    shapes = [_shape_of(leaf) for leaf in _leaves(caches) if not isinstance(leaf, ArraysCache)]
+    indices = count(), count()  # of K and Vs, of states
+
+    def part(leaf: object) -> Leaf:
+        recurrent = isinstance(leaf, ArraysCache)
+        return Leaf(next(indices[recurrent]), recurrent)
+
+    tree = [tuple(map(part, c.caches)) if isinstance(c, CacheList) else part(c) for c in caches]
+    return CacheLayout(tuple(tree), tuple(shapes), tuple(states))
+
+
+def _leaves(caches: Iterable[Any]) -> list[Any]:
+    """The caches, with those in mlx-lm's lists of caches in their place."""
+    return [leaf for c in caches for leaf in (c.caches if isinstance(c, CacheList) else (c,))]
+
+
+def _state_of(cache: ArraysCache) -> StateShape:
+    return StateShape(tuple(None if a is None else (a.shape[1:], a.dtype) for a in cache.cache))
 
 
 def _shape_of(cache: KVCache | RotatingKVCache) -> LayerShape | None:
@@ -130,8 +165,7 @@ def _differs(
     model: nn.Module, choice: Choice, tokens: Sequence[Sequence[int]], expected: mx.array, vocab_size: int
 ) -> str | None:
     """Why ``choice`` doesn't serve the model, or None: a ragged batch against each sequence alone."""
-    shapes = choice.shapes
-    pool = KVPool(shapes, 1 + sum(map(len, tokens)))
+    layout, pool = choice.layout, choice.pool(1 + sum(map(len, tokens)))
     runner = MlxModelRunner(
         model, choice.backend, pool, max_running=len(tokens), vocab_size=vocab_size, fusions=choice.fusions
     )
@@ -149,7 +183,7 @@ def _differs(
     own = np.asarray(expected)
     scale = float(np.abs(own).max())
     worst = float(np.abs(np.asarray(logits) - own).max())
-    tolerance = _TOLERANCE[next((s.dtype for s in shapes if s), mx.float32)]
+    tolerance = _TOLERANCE[min(layout.dtypes, key=lambda d: int(d.size), default=mx.float32)]
     if not worst <= tolerance * scale:
         return f"logits differ by {worst:.2g} of {scale:.2g}"
     return None
@@ -177,8 +211,8 @@ def measure_activations(
     The chunk runs against itself only; what a longer context adds (one layer's gathered K and V) is computed.
     """
     count = max(1, min(max_running, chunk))
-    rows = [chunk // count + (i < chunk % count) for i in range(count)]
-    pool = KVPool(choice.shapes, 1 + chunk)
+    rows = [chunk // count + (i < chunk % count) for i in range(count)] if not choice.layout.states else []
+    pool = choice.pool(1 + chunk + 1)
     runner = MlxModelRunner(
         model, choice.backend, pool, max_running=count, vocab_size=vocab_size, fusions=choice.fusions
     )
@@ -187,10 +221,20 @@ def measure_activations(
         request.slots = array("i", range(1, 1 + len(request.tokens)))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    runner.logits(Batch(tuple(Work(r, 0, len(r.tokens), True) for r in requests)))
-    whole = _request(0, [1] * chunk)
-    whole.slots = array("i", range(1, 1 + chunk))
-    runner.logits(Batch((Work(whole, 0, chunk, True),)))
+    if requests:
+        runner.logits(Batch(tuple(Work(r, 0, len(r.tokens), True) for r in requests)))
+    whole = _request(0, [1] * (chunk + 1))
+    whole.slots = array("i", range(1, 2 + chunk))
+    runner.logits(Batch((Work(whole, 0, chunk, True, save=1),)))
+    if pool.states:  # a full batch that decodes, each row with a state of its own
+        for _ in range(2):
+            works = [Work(r, chunk, chunk + 1, True, restore=1) for r in _copies(whole, count)]
+            runner.logits(Batch(tuple(works)))
     measured = mx.get_peak_memory() - before
     layer = max((s.bytes_per_slot for s in choice.shapes if s), default=0)
     return int(measured + 2 * layer * context_length)
+
+
+def _copies(request: Request, count: int) -> list[Request]:
+    """Requests that read and write the same slots: for what they cost, not for what they compute."""
+    return [replace(request, id=f"probe-{i}", row=i + 1) for i in range(count)]

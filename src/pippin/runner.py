@@ -167,7 +167,7 @@ class MlxModelRunner:
         mx.eval(self._last_token)
 
     def _make_graphs(self) -> DecodeGraphs | None:
-        if not self.pool.in_place or not self._graph_rows:
+        if not self.pool.in_place or not self._graph_rows or self.pool.states:
             return None
         return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows, fusions=self.fusions)
 
@@ -240,6 +240,8 @@ class MlxModelRunner:
         MLX computes only what is asked for, so of the last layer's attention and MLP nothing is, but for the tokens
         that draw. Where a row reads what another's last token writes, all stay in one forward.
         """
+        if self.pool.states:
+            return works
         cut = [w.samples and w.logprobs_from is None and w.end - w.start > 1 for w in works]
         ahead = [replace(w, end=w.end - 1, samples=False) for w, c in zip(works, cut, strict=True) if c]
         if sum(w.end - w.start for w in ahead) < _LEAST_AHEAD * len(works):
@@ -262,7 +264,7 @@ class MlxModelRunner:
         self._queued = True
         if not self.pool.in_place:
             mx.synchronize()
-        mx.async_eval(self._last_token, self.pool.arrays, self._unqueued)  # type: ignore[no-untyped-call]
+        mx.async_eval(self._last_token, self._written(), self._unqueued)  # type: ignore[no-untyped-call]
         self._unqueued = []
         self.lap("queue")
 
@@ -293,18 +295,21 @@ class MlxModelRunner:
         logits, _ = self._forward(forwards, samples, ())
         at = {id(works[i]): row for row, i in enumerate(samples)}
         logits = logits[mx.array([at[id(w)] for w in batch.works if w.samples], mx.int32)].astype(mx.float32)
-        mx.eval(logits, self.pool.arrays)
+        mx.eval(logits, self._written())
         return logits
 
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
-        shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size
+        shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size, self.pool.layout
         self._unqueued = []
         self._queued = True
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
+        states = self.pool.states
         del self.pool, self.graphs  # before the next is made: there may not be memory for two
-        self.pool = KVPool(*shape)
+        if states is not None:
+            states.reset()
+        self.pool = KVPool(*shape, states)
         self.graphs = self._make_graphs()
 
     def _forward(
@@ -319,9 +324,9 @@ class MlxModelRunner:
         heads: list[mx.array] = []
         tails: list[mx.array] = []
         tokens: list[mx.array] = []
-        first = 0
+        first, after = 0, self._last_token
         for part in forwards:
-            step = replace(self.backend.step(part, self._last_token, self.pool), after=self._last_token)
+            step = replace(self.backend.step(part, self._last_token, self.pool), after=after)
             mine = [i - first for i in samples if first <= i < first + len(part)]
             rows = [step.lasts[i] for i in mine]
             more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
@@ -330,11 +335,13 @@ class MlxModelRunner:
             tails.append(logits[len(rows) : len(rows) + len(more)])
             tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
             first += len(part)
-            if len(forwards) > 1:
+            if len(forwards) > 1 and self.pool.in_place:
+                after = after + 0 * logits[0, :1].astype(mx.int32)  # the next forward writes when this one has read
+                mx.async_eval(after, self._written())  # type: ignore[no-untyped-call]
+            elif len(forwards) > 1:
                 # A pool array that is written twice in one graph would be copied, or while a step in flight holds it.
-                if not self.pool.in_place:
-                    mx.synchronize()
-                mx.eval([logits] if rows or more else [], self.pool.arrays)
+                mx.synchronize()
+                mx.eval([logits] if rows or more else [], self._written())
         return mx.concatenate([*heads, *tails] if samples or prompts else [logits]), mx.concatenate(tokens)
 
     def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
@@ -342,7 +349,13 @@ class MlxModelRunner:
         seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
+        if step.states is not None and self.pool.states is not None:
+            self.pool.states.close(step.states)
         return logits.reshape(-1, logits.shape[-1])
+
+    def _written(self) -> list[mx.array]:
+        """What steps leave behind, to be queued with them."""
+        return self.pool.arrays + (self.pool.states.take_new() if self.pool.states else [])
 
 
 def score_prompts(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pippin.cache.radix import RadixCache
+from pippin.cache.radix import Match, RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
 from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
@@ -53,6 +54,7 @@ class Scheduler:
     ) -> None:
         self._allocator = allocator
         self._radix = radix
+        self._snapshots = radix.snapshots
         self._chunk = chunk
         self._policy = policy
         self._context_length = context_length
@@ -68,6 +70,8 @@ class Scheduler:
         self._cached_tokens = 0
         self._prompt_tokens = 0
         self._forced = 0
+        self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
+        self._misses: Counter[str] = Counter()
 
     @property
     def has_work(self) -> bool:
@@ -92,6 +96,9 @@ class Scheduler:
             overlapped_steps=overlapped_steps,
             step_seconds=step_seconds,
             forced_tokens=self._forced,
+            snapshots=len(self._snapshots),
+            snapshots_evicted=self._snapshots.num_evicted,
+            misses=dict(self._misses),
         )
 
     def add(self, request: Request) -> None:
@@ -129,6 +136,7 @@ class Scheduler:
         what they leave goes back to the prompts in progress.
         """
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
+        self._saves.clear()
         before = self._retractions
         kept = self._chunk // 2 if self._waiting and self._rows else 0
         left = self._chunk - kept
@@ -195,7 +203,7 @@ class Scheduler:
         for request in failed:
             self._end(request, Finish("error"))
         for request in tuple(self._running):
-            self._retract(request)
+            self._retract(request, keep=False)
         self._radix.flush()
         return failed
 
@@ -304,7 +312,8 @@ class Scheduler:
         insort(self._running, request, key=_rank)
         request.row = self._rows.pop()
         request.pin = found.pin
-        self._reuse(request, found.slots)
+        self._explain(request)
+        self._reuse(request, found)
         return True
 
     def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
@@ -312,13 +321,15 @@ class Scheduler:
         prefill = _is_prefill(request)
         if prefill and request not in plan:
             self._rematch(request)
-        elif prefill and self._radix.peek(request.tokens, self._reusable(request), request.pin):
+        elif prefill and self._radix.known(request.tokens, self._reusable(request), request.pin):
             return 0  # a newcomer computes what comes next
+        elif prefill and not self._unsave(request):
+            return 0
         begin = request.computed
         end = min(request.length, begin + budget)
         if request.scored < request.num_prompt and request.params.prompt_logprobs:
             end = min(end, plan.get(request, begin) + _SCORED_CHUNK)
-        end = self._reach(request, end)
+        end = self._reach(request, self._boundary(request, begin, end) if prefill else end)
         if end <= begin:
             return 0
         plan.setdefault(request, begin)
@@ -351,7 +362,11 @@ class Scheduler:
             scores = request.scored + 1
             request.scored = min(end, request.num_prompt)
         request.length += samples
-        return Work(request, start, end, samples, scores)
+        restore, save = request.restore, self._saves.get(request)
+        self._restore(request, None)
+        if save not in self._snapshots:
+            save = None  # it was given up meanwhile
+        return Work(request, start, end, samples, scores, restore, save)
 
     # --- the tree ---
 
@@ -360,18 +375,26 @@ class Scheduler:
         limit = request.length - 1
         return min(limit, request.scored) if request.params.prompt_logprobs else limit
 
+    def _explain(self, request: Request) -> None:
+        """Notes why a newcomer finds no more of its prompt."""
+        if self._radix.enabled and not request.retractions:
+            request.miss = self._radix.miss(request.tokens, self._reusable(request))
+            if request.miss is not None:
+                self._misses[request.miss.reason] += 1
+
     def _rematch(self, request: Request) -> None:
         """Skips what others have computed of this prompt since its last chunk."""
         found = self._radix.match(request.tokens, self._reusable(request), request.pin)
         request.pin = found.pin
         own = request.slots[request.shared : request.shared + len(found.slots)]
         self._allocator.free(self._allocator.pages_of(own))
-        self._reuse(request, found.slots)
+        self._reuse(request, found)
 
-    def _reuse(self, request: Request, slots: array[int]) -> None:
+    def _reuse(self, request: Request, found: Match) -> None:
         """Puts the tree's slots after those that are shared already, and skips what they hold."""
-        self._share(request, slots)
+        self._share(request, found.slots)
         if request.shared > request.computed:
+            self._restore(request, found.snapshot or None)
             skipped = min(request.shared, request.num_prompt) - min(request.computed, request.num_prompt)
             request.computed = request.shared
             if not request.retractions:
@@ -384,8 +407,12 @@ class Scheduler:
         Pages that it has already stay private until the end: the step writes them, and must not write the tree's.
         """
         end = request.computed
-        if not self._radix.peek(request.tokens, end, request.pin):
+        if not self._radix.known(request.tokens, end, request.pin):
             self._insert(request, end)
+        id = self._radix.mark(request.tokens, end, request.pin)
+        if id is not None:
+            self._snapshots.recede(request.saved)
+            request.saved = self._saves[request] = id
 
     def _insert(self, request: Request, end: int) -> None:
         found = self._radix.insert(request.tokens, request.slots, end, request.pin)
@@ -396,6 +423,48 @@ class Scheduler:
         end = request.shared + len(slots)
         request.slots[request.shared : end] = slots
         request.shared = end
+
+    # --- recurrent states ---
+
+    def _boundary(self, request: Request, begin: int, end: int) -> int:
+        """Where a chunk is to stop short of ``end``, so that the state after it will be of use.
+
+        That is where a cached prompt parts from this one: a third may well do so too. And the end of a page, since the
+        tree holds whole pages: for the last chunk the last one before the prompt's end, where the next turn goes on.
+        """
+        if not self._snapshots.most:
+            return end
+        known = request.shared + self._radix.known(request.tokens, self._reusable(request), request.pin)
+        if begin < known < end:
+            return known
+        last = min(end, request.length - 1) if self._allocator.page_size > 1 else end
+        aligned = last - last % self._allocator.page_size
+        return aligned if aligned > begin else end
+
+    def _unsave(self, request: Request) -> bool:
+        """Takes back the snapshot at the end of a Work that is to be longer; False if another starts from it."""
+        id = self._saves.get(request, 0)
+        if self._snapshots.is_held(id):
+            return False
+        if id in self._snapshots:
+            self._snapshots.drop(id)
+        return True
+
+    def _restore(self, request: Request, id: int | None) -> None:
+        """Makes a snapshot what the request's next Work begins with, and holds it until that is planned."""
+        if request.restore is not None:
+            self._snapshots.unhold(request.restore)
+        if id is not None:
+            self._snapshots.hold(id)
+        request.restore = id
+
+    def _keep(self, request: Request) -> None:
+        """Keeps the state of a request that leaves, if all its tokens so far are in the tree."""
+        end = request.computed
+        if request.restore is None and request.shared == end:
+            id = self._radix.mark(request.tokens, end, request.pin)
+            if id is not None:
+                self._snapshots.keeper.keep(request.row, id)
 
     # --- ends ---
 
@@ -431,18 +500,25 @@ class Scheduler:
         if request.row < 0:
             self._waiting.remove(request)
         else:
-            self._leave(request)
+            self._leave(request, keep=finish.reason != "error")
 
-    def _retract(self, request: Request) -> None:
+    def _retract(self, request: Request, keep: bool = True) -> None:
         """Takes a running request's slots; it waits at the front of its priority, and starts over when resumed."""
-        self._leave(request)
+        self._leave(request, keep)
         self._retractions += 1
         request.retractions += 1
         insort(self._waiting, request, key=_queue_rank)
 
-    def _leave(self, request: Request) -> None:
-        """Ends a request's run: what it computed goes to the tree, unpinned; the rest is free."""
+    def _leave(self, request: Request, keep: bool = True) -> None:
+        """Ends a request's run: what it computed goes to the tree, unpinned; the rest is free.
+
+        ``keep`` False: its recurrent state is not to be trusted.
+        """
         self._insert(request, min(len(request.tokens), request.computed))
+        if keep:
+            self._keep(request)
+        self._restore(request, None)
+        self._snapshots.keeper.release(request.row)
         self._radix.release(request.pin)
         self._allocator.free(self._allocator.pages_of(request.slots[request.shared :]))
         self._running.remove(request)

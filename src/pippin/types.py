@@ -128,6 +128,17 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]] = []
 
 
+class CacheMiss(msgspec.Struct, frozen=True):
+    """Why the prefix cache had no more of a prompt than it gave.
+
+    ``cold``: nothing is cached. ``diverged``: what is cached goes on otherwise, from ``token`` on. ``evicted``: it was
+    cached from ``token`` on, and gave way. ``no_snapshot``: K and V are there up to ``token``, but no recurrent state.
+    """
+
+    reason: Literal["cold", "diverged", "evicted", "no_snapshot"]
+    token: int = 0
+
+
 # --- inside the engine ---
 
 
@@ -158,6 +169,8 @@ class Request:
     ``seq`` numbers requests as they are added; ``retractions`` counts how often this one lost its slots;
     ``scored`` prompt tokens have had their rows' logprobs asked for (``prompt_logprobs``).
     ``matcher`` is its place in its grammar, if it has one: the steps that draw for it wait for their masks.
+    ``restore`` is the snapshot of recurrent state that its next Work begins with, ``saved`` the latest made for it.
+    ``miss`` says why no more of the prompt came from the cache.
     """
 
     id: str
@@ -179,6 +192,9 @@ class Request:
     retractions: int = 0
     scored: int = 0
     matcher: Matcher | None = None
+    restore: int | None = None
+    saved: int = 0
+    miss: CacheMiss | None = None
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -190,6 +206,8 @@ class Work:
 
     A whole prompt, a chunk of one, a resumed request and a decode differ only in their bounds.
     ``logprobs_from``: also report the logprobs of prompt tokens from this index (<= end) on; None for none.
+    ``restore``: begin with this snapshot of recurrent state, which may be one that another work of the step makes; None
+    goes on with the row's own. ``save``: keep the state after ``end`` under this id.
     """
 
     request: Request
@@ -197,6 +215,8 @@ class Work:
     end: int
     samples: bool
     logprobs_from: int | None = None
+    restore: int | None = None
+    save: int | None = None
 
     @property
     def decodes(self) -> bool:
@@ -308,6 +328,7 @@ class Output(msgspec.Struct, frozen=True):
     prompt_logprobs: list[TokenLogprob] = []
     num_cached: int = 0
     finish: Finish | None = None
+    miss: CacheMiss | None = None
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -327,6 +348,9 @@ class Stats(msgspec.Struct, frozen=True):
     overlapped_steps: int = 0
     step_seconds: float = 0.0
     forced_tokens: int = 0
+    snapshots: int = 0
+    snapshots_evicted: int = 0
+    misses: dict[str, int] = {}
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -396,6 +420,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     pool_bytes: int
     device: str
+    max_mamba_cache_size: int = 0
+    state_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from pippin.attention.padded import Padded
 from pippin.attention.rows import Rows
+from pippin.attention.solo import Solo
 from pippin.cache.pool import KVPool
 from pippin.errors import ConfigError
 from pippin.inputs import Step
@@ -40,7 +41,13 @@ class AttentionBackend(Protocol):
 
 _BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
-    for backend in (Rows(), Padded("padded", grouped=False), Padded("padded_grouped", grouped=True))
+    for backend in (
+        Rows(),
+        Padded("padded", grouped=False),
+        Padded("padded_grouped", grouped=True),
+        Solo("solo", padded=False),
+        Solo("solo_padded", padded=True),
+    )
 }
 
 

@@ -90,7 +90,7 @@ class Padded:
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         masks: dict[int | None, mx.array] = {}
-        return [PaddedLayer(i, step, pool, masks, self._grouped) for i in range(len(pool.shapes))]
+        return pool.layout.nest([PaddedLayer(i, step, pool, masks, self._grouped) for i in range(len(pool.shapes))])
 
 
 @dataclass(slots=True)

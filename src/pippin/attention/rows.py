@@ -202,4 +202,4 @@ class Rows:
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         gathers: dict[tuple[int, int], mx.array] = {}
-        return [RowLayer(i, step, pool, seam, gathers) for i in range(len(pool.shapes))]
+        return pool.layout.nest([RowLayer(i, step, pool, seam, gathers) for i in range(len(pool.shapes))])

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from pippin import kernels
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one cache of the model stores for a token, and how far back its layer looks.
-
-    ``window`` is the number of latest tokens attended to (the token itself included), None for all of them.
-    """
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: mx.Dtype
-    window: int | None = None
-
-    @property
-    def bytes_per_slot(self) -> int:
-        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
+from pippin.cache.layout import CacheLayout, LayerShape, bytes_per_slot
+from pippin.cache.state import StateStore
 
 
 class KVPool:
@@ -35,10 +18,21 @@ class KVPool:
     next step's ``write`` something that this step computed from its reads. Otherwise MLX's own indexed update does, in
     place as long as nothing else holds the buffer: each array is written once in a step, before it is read, and
     nobody outside keeps a reference. Slots are not checked here, nor by MLX: the runner does, on the host.
+
+    ``states`` holds what the model keeps beside K and V, None for most; ``layout`` says how all of it is arranged.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape | None], num_slots: int, page_size: int = 1) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape | None],
+        num_slots: int,
+        page_size: int = 1,
+        layout: CacheLayout | None = None,
+        states: StateStore | None = None,
+    ) -> None:
         self.shapes = tuple(shapes)
+        self.layout = layout or CacheLayout.of(self.shapes)
+        self.states = states or (StateStore(self.layout.states) if self.layout.states else None)
         self.num_slots = num_slots
         self.page_size = page_size
         self._layers = [_arrays_of(s, num_slots) if s else None for s in self.shapes]
@@ -88,8 +82,3 @@ class KVPool:
 def _arrays_of(shape: LayerShape, num_slots: int) -> tuple[mx.array, mx.array]:
     rows = num_slots, shape.kv_heads
     return mx.zeros((*rows, shape.key_dim), shape.dtype), mx.zeros((*rows, shape.value_dim), shape.dtype)
-
-
-def bytes_per_slot(shapes: Sequence[LayerShape | None]) -> int:
-    """Bytes that one token takes in all layers together."""
-    return sum(s.bytes_per_slot for s in shapes if s)

@@ -5,6 +5,9 @@ page. A pin is a node: it holds the path from the root to it, by a count in each
 count is never below a child's, so what no one holds are whole subtrees, and they can be evicted leaf by leaf.
 
 The recency of a node is the time of its last release: until then it can't be evicted anyway.
+
+For models with a recurrent state (``snapshots``), a prefix is reused only up to a node at whose end a snapshot of it
+is kept. A node's ``gone`` are the beginnings of what was evicted behind it, to tell why a prompt finds no more.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from heapq import heappop, heappush
 from itertools import count
 
 from pippin.cache.slots import SlotAllocator
+from pippin.cache.snapshots import NONE, Snapshots
+from pippin.types import CacheMiss
 
+_GONE = 16  # tokens of an evicted edge that are remembered, and edges a node
 _BLOCK = 1024  # tokens compared at a time: bounds what a long edge with a short match costs
 
 
@@ -36,14 +42,20 @@ class Node:
     refs: int = 0
     used: int = 0
     queued: bool = False
+    snapshot: int = 0
+    gone: dict[tuple[int, ...], None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Slots that follow the pin which was given, and the pin that holds them now instead of it."""
+    """Slots that follow the pin which was given, and the pin that holds them now instead of it.
+
+    ``snapshot`` is the id of the recurrent state at their end, 0 if there are none or the model keeps no such state.
+    """
 
     slots: array[int]
     pin: Node
+    snapshot: int = 0
 
 
 class RadixCache:
@@ -53,12 +65,13 @@ class RadixCache:
     nothing), so that going on with a long prompt costs what is new.
     """
 
-    def __init__(self, allocator: SlotAllocator, enabled: bool = True) -> None:
+    def __init__(self, allocator: SlotAllocator, enabled: bool = True, snapshots: Snapshots = NONE) -> None:
         self.num_cached = 0
         """Pages in the tree."""
         self.num_evictable = 0
         """Pages in the tree that no pin holds."""
         self.enabled = enabled
+        self.snapshots = snapshots
         self.root = Node()
         self._allocator = allocator
         self._page = allocator.page_size
@@ -68,18 +81,48 @@ class RadixCache:
 
     def peek(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
         """How many tokens ``match`` would find; holds nothing and leaves the order of eviction alone."""
+        return sum(same for _, same in self._usable(self._path(self._node(pin), tokens, end)))
+
+    def known(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
+        """How many tokens after the pin have their K and V here, whether they can be reused or not."""
         return sum(same for _, same in self._path(self._node(pin), tokens, end))
 
     def match(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> Match:
-        """The longest cached run of tokens[:end] after the pin, in whole pages; the pin moves there."""
-        node, slots = self._node(pin), _tokens()
+        """The longest run of tokens[:end] after the pin that can be reused, in whole pages; the pin moves there."""
+        node = self._node(pin)
+        found = self._hold(node, self._usable(self._path(node, tokens, end)))
+        if self.snapshots is NONE or not found.slots:
+            return found
+        self.snapshots.touch(found.pin.snapshot)
+        return Match(found.slots, found.pin, found.pin.snapshot)
+
+    def mark(self, tokens: Sequence[int], end: int, pin: object | None = None) -> int | None:
+        """An id for a snapshot after tokens[:end]; None if there is one, or no K and V, or no room."""
+        if not self.snapshots.most:
+            return None
+        node = self._node(pin)
         for child, same in self._path(node, tokens, end):
             node = child if same == len(child.tokens) else self._split(child, same)
-            if not node.refs:
-                self.num_evictable -= len(node.slots) // self._page
-            node.refs += 1
-            slots.extend(node.slots)
-        return Match(slots, node)
+        if node.end != end or node.snapshot or node is self.root:
+            return None
+        return self.snapshots.add(node)
+
+    def miss(self, tokens: Sequence[int], end: int) -> CacheMiss | None:
+        """Why no more of tokens[:end] can be reused; None if what is cached ends where it has been found."""
+        path = self._path(self.root, tokens, end)
+        at, usable = (sum(same for _, same in part) for part in (path, self._usable(path)))
+        if usable < at:
+            return CacheMiss("no_snapshot", at)
+        node, same = path[-1] if path else (self.root, 0)
+        if end - at < self._page:
+            return None
+        if same < len(node.tokens):
+            return CacheMiss("diverged", at)
+        if any(key == tuple(tokens[at : at + len(key)]) for key in node.gone):
+            return CacheMiss("evicted", at)
+        if node.children:
+            return CacheMiss("diverged", at)
+        return None if path else CacheMiss("cold")
 
     def insert(self, tokens: Sequence[int], slots: array[int], end: int, pin: object | None = None) -> Match:
         """Takes tokens[:end] in slots[:end] from the pin on, in whole pages; the pin moves there.
@@ -91,7 +134,7 @@ class RadixCache:
         begin, end = node.end, end - end % self._page
         if not self.enabled or end <= begin:
             return Match(_tokens(), node)
-        found = self.match(tokens, end, node)
+        found = self._hold(node, self._path(node, tokens, end))
         done = begin + len(found.slots)
         self._allocator.free(self._allocator.pages_of(slots[begin:done]))
         if done == end:
@@ -160,6 +203,24 @@ class RadixCache:
             at, node = at + same, child
         return path
 
+    def _usable(self, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+        """As much of a path as can be reused: with recurrent states, up to the last snapshot on it."""
+        if self.snapshots is NONE:
+            return path
+        ends = [i + 1 for i, (node, same) in enumerate(path) if node.snapshot and same == len(node.tokens)]
+        return path[: ends[-1]] if ends else []
+
+    def _hold(self, node: Node, path: list[tuple[Node, int]]) -> Match:
+        """Moves a pin along a path that begins at it, and holds that."""
+        slots = _tokens()
+        for child, same in path:
+            node = child if same == len(child.tokens) else self._split(child, same)
+            if not node.refs:
+                self.num_evictable -= len(node.slots) // self._page
+            node.refs += 1
+            slots.extend(node.slots)
+        return Match(slots, node)
+
     def _common(self, edge: array[int], tokens: Sequence[int], at: int, end: int) -> int:
         """How long ``edge`` and tokens[at:end] agree, in whole pages; arrays compare at the speed of memory."""
         size = min(len(edge), end - at)
@@ -175,7 +236,7 @@ class RadixCache:
         """Cuts an edge; returns the new upper half. The node stays the lower one, so pins on it hold both."""
         assert node.parent is not None
         upper = Node(node.parent, node.end - len(node.tokens) + at, node.tokens[:at], node.slots[:at])
-        upper.refs = node.refs
+        upper.refs, upper.used = node.refs, node.used
         node.parent.children[self._key(node)] = upper
         del node.tokens[:at], node.slots[:at]
         node.parent = upper
@@ -185,7 +246,8 @@ class RadixCache:
     def _append(self, node: Node, tokens: array[int], slots: array[int]) -> Node:
         """Adds an edge below a pin and moves the pin to its end."""
         self.num_cached += len(slots) // self._page
-        if node.refs == 1 and not node.children:  # held by this pin alone: one longer edge instead of two
+        if node.refs == 1 and not (node.children or node.snapshot):  # held by this pin alone: a longer edge, not two
+            node.gone.clear()
             node.tokens.extend(tokens)
             node.slots.extend(slots)
             node.end += len(slots)
@@ -199,13 +261,23 @@ class RadixCache:
         size = min(num_pages * self._page, len(node.slots))
         keep = len(node.slots) - size
         pages = self._allocator.pages_of(node.slots[keep:])
+        self.snapshots.drop(node.snapshot)
+        assert node.parent is not None
+        self._remember(node if keep else node.parent, node.tokens[keep : keep + _GONE])
         if not keep:
-            assert node.parent is not None
             del node.parent.children[self._key(node)]
             self._enqueue(node.parent)
         del node.tokens[keep:], node.slots[keep:]
         node.end -= size
         return pages
+
+    def _remember(self, node: Node, tokens: array[int]) -> None:
+        """Notes at ``node`` that what went on so was evicted; the oldest notes go."""
+        if not node.children:
+            node.gone.clear()  # what was noted of a longer edge
+        node.gone[tuple(tokens)] = None
+        if len(node.gone) > _GONE:
+            del node.gone[next(iter(node.gone))]
 
     def _enqueue(self, node: Node) -> None:
         """Makes a node a candidate for eviction, if it is an unheld leaf and not one already."""

@@ -15,7 +15,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pippin.attention.padded import Padded
-from pippin.cache.pool import LayerShape
+from pippin.cache.layout import CacheLayout, LayerShape
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.memory import device_bytes, limits, plan_memory
@@ -72,7 +72,7 @@ def load_torch_runner(config: EngineConfig, tell: Callable[[Progress], None]) ->
     tell(Progress("probe", 1, 1))
     plan = plan_memory(
         config,
-        Choice(Padded("padded", grouped=False), REASON, tuple(map(_as_mlx, shapes))),
+        Choice(Padded("padded", grouped=False), REASON, CacheLayout.of(tuple(map(_as_mlx, shapes)))),
         weight_bytes=loaded.weight_bytes,
         activation_bytes=0,  # torch allocates them outside of the share that this divides
         context_length=context,
