@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pippin import config
-from pippin.bench.options import KernelOptions, OneBatchOptions
+from pippin.bench.options import KernelOptions, OfflineOptions, OneBatchOptions
 from pippin.bench.serving_options import DatasetOptions, LoadOptions, TargetOptions
 from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
 
@@ -20,7 +20,16 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 SERVING = (TargetOptions, LoadOptions, DatasetOptions)
 CLASSES: dict[str, type[Any]] = {
     c.__name__: c
-    for c in (EngineConfig, ServerConfig, SamplingOptions, ConvertOptions, OneBatchOptions, KernelOptions, *SERVING)
+    for c in (
+        EngineConfig,
+        ServerConfig,
+        SamplingOptions,
+        ConvertOptions,
+        OneBatchOptions,
+        OfflineOptions,
+        KernelOptions,
+        *SERVING,
+    )  # fmt: skip
 }
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -40,6 +40,7 @@ config <- options <- bench
 core <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
+cli <- bench_offline_throughput
 cli <- check_env
 kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving

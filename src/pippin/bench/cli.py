@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from pippin.backend import prepare
-from pippin.bench.options import KernelOptions, OneBatchOptions
+from pippin.bench.options import KernelOptions, OfflineOptions, OneBatchOptions
 from pippin.bench.serving_options import DatasetOptions, LoadOptions, TargetOptions
 from pippin.config import EngineConfig
 from pippin.options import PANELS, with_options
@@ -47,6 +47,16 @@ def spread(arguments: Sequence[str], lists: set[str]) -> list[str]:
         found += [word for value in values for word in (name, value)] or [name]
         at += len(values)
     return found
+
+
+@bench.command("offline", cls=ManyValues)
+@with_options
+def offline(engine: EngineConfig, options: OfflineOptions, dataset: DatasetOptions) -> None:
+    """Serve many requests at once by the engine alone, without HTTP: throughput, cached tokens, memory."""
+    prepare()  # before any import of MLX
+    from pippin.bench.offline import run
+
+    raise typer.Exit(run(engine, options, dataset))
 
 
 @bench.command("one-batch", cls=ManyValues)

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from random import Random
 from typing import Self
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +18,9 @@ from pippin.bench.correctness import CORRECTNESS, check_correctness
 from pippin.bench.machine import measured_bandwidth, weight_bytes_read
 from pippin.bench.options import OneBatchOptions, check_ours
 from pippin.bench.prompts import plain_ids, random_prompts
-from pippin.bench.results import BenchResult, Value, append, make_result, to_line
-from pippin.bench.screen import Tick, bar, stderr
-from pippin.bench.sides import Measured, Ours, Side, mlx_device, open_ours, peer, with_room
+from pippin.bench.results import BenchResult, Value, make_result
+from pippin.bench.screen import Tick, bar, stderr, writer
+from pippin.bench.sides import Measured, Ours, Side, in_turn, mlx_device, open_ours, peer, with_room
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
@@ -120,14 +118,9 @@ def run(config: EngineConfig, options: OneBatchOptions) -> int:
     """
     check_ours(options.peers, config.device)
     console = stderr()
-    saved = Path(options.result_filename) if options.result_filename else None
-    if saved:
-        append(saved, [])  # a file that can't be written is said now
+    write = writer(options.result_filename)
     results = (check_correctness if options.correctness_test else measure_grid)(config, options, console)
-    for result in results:
-        typer.echo(to_line(result))
-    if saved:
-        append(saved, results)
+    write(results)
     return int(any(r.kind == CORRECTNESS and r.figures["equal"] != r.figures["prompts"] for r in results))
 
 
@@ -179,8 +172,7 @@ def measure(
         found = {side.name: Measurement(side.name, shape) for side in sides}
         for turn in range(options.rounds + 1):
             prompts = random_prompts(ids, shape.batch_size, shape.input_len, rng)
-            first = turn % len(sides)
-            for side in [*sides[first:], *sides[:first]]:
+            for side in in_turn(sides, turn):
                 tick(f"{shape}, {side.name}")
                 measured = side.run(prompts, shape.output_len)
                 if turn:  # the first warms up

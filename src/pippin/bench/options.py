@@ -63,6 +63,33 @@ class OneBatchOptions:
         return self.output_len or [16]
 
 
+@dataclass(frozen=True, slots=True)
+class OfflineOptions:
+    """How ``pippin bench offline`` measures; what is asked are ``DatasetOptions``."""
+
+    num_prompts: int = option(1000, "Requests, where the dataset does not say its own number.")
+    vs: list[str] | None = option(None, "Measure this too, in turn with ours: mlx-lm.")  # noqa: RUF009
+    rounds: int = option(1, "Measured runs of each; medians are reported.")
+    skip_warmup: bool = option(False, "Do not run a few of the requests before.")
+    seed: int = option(1, "Seed of the dataset.")
+    run_name: str = option("default", "Name of the run in its results.")
+    result_filename: str | None = option(
+        None, "File that the results' JSON lines are added to, beside standard output."
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_prompts", self.num_prompts), ("rounds", self.rounds)):
+            if value < 1:
+                raise ConfigError(f"must be at least 1, not {value}", flag_of(name))
+        if wrong := [name for name in self.vs or () if name != "mlx-lm"]:
+            raise ConfigError(f"{wrong[0]!r} is not known; there is mlx-lm", "--vs")
+
+    @property
+    def peers(self) -> list[str]:
+        """Who is measured beside ours, each once."""
+        return list(dict.fromkeys(self.vs or ()))
+
+
 def check_ours(names: Sequence[str], device: str) -> None:
     """Raises ConfigError for a peer that is what ``--device`` asks for."""
     if device.startswith("torch") and "torch" in names:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pippin.bench.results import BenchResult, append, to_line
 
 Tick = Callable[[str], None]
 
@@ -26,3 +30,20 @@ def bar(console: Console, total: int) -> Iterator[Tick]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, completed=-1)
         yield lambda label: progress.update(task, description=label, advance=1)
+
+
+def writer(filename: str | None) -> Callable[[Sequence[BenchResult]], None]:
+    """What writes results: as lines of JSON to standard output, and to a file if one is named.
+
+    Raises ConfigError naming ``--result-filename`` now if the file can't be written.
+    """
+    if filename:
+        append(Path(filename), [])
+
+    def write(results: Sequence[BenchResult]) -> None:
+        for result in results:
+            typer.echo(to_line(result))
+        if filename:
+            append(Path(filename), results)
+
+    return write

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 import msgspec
@@ -19,6 +19,8 @@ from pippin.config import EngineConfig
 from pippin.core import PAGE, load_runner
 from pippin.runner import ModelRunner
 from pippin.types import ModelInfo, Progress
+
+T = TypeVar("T")
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -105,6 +107,12 @@ class Ours:
     side: LocalSide
     runner: ModelRunner
     info: ModelInfo
+
+
+def in_turn(sides: Sequence[T], turn: int) -> list[T]:
+    """Everyone's order in a round: they take turns in beginning."""
+    first = turn % len(sides)
+    return [*sides[first:], *sides[:first]]
 
 
 def with_room(config: EngineConfig, batches: Sequence[Sequence[int]]) -> EngineConfig:
