@@ -4,6 +4,7 @@
 #   make test                             linters, types, tests; no torch
 #   make parity                           logits against transformers (installs torch)
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
+#   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples
 #   make lint   make format   make docs   make wheel   make clean
 #
@@ -16,7 +17,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity bench-cpu sweep docs wheel clean setup dev
+.PHONY: help serve test lint format parity bench-cpu metal-check sweep docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,6 +49,9 @@ parity:
 
 bench-cpu: dev
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+metal-check: dev
+	$(BIN)/python scripts/metal_check.py $(ARGS)
 
 sweep: dev
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
