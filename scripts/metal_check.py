@@ -42,7 +42,8 @@ Run = Callable[[Sequence[str], dict[str, str], float], Done]
 class Part:
     """One question to the machine. ``command`` follows the interpreter; ``needs_metal`` says where it applies.
 
-    Nor does it where the process fails and says ``unless``. ``read`` makes of the output what the report keeps, and raises ValueError for what is not as it should be.
+    Nor does it where the process fails and says ``unless``. ``read`` makes of the output what the report keeps, and
+    raises ValueError for what is not as it should be.
     """
 
     name: str
