@@ -29,7 +29,7 @@ CLASSES: dict[str, type[Any]] = {
         OfflineOptions,
         KernelOptions,
         *SERVING,
-    )  # fmt: skip
+    )
 }
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -403,7 +403,7 @@ def test_a_cuda_build_by_nvcc_goes_through_ccache_and_is_found(monkeypatch: pyte
     machine = Machine("Linux", "x86_64", run, {"nvcc": "/bin/nvcc", "ccache": "/bin/ccache"}.get)
     told: list[str] = []
     done = build("cuda", [SMALL], machine, told.append, "sm_80")
-    assert done.compiled == len(run.commands) == len(told) > 8
+    assert done.kernels == done.compiled == len(run.commands) == len(told) > 8
     assert all(c[:2] == ["/bin/ccache", "nvcc"] and "-arch=sm_80" in c for c in run.commands)
     manifest = store.read_manifest(done.folder)
     assert manifest

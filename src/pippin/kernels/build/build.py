@@ -57,10 +57,10 @@ def build(
     launches = _launches(platform, shapes)
     begin = time.perf_counter()
     if platform == "metal":
-        compiled = build_metal(key, launches, machine, tell)
+        kernels, compiled = build_metal(key, launches, machine, tell)
     else:
-        compiled = build_cuda(key, launches, key.chip, machine, tell)
-    return Built(key.folder, len(launches), compiled, time.perf_counter() - begin)
+        kernels, compiled = build_cuda(key, launches, key.chip, machine, tell)
+    return Built(key.folder, kernels, compiled, time.perf_counter() - begin)
 
 
 def _launches(platform: str, shapes: Sequence[ModelShape]) -> list[Recorded]:

@@ -18,8 +18,8 @@ Tell = Callable[[str], None]
 
 def build_cuda(
     key: Key, launches: Sequence[Recorded], architecture: str, machine: Machine, tell: Tell, workers: int = 8
-) -> int:
-    """Compiles what is not there yet into ``key``'s folder; how many. Raises ToolchainError, CompileError, OSError."""
+) -> tuple[int, int]:
+    """Compiles what is not there yet into ``key``'s folder; (kernels, compiled now). Raises ToolchainError, CompileError, OSError."""
     toolchain.demand(toolchain.cuda_missing(machine))
     by_nvrtc = nvrtc.find_library() is not None and nvrtc.find_headers() is not None
     compiler = f"NVRTC {nvrtc.nvrtc_version()}" if by_nvrtc else "nvcc"
@@ -38,4 +38,4 @@ def build_cuda(
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compiled, todo))
     write_manifest(key, {"compiler": compiler, "architecture": architecture, "kernels": sorted(sources)})
-    return len(todo)
+    return len(sources), len(todo)

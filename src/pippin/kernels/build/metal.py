@@ -39,8 +39,10 @@ _CXX = (
 _PRELUDE = '#include "mlx/backend/metal/kernels/utils.h"\n'
 
 
-def build_metal(key: Key, launches: Sequence[Recorded], machine: Machine, tell: Tell, workers: int = 4) -> int:
-    """Builds everything into ``key``'s folder; how many kernels. Raises ToolchainError, CompileError or OSError."""
+def build_metal(
+    key: Key, launches: Sequence[Recorded], machine: Machine, tell: Tell, workers: int = 4
+) -> tuple[int, int]:
+    """Builds everything into ``key``'s folder; (kernels, compiled now). Raises ToolchainError, CompileError or OSError."""
     toolchain.demand(toolchain.metal_missing(machine))
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -52,7 +54,7 @@ def build_metal(key: Key, launches: Sequence[Recorded], machine: Machine, tell: 
         write(key.folder / host.name, host.read_bytes())
     write(key.folder / "names.json", json.dumps(sorted(sources)).encode())
     write_manifest(key, {"compiler": "xcrun metal", "kernels": sorted(sources)})
-    return len(sources)
+    return len(sources), len(sources)
 
 
 def spoken(machine: Machine, launches: Sequence[Recorded], scratch: Path) -> dict[str, str]:
