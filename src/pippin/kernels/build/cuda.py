@@ -19,7 +19,10 @@ Tell = Callable[[str], None]
 def build_cuda(
     key: Key, launches: Sequence[Recorded], architecture: str, machine: Machine, tell: Tell, workers: int = 8
 ) -> tuple[int, int]:
-    """Compiles what is not there yet into ``key``'s folder; (kernels, compiled now). Raises ToolchainError, CompileError, OSError."""
+    """Compiles what is not there yet into ``key``'s folder: (kernels, compiled now).
+
+    Raises ToolchainError, CompileError or OSError.
+    """
     toolchain.demand(toolchain.cuda_missing(machine))
     by_nvrtc = nvrtc.find_library() is not None and nvrtc.find_headers() is not None
     compiler = f"NVRTC {nvrtc.nvrtc_version()}" if by_nvrtc else "nvcc"

@@ -42,7 +42,10 @@ _PRELUDE = '#include "mlx/backend/metal/kernels/utils.h"\n'
 def build_metal(
     key: Key, launches: Sequence[Recorded], machine: Machine, tell: Tell, workers: int = 4
 ) -> tuple[int, int]:
-    """Builds everything into ``key``'s folder; (kernels, compiled now). Raises ToolchainError, CompileError or OSError."""
+    """Builds everything into ``key``'s folder: (kernels, compiled now).
+
+    Raises ToolchainError, CompileError or OSError.
+    """
     toolchain.demand(toolchain.metal_missing(machine))
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
