@@ -17,19 +17,9 @@ from pippin.bench.serving_options import DatasetOptions, LoadOptions, TargetOpti
 from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-SERVING = (TargetOptions, LoadOptions, DatasetOptions)
+BENCH = (OneBatchOptions, OfflineOptions, KernelOptions, TargetOptions, LoadOptions, DatasetOptions)
 CLASSES: dict[str, type[Any]] = {
-    c.__name__: c
-    for c in (
-        EngineConfig,
-        ServerConfig,
-        SamplingOptions,
-        ConvertOptions,
-        OneBatchOptions,
-        OfflineOptions,
-        KernelOptions,
-        *SERVING,
-    )
+    c.__name__: c for c in (EngineConfig, ServerConfig, SamplingOptions, ConvertOptions, *BENCH)
 }
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end -->)", re.S)
 

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
+from pathlib import Path
 from random import Random
 from typing import Self
 
@@ -21,6 +22,7 @@ from pippin.bench.prompts import plain_ids, random_prompts
 from pippin.bench.results import BenchResult, Value, make_result
 from pippin.bench.screen import Tick, bar, stderr, writer
 from pippin.bench.sides import Measured, Ours, Side, in_turn, mlx_device, open_ours, peer, with_room
+from pippin.bench.stages import check_profile, profile_stages
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
@@ -134,12 +136,23 @@ def measure_grid(config: EngineConfig, options: OneBatchOptions, console: Consol
             ours = open_ours(config, loading)
         info = ours.info
         check_room(info, shapes)
+        if options.profile:
+            check_profile(info, options)
         sides: list[Side] = [ours.side, *(stack.enter_context(peer(name, config, info)) for name in options.peers)]
         yardstick = Yardstick.of(ours, bandwidth)
         with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick:
             found = list(measure(sides, plain_ids(info), shapes, options, tick))
+        files = {s: profile_shape(ours, s, options) for s in shapes} if options.profile else {}
     console.print(table(found, yardstick, info))
-    return [to_result(m, group, yardstick, info, options) for group in found for m in group]
+    for path in chain.from_iterable(files.values()):
+        console.print(f"recorded {path}", soft_wrap=True)
+    return [to_result(m, group, yardstick, info, options, files.get(m.shape, [])) for group in found for m in group]
+
+
+def profile_shape(ours: Ours, shape: Shape, options: OneBatchOptions) -> list[Path]:
+    """Records one more run, of prompts of its own; its files."""
+    ids, rng = plain_ids(ours.info), Random(options.seed)
+    return profile_stages(ours, random_prompts(ids, shape.batch_size, shape.input_len, rng), shape.output_len, options)
 
 
 def check_room(info: ModelInfo, shapes: Sequence[Shape]) -> None:
@@ -181,11 +194,16 @@ def measure(
 
 
 def to_result(
-    m: Measurement, group: Sequence[Measurement], yardstick: Yardstick, info: ModelInfo, options: OneBatchOptions
+    m: Measurement,
+    group: Sequence[Measurement],
+    yardstick: Yardstick,
+    info: ModelInfo,
+    options: OneBatchOptions,
+    profiles: Sequence[Path],
 ) -> BenchResult:
     """One side at one shape, by SGLang's names: latencies in seconds, throughputs in tokens a second.
 
-    Ours says how many times faster it is than each peer.
+    Ours says how many times faster it is than each peer, and where its ``profiles`` are.
     """
     shape = m.shape
     figures: dict[str, Value] = {
@@ -201,6 +219,7 @@ def to_result(
         "process_peak_bytes": m.process_peak,
     }
     if m is group[0]:
+        figures |= {"profiles": [str(path) for path in profiles]} if profiles else {}
         for other in group[1:]:
             prefill, decode = m.ratios(other)
             figures |= {f"prefill_vs_{other.side}": prefill, f"decode_vs_{other.side}": decode}

@@ -28,6 +28,14 @@ class OneBatchOptions:
     )
     prompt_filename: str | None = option(None, "File with a prompt a line for --correctness-test.")
     rounds: int = option(3, "Measured runs of each; medians are reported. One more run warms up.")
+    profile: bool = option(False, "Record one more run of each shape: timelines of prefill and decode, in files apart.")
+    profile_filename_prefix: str = option(
+        "profile", "Beginning of the timelines' names; SGLANG_TORCH_PROFILER_DIR is where they go."
+    )
+    profile_activities: list[str] | None = option(  # noqa: RUF009
+        None,
+        "CPU: the timeline, which is always there; GPU: the device's own profiler too. Left out: GPU if it can.",
+    )
     seed: int = option(1, "Seed of the prompts' tokens.")
     run_name: str = option("default", "Name of the run in its results.")
     result_filename: str | None = option(
@@ -44,6 +52,10 @@ class OneBatchOptions:
             if wrong := [v for v in values or () if v < 1]:
                 raise ConfigError(f"must be at least 1, not {wrong[0]}", flag_of(name))
         check_peers(self.vs or ())
+        if wrong_kinds := [a for a in self.profile_activities or () if a not in ("CPU", "GPU")]:
+            raise ConfigError(f"must be CPU or GPU, not {wrong_kinds[0]!r}", "--profile-activities")
+        if not self.profile and self.profile_activities:
+            raise ConfigError("records nothing without --profile", "--profile-activities")
 
     @property
     def peers(self) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +93,15 @@ class EngineRunner:
         for request in self._requests:
             self._allocator.free(self._allocator.pages_of(request.slots))
         self._requests = []
+
+    @contextmanager
+    def over(self, runner: ModelRunner) -> Iterator[None]:
+        """Gives the steps to another runner meanwhile, one that stands in front of the first."""
+        before, self._runner = self._runner, runner
+        try:
+            yield
+        finally:
+            self._runner = before
 
     def _admit(self, prompt: Sequence[Token], row: int, output_len: int) -> Request:
         size = self._info.page_size

@@ -105,6 +105,7 @@ class Ours:
     """The runner that serves, what it says of itself, and how it is asked."""
 
     side: LocalSide
+    engine: EngineRunner
     runner: ModelRunner
     info: ModelInfo
 
@@ -136,7 +137,7 @@ def open_ours(config: EngineConfig, progress: Callable[[Progress], None]) -> Our
     overlap = not config.disable_overlap_schedule and not torch
     engine = EngineRunner(runner, info, overlap=overlap)
     side = LocalSide("torch", engine, NoMeter()) if torch else LocalSide("pippin", engine, MlxMeter())
-    return Ours(side, runner, info)
+    return Ours(side, engine, runner, info)
 
 
 @contextmanager
