@@ -1,9 +1,11 @@
 """The engine beside mlx-lm on a GPU: random weights in a real model's shape, made there, in one run.
 
-    python -m benchmarks.gpu [--shapes 0.6b 8b] [--streams 1 8 32 128] [--json results.jsonl]
+    python -m benchmarks.gpu [--shapes 0.6b 8b] [--streams 1 8 32 128] [--cases decode prefill …] [--json results.jsonl]
 
-Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Speed
-does not depend on the weights. Ours and mlx-lm's take turns; medians of ``--rounds``.
+Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Long: 32
+streams of 8192 tokens each, and one prompt of 16384. Waits: the time to the first token of 64 new tokens behind a cached
+prefix of 8192, and of a short prompt that comes behind one of 32768. Speed does not depend on the weights. Ours and
+mlx-lm's take turns; medians of ``--rounds``.
 """
 
 from __future__ import annotations
@@ -164,16 +166,26 @@ def median_of(rounds: int, run: Callable[[int], tuple[float, float]]) -> tuple[f
     return statistics.median(f for f, _ in found), statistics.median(d for _, d in found)
 
 
+CASES = ("decode", "prefill", "long", "waits")
+
+
 def measure(
-    shape: str, bits: int | None, streams: Sequence[int], rounds: int, peers: bool, graph_rows: int
+    shape: str,
+    bits: int | None,
+    streams: Sequence[int],
+    rounds: int,
+    peers: bool,
+    graph_rows: int,
+    cases: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     # A model of its own for each: ours is hooked, and its quantized layers would serve mlx-lm faster too.
     sides: list[Ours | MlxLm] = [MlxLm(make_model(shape, bits))] if peers else []
     model = make_model(shape, bits)
+    slots = max(streams) * 400 + 16 * 512 + 64
     core = make_core(
         model,
-        max_total_tokens=max(streams) * 400 + 16 * 512 + 64,
-        max_running_requests=max(16, *streams),
+        max_total_tokens=max(slots, 33 * 8500) if {"long", "waits"} & set(cases) else slots,
+        max_running_requests=max(32, *streams),
         chunked_prefill_size=8192,
         disable_radix_cache=True,
         disable_graph=not graph_rows,
@@ -182,14 +194,72 @@ def measure(
     sides.append(Ours(core))
     vocab = int(model.args.vocab_size)
     what = {"shape": shape, "bits": bits or 16, "weight_gb": weight_bytes(model) / 1e9}
-    for count in streams:
+    for count in streams if "decode" in cases else ():
         for side in sides:
             mx.reset_peak_memory()
             _, rate = median_of(rounds, lambda i, s=side, c=count: s.run(prompts(c, 256, vocab, 7 + i), 101))  # type: ignore[misc]
             yield what | {"side": side.name, "streams": count, "decode": rate, "peak_gb": mx.get_peak_memory() / 1e9}
-    for side in sides:
+    for side in sides if "prefill" in cases else ():
         seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(16, 512, vocab, 90 + i), 2))  # type: ignore[misc]
         yield what | {"side": side.name, "prefill": 16 * 512 / seconds}
+    for side in sides if "long" in cases else ():
+        seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(1, 16384, vocab, 50 + i), 2))  # type: ignore[misc]
+        yield what | {"side": side.name, "prompt_16k": 16384 / seconds}
+        _, rate = side.run(prompts(32, 8192, vocab, 60), 65)
+        yield what | {"side": side.name, "streams": 32, "context": 8192, "decode": rate}
+    if "waits" in cases:
+        core = build_core_again(core, model)
+        yield what | {"side": "pippin"} | waits(core, vocab, rounds)
+
+
+def build_core_again(core: EngineCore, model: nn.Module) -> EngineCore:
+    """The same with a prefix cache, in the memory of the one given."""
+    slots, page = core.info.max_total_tokens, core.info.page_size
+    core._runner.reset()
+    del core
+    mx.clear_cache()
+    return make_core(
+        model, max_total_tokens=slots // 4 // page * page, max_running_requests=32, chunked_prefill_size=2048
+    )
+
+
+def waits(core: EngineCore, vocab: int, rounds: int) -> dict[str, float]:
+    """Seconds to first tokens: behind a cached prefix, and of a short prompt behind a long one and that one's own."""
+    prefix = prompts(1, 8192, vocab, 1)[0]
+    first_tokens(core, {"warm": prefix}, 0)
+    cached = [
+        first_tokens(core, {f"c{i}": prefix + prompts(1, 64, vocab, 100 + i)[0]}, 0)[f"c{i}"] for i in range(rounds + 1)
+    ]
+    short, long = [], []
+    for i in range(rounds + 1):
+        long_prompt, short_prompt = prompts(1, 32768, vocab, 200 + i)[0], prompts(1, 64, vocab, 300 + i)[0]
+        found = first_tokens(core, {"long": long_prompt, "short": short_prompt}, 1)
+        short.append(found["short"])
+        long.append(found["long"])
+    return {
+        "ttft_behind_8k_cached": statistics.median(cached[1:]),
+        "ttft_short_behind_32k": statistics.median(short[1:]),
+        "ttft_32k": statistics.median(long[1:]),
+    }
+
+
+def first_tokens(core: EngineCore, rows: dict[str, list[int]], steps_between: int) -> dict[str, float]:
+    """Seconds from each one's arrival to its first token; each arrives so many steps after the one before."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
+    came: dict[str, float] = {}
+    found: dict[str, float] = {}
+    waiting = list(rows.items())
+    while waiting or core.has_work:
+        if waiting:
+            name, row = waiting.pop(0)
+            came[name] = time.perf_counter()
+            core.add(Submit(name, list(row), len(row), params))
+        for _ in range(steps_between if waiting else 1):
+            step = core.step()
+            for output in step.outputs if step else ():
+                if output.tokens and output.id not in found:
+                    found[output.id] = time.perf_counter() - came[output.id]
+    return found
 
 
 def main() -> None:
@@ -199,6 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--graph-rows", type=int, default=256, help="0: no graphs")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["decode", "prefill"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     facts = {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
@@ -207,7 +278,13 @@ def main() -> None:
         shape, _, bits = name.partition(":")
         peers = not options.no_peers
         for row in measure(
-            shape, int(bits) if bits else None, options.streams, options.rounds, peers, options.graph_rows
+            shape,
+            int(bits) if bits else None,
+            options.streams,
+            options.rounds,
+            peers,
+            options.graph_rows,
+            options.cases,
         ):
             print(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
             if options.json:

@@ -139,10 +139,15 @@ def install(model: nn.Module, vocab_size: int) -> None:
             put_before(module, _Selecting)
 
 
+_classes: dict[tuple[type, type], type] = {}
+
+
 def put_before(module: nn.Module, cls: type) -> None:
-    """Gives a module a class that looks things up in ``cls`` first."""
+    """Gives a module a class that looks things up in ``cls`` first: one for all of a class, so that they stay alike."""
+    own: type = type(module)
     if not isinstance(module, cls):
-        module.__class__ = type(f"{cls.__name__.strip('_')}{type(module).__name__}", (cls, type(module)), {})
+        name = f"{cls.__name__.strip('_')}{own.__name__}"
+        module.__class__ = _classes.setdefault((cls, own), type(name, (cls, own), {}))
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
