@@ -18,8 +18,10 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import native, openai, profile
-from pippin.server.http import CLIENT_CLOSED, JsonResponse, error_response
+from pippin.server import anthropic, native, ollama, openai, profile, responses
+from pippin.server.anthropic import CountRequest, MessagesRequest
+from pippin.server.http import CLIENT_CLOSED, ErrorJson, JsonResponse, error_body, error_response
+from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from pippin.server.protocol import (
     AbortRequest,
     ChatRequest,
@@ -28,6 +30,7 @@ from pippin.server.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
+from pippin.server.responses import ResponsesRequest
 from pippin.server.service import Service
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
@@ -40,6 +43,18 @@ Route = Callable[[Service, Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Route, type[msgspec.Struct] | None], ...] = (
     ("POST", "/v1/chat/completions", openai.chat, ChatRequest),
     ("POST", "/v1/completions", openai.completions, CompletionRequest),
+    ("POST", "/v1/responses", responses.responses, ResponsesRequest),
+    ("GET", "/v1/responses/{id}", responses.retrieve, None),
+    ("DELETE", "/v1/responses/{id}", responses.delete, None),
+    ("GET", "/v1/responses/{id}/input_items", responses.input_items, None),
+    ("POST", "/v1/messages", anthropic.messages, MessagesRequest),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens, CountRequest),
+    ("POST", "/api/chat", ollama.chat, OllamaChatRequest),
+    ("POST", "/api/generate", ollama.generate, OllamaGenerateRequest),
+    ("POST", "/api/show", ollama.show, ShowRequest),
+    ("GET", "/api/tags", ollama.tags, None),
+    ("GET", "/api/ps", ollama.ps, None),
+    ("GET", "/api/version", ollama.version, None),
     ("GET", "/v1/models", openai.models, None),
     ("GET", "/v1/models/{model:path}", openai.model, None),
     ("POST", "/generate", native.generate, GenerateRequest),
@@ -78,6 +93,10 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
         extra = {"requestBody": body_schema(body)} if body else None
         app.add_api_route(
             path, bound(service, route), methods=[method], response_model=None, name=route.__name__, openapi_extra=extra
+        )
+    for path in (path for paths in native.NOT_HERE.values() for path in paths):
+        app.add_api_route(
+            path, bound(service, native.not_here), methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False
         )
     for kind in (PippinError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_error)
@@ -122,11 +141,18 @@ async def on_error(request: Request, error: Exception) -> Response:
             405: f"{request.url.path} takes {(error.headers or {}).get('Allow', 'other methods')}",
         }.get(error.status_code, str(error.detail))
         error = RequestError(text, status=error.status_code)
-    return error_response(error)
+    return error_response(error, shape_of(request.url.path))
+
+
+def shape_of(path: str) -> ErrorJson:
+    """How errors look there."""
+    if path.startswith("/v1/messages"):
+        return anthropic.error_json
+    return ollama.error_json if path.startswith("/api/") else error_body
 
 
 class ApiKey:
-    """Lets requests through that bring the key as ``Authorization: Bearer KEY``."""
+    """Lets requests through that bring the key as ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -136,10 +162,11 @@ class ApiKey:
         if scope["type"] != "http" or scope["path"] in OPEN or self._fits(scope):
             return await self._app(scope, receive, send)
         error = RequestError("a valid API key is required, as `Authorization: Bearer KEY`", status=401)
-        return await error_response(error)(scope, receive, send)
+        return await error_response(error, shape_of(scope["path"]))(scope, receive, send)
 
     def _fits(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        headers = dict(scope["headers"][::-1])  # of several, the first counts
+        given = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
         scheme, _, key = given.partition(b" ")
         return hmac.compare_digest(scheme.lower() + b" " + key.strip(), self._expected)
 

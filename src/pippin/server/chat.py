@@ -60,6 +60,24 @@ class Step:
     delta: Delta
     finish: Finish | None = None
     called: bool = False
+    reasoning_tokens: int = 0
+
+
+@dataclass
+class Usage:
+    """Tokens so far. A prompt is counted, and cached, once, however many answers it has."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    reasoning: int = 0
+
+    def add(self, step: Step) -> None:
+        delta = step.delta
+        if delta.index == 0:
+            self.prompt, self.cached = delta.num_prompt, delta.num_cached
+        self.generated += len(delta.tokens)
+        self.reasoning += step.reasoning_tokens
 
 
 @dataclass
@@ -145,6 +163,7 @@ class AnswerParts:
         self._ask = ask
         self._calls = 0
         self._thought: list[str] = []
+        self._reasoning = False
 
     def step(self, delta: Delta) -> Step:
         parts = [] if self.enough else self._reply.push(delta.text)
@@ -155,7 +174,14 @@ class AnswerParts:
         if finish is not None and self.enough:
             finish = Finish("stop")
         called = finish is not None and finish.reason == "stop" and self._calls > 0
-        return Step(delta.index, shown, delta, finish, called)
+        thought = len(delta.tokens) if self._reasons(parts) else 0
+        return Step(delta.index, shown, delta, finish, called, thought)
+
+    def _reasons(self, parts: Sequence[Part]) -> bool:
+        """Whether a step's tokens are reasoning, as far as parts tell: one that closes it counts as none."""
+        if parts:
+            self._reasoning = isinstance(parts[-1], Reasoning)
+        return self._reasoning
 
     def _shown(self, parts: Sequence[Part], ended: bool) -> list[Part]:
         found: list[Part] = []
@@ -189,8 +215,17 @@ def call_id(length: int | None) -> str:
     return "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
-async def begin(service: Service, ask: Ask) -> Conversation:
-    """Render, encode and check. Raises RequestError that names OpenAI's fields."""
+async def plain(service: Service, ask: Ask, text: str) -> Conversation:
+    """A prompt without a template, answered as text."""
+    job = service.job(await service.encode(text), ask.params, ask.rid, ask.priority, "prompt")
+    return Conversation(service, replace(ask, separate_reasoning=False), job, text, None)
+
+
+async def begin(service: Service, ask: Ask, before: Sequence[int] = ()) -> Conversation:
+    """Render, encode and check. ``before`` are tokens that come before the prompt.
+
+    Raises RequestError that names OpenAI's fields.
+    """
     offered = offer(service, ask)
     text = service.chat.render(
         ask.messages,
@@ -199,11 +234,11 @@ async def begin(service: Service, ask: Ask) -> Conversation:
         add_generation_prompt=ask.add_generation_prompt and not ask.continue_final_message,
         continue_final_message=ask.continue_final_message,
     )
-    tokens = await service.encode(text, False)
+    tokens = [*before, *await service.encode(text, False)]
     job = service.job(tokens, ask.params, ask.rid, ask.priority, "messages")
     opening = last_words(ask.messages) if ask.continue_final_message else text
     job = replace(job, shown=service.speech.shown)
-    if ask.budget is not None:
+    if ask.budget is not None and service.speech.reasoning is not None:  # a model that doesn't reason keeps any limit
         job = replace(job, client=budgeted(service, ask, opening))
     return Conversation(service, ask, job, opening, offered)
 
@@ -246,9 +281,6 @@ def last_words(messages: Sequence[Json]) -> str:
 
 
 def budgeted(service: Service, ask: Ask, opening: str) -> Budgeted:
-    reasoning = service.speech.reasoning
-    if reasoning is None:
-        raise RequestError("this model does not reason, as far as its chat template says", "thinking_budget")
     if ask.params.logprobs:
         raise RequestError("thinking_budget and logprobs don't go together: forced tokens have none", "logprobs")
     assert ask.budget is not None

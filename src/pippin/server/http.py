@@ -15,12 +15,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pippin.errors import EngineError, RequestError
-from pippin.server.protocol import read
+from pippin.server.protocol import Body, read
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-S = TypeVar("S", bound=msgspec.Struct)
+S = TypeVar("S", bound=Body)
 
 MAX_BODY = 64 * 2**20  # bytes; a million token ids are 8 MB
 
@@ -80,6 +80,23 @@ async def next_of(items: AsyncIterator[T]) -> T:
     return await anext(items)
 
 
+async def primed(request: Request, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The items, as soon as there is one: what fails before that can still have an HTTP status."""
+    try:
+        first = await unless_gone(request, next_of(items))
+    except BaseException:
+        await items.aclose()
+        raise
+
+    async def chained() -> AsyncGenerator[T, None]:
+        async with aclosing(items):
+            yield first
+            async for item in items:
+                yield item
+
+    return chained()
+
+
 async def off_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """Call it, in a thread if there is much to do: a long text must not hold up everyone's streams."""
     return await asyncio.to_thread(function, *arguments) if size > LONG_TEXT else function(*arguments)
@@ -100,18 +117,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Server-sent events. The client's going away, or a failure to send, closes ``events`` at once.
+    """Server-sent events, or lines of JSON. The client's going away, or a failure to send, closes ``events`` at once.
 
     An error after the first event can't change the status any more: it is sent as an event, and ends the stream.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        on_error: Callable[[Exception], bytes] = lambda error: event(error_body(error)[1]),
+        media_type: str = "text/event-stream",
+    ) -> None:
         self.status_code = 200
         self.background = None
+        self.media_type = media_type
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender, watch = asyncio.create_task(self._send(send)), asyncio.create_task(gone(receive))
@@ -127,35 +149,45 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             with contextlib.suppress(OSError):
-                async for chunk in told(events):
+                async for chunk in told(events, self._on_error):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
-async def told(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def told(
+    events: AsyncGenerator[bytes, None], on_error: Callable[[Exception], bytes]
+) -> AsyncGenerator[bytes, None]:
     """The events; an error among them becomes the last one."""
     try:
         async for chunk in events:
             yield chunk
     except Exception as error:
-        yield event(error_body(error)[1])
+        yield on_error(error)
+
+
+def error_parts(error: Exception) -> tuple[int, str, str | None]:
+    """HTTP status, message and field of an error. What we did not foresee is logged, and told to nobody."""
+    if isinstance(error, RequestError):
+        return error.status, error.message, error.field
+    if isinstance(error, EngineError):
+        return error.status, error.message, None
+    log.error("a request failed", exc_info=error)
+    return 500, "the server failed on this request", None
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The HTTP status and OpenAI's JSON of an error. What we did not foresee is logged, and told to nobody."""
-    message, field, status = "the server failed on this request", None, 500
-    if isinstance(error, RequestError):
-        message, field, status = error.message, error.field, error.status
-    elif isinstance(error, EngineError):
-        message, status = error.message, error.status
-    else:
-        log.error("a request failed", exc_info=error)
+    """The HTTP status and OpenAI's JSON of an error."""
+    status, message, field = error_parts(error)
     code = {401: "invalid_api_key", 404: "model_not_found" if field == "model" else "not_found"}.get(status)
     kind = "invalid_request_error" if status < 500 else "server_error"
     return status, {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def error_response(error: Exception) -> JsonResponse:
-    status, body = error_body(error)
+ErrorJson = Callable[[Exception], tuple[int, dict[str, Any]]]
+
+
+def error_response(error: Exception, shape: ErrorJson = error_body) -> JsonResponse:
+    """An error as a whole answer, in an API's shape."""
+    status, body = shape(error)
     headers = {"www-authenticate": "Bearer"} if status == 401 else None
     return JsonResponse(body, status, headers)

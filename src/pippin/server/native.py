@@ -185,6 +185,36 @@ async def abort_request(service: Service, http: Request) -> Response:
     return Response()
 
 
+# What SGLang, OpenAI and Ollama have and Pippin has not, and why.
+NOT_HERE = {
+    "this server generates text; it computes no embeddings, scores or classes": (
+        "/encode", "/classify", "/score", "/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/v1/classify",
+        "/api/embed", "/api/embeddings",
+    ),
+    "this server generates text; it reads and makes no sound or pictures": (
+        "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
+    ),
+    "a server serves the model that it was started with": (
+        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/update_weights_from_disk",
+        "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
+        "/get_weights_by_name", "/load_lora_adapter", "/unload_lora_adapter", "/release_memory_occupation",
+        "/resume_memory_occupation",
+    ),
+    "the prefix cache keeps what requests have in common; there are no sessions to open": (
+        "/open_session", "/close_session",
+    ),
+    "this is set when the server starts": ("/set_internal_state", "/configure_logging"),
+    "files and batches are not supported; send the requests": ("/v1/files", "/v1/batches"),
+}  # fmt: skip
+
+
+async def not_here(service: Service, http: Request) -> Response:
+    """Refused, with the reason."""
+    path = http.url.path
+    reason = next(reason for reason, paths in NOT_HERE.items() if path in paths)
+    raise RequestError(f"{path} is not supported: {reason}")
+
+
 async def metrics(service: Service, http: Request) -> Response:
     """/metrics, in Prometheus' text format."""
     return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -6,9 +6,9 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Generic
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +17,7 @@ from pippin.errors import RequestError
 from pippin.server.chat import Ask, begin
 from pippin.server.choices import C, ChatShape, Shape, TextShape
 from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, read_body, unless_gone
-from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, Tool, respell
+from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, respell
 from pippin.server.service import Job, Service
 
 TOP_LOGPROBS = 20
@@ -63,7 +63,7 @@ def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
         messages=request.messages,
         params=params,
         rid=rid,
-        tools=[tool_dict(tool, f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tools=[tool.as_dict(f"tools[{i}]") for i, tool in enumerate(request.tools)],
         tool_choice=choice if isinstance(choice, str) else (choice.function.name,),
         parallel=request.parallel_tool_calls,
         effort=request.reasoning_effort,
@@ -75,13 +75,6 @@ def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
         stream_reasoning=request.stream_reasoning,
         priority=request.priority,
     )
-
-
-def tool_dict(tool: Tool, field: str) -> Json:
-    """A tool as templates want it."""
-    if tool.function.strict:
-        raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.function.strict")
-    return {"type": "function", "function": msgspec.to_builtins(tool.function)}
 
 
 async def completion_jobs(
@@ -209,7 +202,10 @@ class Answer(Generic[C]):
 
 async def models(service: Service, http: Request) -> Response:
     """GET /v1/models: the one model that is served."""
-    return JsonResponse({"object": "list", "data": [card(service)]})
+    name = service.model_name
+    return JsonResponse(
+        {"object": "list", "data": [card(service)], "has_more": False, "first_id": name, "last_id": name}
+    )
 
 
 async def model(service: Service, http: Request) -> Response:
@@ -224,6 +220,9 @@ def card(service: Service) -> Json:
     return {
         "id": service.model_name,
         "object": "model",
+        "type": "model",  # this and the next two are Anthropic's, whose client asks here too
+        "display_name": service.model_name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
         "created": service.created,
         "owned_by": "pippin",
         "root": service.info.model_path,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -19,7 +19,7 @@ from pippin.errors import RequestError
 from pippin.grammar.fields import KINDS, grammar_of
 from pippin.types import Grammar, SamplingParams
 
-T = TypeVar("T", bound=Struct)
+T = TypeVar("T", bound="Body")
 
 Json = dict[str, Any]
 
@@ -73,13 +73,22 @@ PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
+class Body(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A request's body. ``ignored``: fields that are accepted and have no effect, with the reason. ``neutral``: fields
+    that aren't supported, with the values that they may have all the same, because those ask for nothing.
+    """
+
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(IGNORED, "concerns OpenAI's accounts, storage or routing")
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+
+
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class OpenAIRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class OpenAIRequest(Body, kw_only=True):
     """What both of OpenAI's endpoints share, with SGLang's additions."""
 
     model: str | None = None
@@ -181,6 +190,12 @@ class Tool(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
     function: Function
 
+    def as_dict(self, field: str) -> Json:
+        """The tool as templates want it. ``field`` is its name in errors."""
+        if self.function.strict:
+            raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.function.strict")
+        return {"type": "function", "function": msgspec.to_builtins(self.function)}
+
 
 class FunctionName(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
@@ -218,7 +233,7 @@ class ChatRequest(OpenAIRequest, kw_only=True):
         return both.pop() if both else None
 
 
-class GenerateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerateRequest(Body, kw_only=True):
     """SGLang's /generate. What each field may hold is checked by ``sglang.Arguments``, which Engine shares."""
 
     text: Any = None
@@ -233,19 +248,19 @@ class GenerateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Int32 = 0
 
 
-class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class TokenizeRequest(Body, kw_only=True):
     prompt: str | list[str]
     add_special_tokens: bool = True
     model: str | None = None
 
 
-class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class DetokenizeRequest(Body, kw_only=True):
     tokens: list[int | list[int]]
     skip_special_tokens: bool = True
     model: str | None = None
 
 
-class AbortRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class AbortRequest(Body, kw_only=True):
     rid: str = ""
     abort_all: bool = False
 
@@ -264,9 +279,11 @@ def read(body: bytes, kind: type[T]) -> T:
 def build(raw: Mapping[str, Any], kind: type[T]) -> T:
     """A JSON object as a struct. Raises RequestError that names the field."""
     known = {field.encode_name for field in fields(kind)}
-    given = {name: value for name, value in raw.items() if value is not None and name not in IGNORED - known}
+    given = {
+        name: value for name, value in raw.items() if value is not None and name not in kind.ignored.keys() - known
+    }
     for name in [n for n in given if n not in known]:
-        refuse_or_drop(given, name, known)
+        refuse_or_drop(given, name, kind, known)
     try:
         return msgspec.convert(given, kind, str_keys=True)
     except RecursionError as error:
@@ -275,9 +292,9 @@ def build(raw: Mapping[str, Any], kind: type[T]) -> T:
         raise type_error(str(error)) from error
 
 
-def refuse_or_drop(given: dict[str, Any], name: str, known: set[str]) -> None:
+def refuse_or_drop(given: dict[str, Any], name: str, kind: type[Body], known: set[str]) -> None:
     """Drop a field that asks for nothing; raise for one that is unknown or not supported."""
-    neutral = NEUTRAL.get(name)
+    neutral = kind.neutral.get(name)
     if neutral is None:
         close = difflib.get_close_matches(name, known, n=1)
         raise RequestError(f"unknown field {name}" + (f"; did you mean {close[0]}?" if close else ""), name)

@@ -14,6 +14,7 @@ from pippin.config import ServerConfig
 from pippin.errors import RequestError
 from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
+from pippin.server.store import Store
 from pippin.text.chat import ChatTemplate
 from pippin.text.reply import Speech
 from pippin.text.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Service:
     config: ServerConfig
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
+    responses: Store = field(default_factory=Store)
 
     @cached_property
     def speech(self) -> Speech:
