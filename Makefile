@@ -58,6 +58,7 @@ sweep: dev
 
 docs: dev
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python scripts/compatibility.py
 
 wheel: dev
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import ollama
@@ -16,8 +17,9 @@ TOOL: dict[str, Any] = {"type": "function", "function": FUNCTION}
 
 
 @pytest.fixture(scope="module")
-def llama(demo: Running) -> ollama.Client:
-    return ollama_client(demo)
+def llama(demo: Running) -> Iterator[ollama.Client]:
+    with ollama_client(demo) as client:
+        yield client
 
 
 def joined(parts: list[Any]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def test_what_is_served(llama: ollama.Client, demo: Running) -> None:
     ("body", "part"),
     [
         ({"format": "json"}, "format is not supported"),
-        ({"options": {"mirostat": 1}}, "options.mirostat"),
+        ({"options": {"mirostat": 1}}, "mirostat is not supported"),
         ({"options": {"temprature": 1}}, "did you mean temperature"),
         ({"options": {"top_p": 7}}, "options.top_p"),
         ({"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "repeat_last_n"),

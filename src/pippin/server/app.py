@@ -24,6 +24,7 @@ from pippin.server.http import CLIENT_CLOSED, ErrorJson, JsonResponse, error_bod
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from pippin.server.protocol import (
     AbortRequest,
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 Route = Callable[[Service, Request], Awaitable[Response]]
 
-ROUTES: tuple[tuple[str, str, Route, type[msgspec.Struct] | None], ...] = (
+ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/chat/completions", openai.chat, ChatRequest),
     ("POST", "/v1/completions", openai.completions, CompletionRequest),
     ("POST", "/v1/responses", responses.responses, ResponsesRequest),
@@ -118,7 +119,7 @@ class Described(FastAPI):
 SCHEMA = "#/components/schemas/{name}"
 
 
-def body_schema(body: type[msgspec.Struct]) -> dict[str, Any]:
+def body_schema(body: type[Body]) -> dict[str, Any]:
     reference = {"$ref": SCHEMA.format(name=body.__name__)}
     return {"required": True, "content": {"application/json": {"schema": reference}}}
 

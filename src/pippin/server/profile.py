@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,10 +13,11 @@ from pippin.errors import RequestError
 from pippin.profile.control import ProfileOptions
 from pippin.profile.timeline import HTTP, Timeline
 from pippin.server.http import JsonResponse, read_body
+from pippin.server.protocol import Body
 from pippin.server.service import Service
 
 
-class StartProfileRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+class StartProfileRequest(Body, kw_only=True):
     """Fields of SGLang's ProfileReqInput; ``profile.control.ProfileOptions`` says what they do."""
 
     output_dir: str | None = None

@@ -25,7 +25,15 @@ Json = dict[str, Any]
 
 # Accepted, and without effect: they concern OpenAI's accounts, storage and routing, not the answer.
 IGNORED = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "custom_labels"}
+    {
+        "user",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "custom_labels",
+    }
 )
 
 # Not supported yet: what each may be all the same, because it asks for nothing.
@@ -37,7 +45,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "reasoning": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
+    "moderation": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "best_of": (1,),
