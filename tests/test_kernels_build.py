@@ -330,6 +330,22 @@ def test_a_launch_hands_mlx_the_cubin_and_the_shapes(monkeypatch: pytest.MonkeyP
         fake.calls.clear()
 
 
+def test_a_launch_that_comes_again_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one made anew where an old one was is not taken for it."""
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", fake := Precompiled())
+    monkeypatch.setattr(prebuilt, "_MOST_CALLS", 4)
+    launch = BuiltCuda(Cubins(KEY, Compiler(), "sm_90"), jit)
+    what, inputs = one_launch()
+    launch(what, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(prebuilt, "cuda_source", lambda what, inputs: pytest.fail("looked up again"))
+        launch(what, inputs)
+    fake.calls.clear()
+    for rows in range(1, 40):
+        launch(replace(what, blocks=(rows, 1)), inputs)
+    assert [call["grid"][0] for call in fake.calls] == [rows * what.threads for rows in range(1, 40)]
+
+
 def refusing(name: str, text: str, architecture: str) -> bytes:
     raise CompileError("no headers")
 

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 Compile = Callable[[str, str, str], bytes]
 Recorded = tuple[Launch, Sequence[mx.array]]
 
+_Call = tuple[Launch, dict[str, Any], tuple[int, ...]]
+_MOST_CALLS = 4096
+
 HOST_MODULE = "pippin_metal_host"
 
 
@@ -87,6 +90,7 @@ class BuiltCuda:
         self._cubins = cubins
         self._jit = jit
         self._stream = stream
+        self._calls: dict[int, _Call] = {}
         self.refused: str | None = None
 
     def __call__(self, what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
@@ -110,21 +114,34 @@ class BuiltCuda:
         log.info("MLX's JIT compiles the kernels, at about a second each: %s", " ".join(why.split()))
 
     def _launch(self, what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
-        source = cuda_source(what, inputs)
-        x, y = what.blocks
-        results: list[mx.array] = mx.fast.precompiled_cuda_kernel(
-            name=source.name,
-            compiled_source=self._cubins.get(source),
-            inputs=list(inputs),
-            output_shapes=[shape for shape, _ in what.outputs],
-            output_dtypes=[dtype for _, dtype in what.outputs],
-            scalars=[size for i in source.shapes for size in inputs[i].shape],
-            grid=(x * what.threads, y, 1),
-            threadgroup=(what.threads, 1, 1),
-            ensure_row_contiguous=True,
-            stream=self._stream,
-        )
+        held = self._calls.get(id(what))
+        if held is None:
+            held = self._hold(what, inputs)
+        _, fixed, shapes = held
+        scalars = [size for i in shapes for size in inputs[i].shape]
+        results: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=inputs, scalars=scalars, **fixed)
         return results
+
+    def _hold(self, what: Launch, inputs: Sequence[mx.array]) -> _Call:
+        """A launch comes again in every layer: looking its kernel up by value would take longer than describing it.
+
+        Holding the launch keeps its identity its own. As with MLX's JIT, the first inputs' dtypes are those of all.
+        """
+        source, (x, y) = cuda_source(what, inputs), what.blocks
+        fixed = {
+            "name": source.name,
+            "compiled_source": self._cubins.get(source),
+            "output_shapes": [shape for shape, _ in what.outputs],
+            "output_dtypes": [dtype for _, dtype in what.outputs],
+            "grid": (x * what.threads, y, 1),
+            "threadgroup": (what.threads, 1, 1),
+            "ensure_row_contiguous": True,
+            "stream": self._stream,
+        }
+        if len(self._calls) >= _MOST_CALLS:
+            self._calls.clear()
+        held = self._calls[id(what)] = what, fixed, source.shapes
+        return held
 
 
 def prefer_built(platform: str, jit: Launcher, stream: mx.Device | None = None) -> Launcher:
