@@ -45,6 +45,7 @@ cli <- check_env
 kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving
 errors <- backend <- core
+backend <- worker
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention

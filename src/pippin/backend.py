@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from importlib.util import find_spec
 
 from pippin.errors import EngineError
 
@@ -39,6 +40,21 @@ def preload_openblas() -> bool:
     except OSError:
         return False
     return True
+
+
+def leave_torch_out() -> None:
+    """Keeps transformers from importing torch where that is installed; for processes that are ours alone.
+
+    It asks once, when it is first imported, whether torch is there, and would then import it for nothing, which takes
+    seconds and 200 MB. Who imports torch by name still can. Does nothing if either is imported already.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules or find_spec("torch") is None:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # importing it raises
+    try:
+        import transformers  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 def leave_thread() -> None:

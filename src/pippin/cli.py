@@ -18,6 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pippin import __version__
+from pippin.backend import leave_torch_out, prepare
 from pippin.bench.cli import bench
 from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.errors import ConfigError, PippinError, RequestError
@@ -50,6 +51,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     from pippin.server.launch import run
     from pippin.terminal import LoadingBar, ready
 
+    leave_torch_out()  # with --device torch it is the engine's process that imports it
     if os.environ.get("SGLANG_USE_MLX"):
         log.debug("SGLANG_USE_MLX is set; MLX is what there is")
     with LoadingBar() as bar:
@@ -97,9 +99,8 @@ def generate(
 @with_options
 def convert(options: ConvertOptions) -> None:
     """Write a checkpoint as MLX's safetensors: from PyTorch's files, cast, or quantized."""
-    from pippin.backend import prepare
-
     prepare()
+    leave_torch_out()
     from pippin.models.convert import convert as run
     from pippin.terminal import LoadingBar
 
@@ -158,6 +159,8 @@ def _engine(config: EngineConfig, chat_template: str | None) -> Any:
     from pippin.engine import Engine
     from pippin.terminal import LoadingBar
 
+    if not config.device.startswith("torch"):
+        leave_torch_out()
     with LoadingBar() as progress:
         return Engine(chat_template=chat_template, progress=progress, **dataclasses.asdict(config))
 

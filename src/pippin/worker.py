@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pippin.backend import leave_torch_out
 from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
 from pippin.types import (
@@ -165,6 +166,8 @@ def main() -> int:
     with open(0, "rb", buffering=0, closefd=False) as pipe:
         hello = msgspec.json.decode(pipe.readline(), type=Hello)
     die_with_parent()
+    if not hello.config.device.startswith("torch"):
+        leave_torch_out()
     logging.basicConfig(level=hello.log_level.upper(), format="%(levelname)s: %(name)s: %(message)s", stream=sys.stderr)
     context = zmq.Context()
     commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
