@@ -96,7 +96,7 @@ def test_sampling_options_are_sampling_params() -> None:
     ("arguments", "said"),
     [
         ("serve --page-siz 3", "--page-size"),
-        ("serve --page-size 0", "--page-size: must be at least 1, not 0"),
+        ("serve --page-size -1", "--page-size: must be at least 0, not -1"),
         ("serve --page-size x", "--page-size"),
         ("serve --page-size", "--page-size"),
         ("serve --dtype int3", "float32"),

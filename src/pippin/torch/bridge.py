@@ -21,6 +21,8 @@ from typing import Any
 import mlx.core as mx
 import torch
 
+from pippin.errors import PippinError
+
 # Devices as DLPack names them.
 CPU, METAL = (1, 0), (8, 0)
 
@@ -52,7 +54,7 @@ FLOAT8 = (
 _lock = threading.Lock()
 
 
-class BridgeError(TypeError, ValueError):
+class BridgeError(PippinError, ValueError):
     """A tensor that can't cross as asked; the message says why and what would help."""
 
 

@@ -62,7 +62,7 @@ def load_torch_runner(config: EngineConfig, tell: Callable[[Progress], None]) ->
     """
     config = config.with_pages(1)
     loaded = load_torch_model(config, tell)
-    gpu = loaded.device.type != "cpu"
+    config, gpu = config.with_pages(1), loaded.device.type != "cpu"
     sizes = limits(config, gpu)
     vocab_size = vocab_size_of(loaded.model, loaded.facts, loaded.path)
     context = context_length_of(loaded.model, loaded.facts, config.context_length)
