@@ -106,7 +106,7 @@ def test_what_is_served(llama: ollama.Client, demo: Running) -> None:
 @pytest.mark.parametrize(
     ("body", "part"),
     [
-        ({"format": "json"}, "format is not supported"),
+        ({"format": "xml"}, "format"),
         ({"options": {"mirostat": 1}}, "mirostat is not supported"),
         ({"options": {"temprature": 1}}, "did you mean temperature"),
         ({"options": {"top_p": 7}}, "options.top_p"),

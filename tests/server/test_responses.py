@@ -138,7 +138,7 @@ def test_the_store_is_bounded() -> None:
         ({"input": [{"role": "king", "content": "a"}]}, "input[0].role"),
         ({"input": []}, "messages"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
         ({"conversation": "c"}, "conversation"),

@@ -103,3 +103,71 @@ def test_a_tool_that_was_not_offered_can_not_be_chosen(demo: Running) -> None:
     with demo.http() as http:
         response: httpx.Response = http.post("/v1/chat/completions", json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
+
+
+CALCULATOR: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "set_alarm",
+        "parameters": {
+            "type": "object",
+            "properties": {"hour": {"type": "integer", "minimum": 0, "maximum": 23}, "loud": {"type": "boolean"}},
+            "required": ["hour", "loud"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "set_alarm"}}])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_call_that_is_asked_for_is_made_and_is_valid(
+    demo_ai: openai.OpenAI, choice: Any, stream: bool, seed: int
+) -> None:
+    """At a temperature at which the model would write anything, and to a question that needs no tool."""
+    options: Any = {
+        "model": "demo", "messages": [{"role": "user", "content": "Hello!"}], "tools": [WEATHER, CALCULATOR],
+        "tool_choice": choice, "temperature": 1.5, "seed": seed, "max_tokens": 300, "parallel_tool_calls": False,
+    }  # fmt: skip
+    if stream:
+        message, reason = assembled(demo_ai.chat.completions.create(stream=True, **options))
+    else:
+        answer = demo_ai.chat.completions.create(**options).choices[0]
+        message, reason = answer.message.model_dump(), answer.finish_reason
+    assert reason == "tool_calls"
+    assert not message["content"]
+    (call,) = message["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    if choice != "required":
+        assert call["function"]["name"] == "set_alarm"
+    if call["function"]["name"] == "set_alarm":
+        assert set(arguments) == {"hour", "loud"}
+        assert isinstance(arguments["hour"], int)
+    else:
+        assert isinstance(arguments["city"], str)
+
+
+def test_strict_tools_are_called_by_their_schema(demo_ai: openai.OpenAI) -> None:
+    """The model would say Oslo; the schema knows two other cities."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "Lima"]}}, "required": ["city"]}
+    function = WEATHER["function"] | {"parameters": schema, "strict": True}
+    for seed in range(3):
+        answer = demo_ai.chat.completions.create(
+            model="demo", messages=ASK, tools=[{"type": "function", "function": function}], seed=seed, max_tokens=60
+        )
+        assert answer.choices[0].finish_reason == "tool_calls"
+        for call in answer.choices[0].message.tool_calls or []:
+            assert call.type == "function"
+            assert json.loads(call.function.arguments)["city"] in ("Rome", "Lima")
+
+
+def test_only_one_call_without_parallel_ones(demo_ai: openai.OpenAI) -> None:
+    options: Any = {
+        "model": "demo", "messages": [{"role": "user", "content": "What is the weather in Oslo and in Rome?"}],
+        "tools": [WEATHER], "temperature": 0, "max_tokens": 200, "tool_choice": "required",
+    }  # fmt: skip
+    one = demo_ai.chat.completions.create(**options, parallel_tool_calls=False).choices[0]
+    assert (len(one.message.tool_calls or []), one.finish_reason) == (1, "tool_calls")
+    whole = demo_ai.chat.completions.create(**options | {"tool_choice": "auto"}, parallel_tool_calls=False).choices[0]
+    assert (len(whole.message.tool_calls or []), whole.finish_reason) == (1, "tool_calls")

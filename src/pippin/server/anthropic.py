@@ -23,7 +23,7 @@ from pippin.server.chat import Ask, Conversation, Step, Usage, begin
 from pippin.server.http import EventStream, JsonResponse, encode, error_parts, primed, read_body, unless_gone
 from pippin.server.protocol import Body, Json, respell
 from pippin.server.service import Service
-from pippin.types import SamplingParams
+from pippin.types import Grammar, SamplingParams
 
 # Claude Code begins its system prompt with a line that differs from request to request. It is for Anthropic's accounts;
 # left in, no two requests would have a prefix in common.
@@ -85,7 +85,13 @@ class Thinking(Struct, kw_only=True, forbid_unknown_fields=True):
     display: Literal["summarized", "omitted"] | None = None
 
 
+class OutputFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["json_schema"]
+    schema: Json
+
+
 class OutputConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
@@ -158,9 +164,16 @@ def params_of(request: MessagesRequest) -> SamplingParams:
             top_p=request.top_p,
             top_k=request.top_k,
             stop=tuple(request.stop_sequences),
+            grammar=grammar_of(request.output_config),
         )
     except RequestError as error:
         raise respell(error, {"max_new_tokens": "max_tokens", "stop": "stop_sequences"}) from error
+
+
+def grammar_of(config: OutputConfig | None) -> Grammar | None:
+    if config is None or config.format is None:
+        return None
+    return Grammar("json_schema", json.dumps(config.format.schema), "output_config.format.schema")
 
 
 async def asked(service: Service, request: CountRequest, params: SamplingParams, rid: str) -> Conversation:
@@ -177,7 +190,7 @@ async def asked(service: Service, request: CountRequest, params: SamplingParams,
         messages=found,
         params=params,
         rid=rid,
-        tools=[tool_dict(tool, f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tools=[tool_dict(tool) for tool in request.tools],
         tool_choice="auto" if choice is None else kinds.get(choice.type) or (choice.name or "",),
         parallel=choice is None or not choice.disable_parallel_tool_use,
         thinking=thinking is not None and thinking.type != "disabled",
@@ -188,13 +201,13 @@ async def asked(service: Service, request: CountRequest, params: SamplingParams,
     return await begin(service, ask)
 
 
-def tool_dict(tool: Tool, field: str) -> Json:
+def tool_dict(tool: Tool) -> Json:
     """A tool in OpenAI's shape, as templates want it."""
-    if tool.strict:
-        raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.strict")
     function: Json = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
+    if tool.strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

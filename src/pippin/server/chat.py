@@ -9,13 +9,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from pippin.completion import Delta, answer_ids
 from pippin.errors import RequestError
+from pippin.server.forced import after_reasoning, forced_calls
 from pippin.server.protocol import Json
 from pippin.server.service import Job, Service
 from pippin.server.thinking import Budgeted
 from pippin.text.parts import CallArguments, CallBegin, CallBroken, CallEnd, Part, Reasoning, Text
-from pippin.text.reply import Reply
+from pippin.text.reply import Reply, Speech
 from pippin.text.tools.offered import Offered
 from pippin.types import Finish, SamplingParams, TokenLogprob
 
@@ -126,14 +129,17 @@ class Message:
 class Conversation:
     """One Ask on its way: made by ``begin``, then ``steps``."""
 
-    def __init__(self, service: Service, ask: Ask, job: Job, prompt: str, offered: Offered | None) -> None:
+    def __init__(
+        self, service: Service, ask: Ask, job: Job, prompt: str, offered: Offered | None, speech: Speech | None = None
+    ) -> None:
         self.job = job
         self._service = service
         self._ask = ask
+        self._speech = speech or service.speech
         self._answers = [self._answer(prompt, offered, id) for id in answer_ids(job.rid, job.params.n)]
 
     def _answer(self, prompt: str, offered: Offered | None, id: str) -> AnswerParts:
-        speech = self._service.speech
+        speech = self._speech
         reply = Reply(speech, prompt, offered, self._ask.separate_reasoning)
         return AnswerParts(reply, id, speech.tools.id_length if speech.tools else None, self._ask)
 
@@ -162,6 +168,7 @@ class AnswerParts:
         self._id_length = id_length
         self._ask = ask
         self._calls = 0
+        self._ids: set[str] = set()
         self._thought: list[str] = []
         self._reasoning = False
 
@@ -190,8 +197,10 @@ class AnswerParts:
                 self._thought.append(part.text)
                 continue
             found += self._thoughts()
-            if isinstance(part, CallBegin) and part.id is None:
-                part = replace(part, id=call_id(self._id_length))
+            if isinstance(part, CallBegin):
+                if part.id is None or part.id in self._ids:
+                    part = replace(part, id=call_id(self._id_length))
+                self._ids.add(str(part.id))
             found.append(part)
             if isinstance(part, CallEnd):
                 self._calls += 1
@@ -235,12 +244,31 @@ async def begin(service: Service, ask: Ask, before: Sequence[int] = ()) -> Conve
         continue_final_message=ask.continue_final_message,
     )
     tokens = [*before, *await service.encode(text, False)]
-    job = service.job(tokens, ask.params, ask.rid, ask.priority, "messages")
     opening = last_words(ask.messages) if ask.continue_final_message else text
+    params, speech = grammared(service, ask, offered, opening)
+    job = service.job(tokens, params, ask.rid, ask.priority, "messages")
     job = replace(job, shown=service.speech.shown)
     if ask.budget is not None and service.speech.reasoning is not None:  # a model that doesn't reason keeps any limit
         job = replace(job, client=budgeted(service, ask, opening))
-    return Conversation(service, ask, job, opening, offered)
+    return Conversation(service, ask, job, opening, offered, speech)
+
+
+def grammared(service: Service, ask: Ask, offered: Offered | None, opening: str) -> tuple[SamplingParams, Speech]:
+    """The parameters with the grammar that the answer must follow, and the formats that it is read in."""
+    speech, grammar, calls = service.speech, ask.params.grammar, None
+    if offered is not None and speech.tools is not None:
+        template = service.chat.known() or ""
+        calls, format = forced_calls(speech.tools, template, offered, ask.tool_choice, ask.parallel)
+        if calls is not None and grammar is not None:
+            raise RequestError(
+                f"{grammar.field} and tools that must be called as they say don't go together", grammar.field
+            )
+        grammar, speech = calls or grammar, replace(speech, tools=format)
+    if grammar is None:
+        return ask.params, speech
+    if speech.reasoning is not None and ask.separate_reasoning:
+        grammar = after_reasoning(grammar, speech.reasoning, opening, calls is not None)
+    return msgspec.structs.replace(ask.params, grammar=grammar), speech
 
 
 def offer(service: Service, ask: Ask) -> Offered | None:
@@ -254,8 +282,6 @@ def offer(service: Service, ask: Ask) -> Offered | None:
     offered = Offered(ask.tools)
     if isinstance(ask.tool_choice, tuple) and ask.tool_choice[0] not in offered:
         raise RequestError(f"there is no tool {ask.tool_choice[0]!r} among the tools", "tool_choice")
-    if ask.tool_choice != "auto":
-        raise RequestError("tool_choice must be auto or none; calls can't be forced yet", "tool_choice")
     return offered
 
 

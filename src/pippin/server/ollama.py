@@ -27,7 +27,7 @@ from pippin.server.logprobs import chat_logprobs
 from pippin.server.protocol import Body, Json, Tool, build, respell
 from pippin.server.service import Service
 from pippin.text.parts import CallBroken, Reasoning, Text
-from pippin.types import SamplingParams
+from pippin.types import Grammar, SamplingParams
 
 API_VERSION = "0.12.6"
 """The version of Ollama whose API this is; clients ask whether it is new enough."""
@@ -95,11 +95,21 @@ class OllamaRequest(Body, kw_only=True):
     stream: bool = True
     options: Json | None = None
     think: bool | Level | None = None
+    format: Literal["", "json"] | Json = ""
     logprobs: bool = False
     top_logprobs: int = 0
 
     ignored: ClassVar = {"keep_alive": "the model stays loaded for as long as the server runs"}
-    neutral: ClassVar = {"format": ("",), "truncate": (True, False), "shift": (True, False)}
+    neutral: ClassVar = {"truncate": (True, False), "shift": (True, False)}
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """``format``: json, or a JSON schema."""
+        if not self.format:
+            return None
+        if self.format == "json":
+            return Grammar("json_object", "", "format")
+        return Grammar("json_schema", json.dumps(self.format), "format")
 
     def params(self, context_length: int) -> SamplingParams:
         """Raises RequestError with Ollama's names."""
@@ -118,6 +128,7 @@ class OllamaRequest(Body, kw_only=True):
                 repetition_penalty=1.0 if options.repeat_last_n == 0 else options.repeat_penalty,
                 presence_penalty=options.presence_penalty,
                 frequency_penalty=options.frequency_penalty,
+                grammar=self.grammar,
                 logprobs=self.logprobs,
                 top_logprobs=self.top_logprobs if self.logprobs else 0,
             )
@@ -186,7 +197,7 @@ async def chat(service: Service, http: Request) -> Response:
         messages=messages,
         params=request.params(service.info.context_length),
         rid=new_id(),
-        tools=[tool.as_dict(f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tools=[tool.as_dict() for tool in request.tools],
         continue_final_message=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         **thinking(request.think),
     )

@@ -63,7 +63,7 @@ def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
         messages=request.messages,
         params=params,
         rid=rid,
-        tools=[tool.as_dict(f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tools=[tool.as_dict() for tool in request.tools],
         tool_choice=choice if isinstance(choice, str) else (choice.function.name,),
         parallel=request.parallel_tool_calls,
         effort=request.reasoning_effort,

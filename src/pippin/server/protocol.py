@@ -199,10 +199,8 @@ class Tool(Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
     function: Function
 
-    def as_dict(self, field: str) -> Json:
-        """The tool as templates want it. ``field`` is its name in errors."""
-        if self.function.strict:
-            raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.function.strict")
+    def as_dict(self) -> Json:
+        """The tool as templates want it."""
         return {"type": "function", "function": msgspec.to_builtins(self.function)}
 
 

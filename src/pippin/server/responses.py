@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pippin.errors import RequestError
+from pippin.grammar import fields
 from pippin.server.blocks import Block, Blocks, Change
 from pippin.server.chat import Ask, Step, Usage, begin
 from pippin.server.http import EventStream, JsonResponse, encode, error_parts, primed, read_body, unless_gone
@@ -25,7 +26,7 @@ from pippin.server.logprobs import chat_logprobs
 from pippin.server.protocol import Body, Json, respell
 from pippin.server.service import Service
 from pippin.server.store import Stored
-from pippin.types import SamplingParams
+from pippin.types import Grammar, SamplingParams
 
 TOP_LOGPROBS = 20
 LOGPROBS = "message.output_text.logprobs"
@@ -51,12 +52,8 @@ class ReasoningConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["text"] = "text"
-
-
 class TextConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    format: TextFormat | None = None
+    format: Json | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -155,7 +152,7 @@ def asked(service: Service, request: ResponsesRequest, id: str, messages: list[J
         messages=[*system, *messages],
         params=params_of(service, request),
         rid=id,
-        tools=[tool_dict(tool, f"tools[{i}]") for i, tool in enumerate(request.tools)],
+        tools=[tool_dict(tool) for tool in request.tools],
         tool_choice=choice if isinstance(choice, str) else (choice.name,),
         parallel=request.parallel_tool_calls,
         effort=request.reasoning.effort if request.reasoning else None,
@@ -171,6 +168,7 @@ def params_of(service: Service, request: ResponsesRequest) -> SamplingParams:
             max_new_tokens=service.info.context_length if limit is None else limit,
             temperature=request.temperature,
             top_p=request.top_p,
+            grammar=grammar_in(request.text),
             logprobs=LOGPROBS in request.include,
             top_logprobs=request.top_logprobs,
         )
@@ -178,11 +176,22 @@ def params_of(service: Service, request: ResponsesRequest) -> SamplingParams:
         raise respell(error, {"max_new_tokens": "max_output_tokens"}) from error
 
 
-def tool_dict(tool: FunctionTool, field: str) -> Json:
+def grammar_in(config: TextConfig | None) -> Grammar | None:
+    """``text.format``: ``response_format`` with the schema's fields beside its type."""
+    given = dict(config.format) if config is not None and config.format is not None else {"type": "text"}
+    if given.get("type") == "json_schema":
+        given = {"type": "json_schema", "json_schema": {k: v for k, v in given.items() if k != "type"}}
+    try:
+        return fields.grammar_of({"response_format": given})
+    except RequestError as error:
+        named = (error.field or "").replace("response_format.json_schema", "response_format")
+        raise RequestError(error.message, named.replace("response_format", "text.format")) from error
+
+
+def tool_dict(tool: FunctionTool) -> Json:
     """A tool as templates want it."""
-    if tool.strict:
-        raise RequestError("strict is not supported yet; leave it out, or send false", f"{field}.strict")
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    function: Json = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    function["strict"] = tool.strict or None
     return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
 
 
@@ -375,7 +384,7 @@ class Answer:
             "reasoning": msgspec.to_builtins(request.reasoning or ReasoningConfig()),
             "store": request.store,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": msgspec.to_builtins(request.text) if request.text else {"format": {"type": "text"}},
             "tool_choice": msgspec.to_builtins(request.tool_choice),
             "tools": [msgspec.to_builtins(tool) for tool in request.tools],
             "top_logprobs": request.top_logprobs,

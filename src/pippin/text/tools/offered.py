@@ -11,10 +11,17 @@ Schema = Mapping[str, Any]
 
 
 class Offered:
-    """Tools by name. ``list`` is what the chat template gets: OpenAI's, ``{"type": "function", "function": …}``."""
+    """Tools by name. ``list`` is what the chat template gets: OpenAI's, ``{"type": "function", "function": …}``.
+
+    ``functions`` are what is in there, with ``strict``; ``strict``: whether any of them is.
+    """
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        self.list = [dict(tool) for tool in tools]
+        self.functions = [dict(tool["function"]) for tool in tools]
+        self.list = [
+            {"type": "function", "function": {k: v for k, v in f.items() if k != "strict"}} for f in self.functions
+        ]
+        self.strict = any(f.get("strict") for f in self.functions)
         self._schemas = {str(t["function"]["name"]): t["function"].get("parameters") or {} for t in tools}
 
     def __contains__(self, name: object) -> bool:
