@@ -31,6 +31,7 @@ class Script:
     tokens_per_event: int = 1
     incremental: bool = False
     models: bool = True
+    key: str = ""
 
 
 @dataclass(slots=True)
@@ -48,6 +49,8 @@ class FakeServer:
         return [body for where, body in self.asked if where == path]
 
     async def models(self, request: web.Request) -> web.Response:
+        if self.script.key and request.headers.get("Authorization") != f"Bearer {self.script.key}":
+            return web.json_response({"error": {"message": "no key"}}, status=401)
         if not self.script.models:
             return web.json_response({"error": "no such path"}, status=404)
         return web.json_response({"object": "list", "data": [{"id": "fake-model", "owned_by": "fake"}]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pippin.bench.results import BenchResult, read
 from pippin.bench.serving_api import BACKENDS, Answer, BadEvent, read_chat, read_completions, read_generate
 from pippin.bench.serving_data import Conversation, Turn
-from pippin.bench.serving_load import EventSplitter, Run, Target, merged, run_load, session
+from pippin.bench.serving_load import EventSplitter, Run, Target, Watch, merged, run_load, session
+from pippin.bench.serving_show import shown
 from pippin.cli import run_command
 from tests.fake_server import FakeServer, Script, fake_server
 from tests.test_promises import serving
@@ -275,6 +278,13 @@ def test_a_model_that_nobody_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model" in capsys.readouterr().err
 
 
+def test_a_key_that_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with fake_server(Script(key="sesame")) as server:
+        assert run_command(["bench", "serving", "--base-url", server.url, "--backend", "openai"]) == 1
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
     with fake_server() as server:
         status = run_command(["bench", "serving", "--base-url", server.url, "--output-file", str(tmp_path)])
@@ -299,6 +309,23 @@ def test_ctrl_c_gives_the_figures_so_far(tmp_path: Path) -> None:
     assert result.figures["stopped"] is True
     assert "stopped" in shown
     assert "Traceback" not in shown
+
+
+def test_progress_says_what_goes_on() -> None:
+    shown_on = io.StringIO()
+
+    async def go() -> None:
+        watch = Watch(total=5, done=2, failed=1, running=3, tokens=70)
+        console = Console(file=shown_on, force_terminal=True, width=120)
+        async with shown(watch, "at once 3", console, False):
+            await asyncio.sleep(0.3)
+        async with shown(watch, "unseen", console, True):
+            pass
+
+    asyncio.run(go())
+    for text in ("at once 3", "2/5", "3 running", "tok/s", "1 failed"):
+        assert text in shown_on.getvalue()
+    assert "unseen" not in shown_on.getvalue()
 
 
 # --- streams ---

@@ -131,6 +131,9 @@ class Bench:
             "goodput": list(load.goodput or ()),
             "stream": target.stream,
             "prompt_lengths_by": known_by,
+            "ignore_eos": target.to_length and target.backend.ignore_eos,
+            "extra_request_body": self.target.extra_request_body,
+            "warmup_requests": self.target.warmup_requests,
         }
         found = figures(done.answers, done.seconds, load.goals) | {
             "unfinished": done.unfinished,

@@ -17,6 +17,9 @@ from pippin.bench.serving_data import Conversation, Prompt, Turn
 
 clock = time.perf_counter
 
+# What reading an answer of another form raises.
+MALFORMED = (BadEvent, msgspec.DecodeError, UnicodeError, RecursionError, LookupError, TypeError, AttributeError)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -167,7 +170,7 @@ async def ask(
         answer.fail("connection lost", f"{type(error).__name__} {error}")
     except ErrorEvent as error:
         answer.fail("error event", error)
-    except (BadEvent, msgspec.DecodeError, UnicodeError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except MALFORMED as error:
         answer.fail("malformed answer", f"{type(error).__name__}: {error}")
     answer.end = clock()
     if answer.error is None and not answer.arrivals:

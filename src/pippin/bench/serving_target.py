@@ -33,8 +33,8 @@ class Facts:
 
 
 async def look(http: aiohttp.ClientSession, url: str) -> Facts:
-    """Asks /v1/models and SGLang's /get_server_info. Raises EngineError if nobody answers at all."""
-    models = await _get(http, url, "/v1/models")
+    """Asks /v1/models and SGLang's /get_server_info. Raises EngineError if nobody answers, or not without a key."""
+    models = await _get(http, url, "/v1/models", needs_key=True)
     info = await _get(http, url, "/get_server_info")
     cards = models.get("data")
     card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
@@ -51,10 +51,12 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-async def _get(http: aiohttp.ClientSession, url: str, path: str) -> dict[str, Any]:
+async def _get(http: aiohttp.ClientSession, url: str, path: str, needs_key: bool = False) -> dict[str, Any]:
     """A JSON object; empty if there is none at this path."""
     try:
         async with http.get(url + path, timeout=PATIENCE) as response:
+            if needs_key and response.status in (401, 403):
+                raise EngineError(f"{url} wants a key (HTTP {response.status}): set OPENAI_API_KEY")
             found = msgspec.json.decode(await response.read())
             return found if response.status == 200 and isinstance(found, dict) else {}
     except aiohttp.InvalidURL as error:
