@@ -4,7 +4,7 @@ Both load Pippin with the shipped model through a tap that passes everything on 
 of its requests, and what bench serving says of its own, stand beside the figures of what the tap saw of the very same
 requests, so that a busy machine weighs on both sides alike.
 
-guidellm 0.3.1 is the last version that installs without torch: ``python -m venv V; V/bin/pip install guidellm==0.3.1``.
+guidellm 0.3.1 installs without torch (0.5.0 and 0.8.1 do not): ``python -m venv V; V/bin/pip install guidellm==0.3.1``.
 """
 
 from __future__ import annotations

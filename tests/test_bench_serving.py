@@ -110,7 +110,7 @@ def test_the_clock_agrees_with_the_server(tmp_path: Path) -> None:
 
 
 def test_no_more_at_once_than_allowed() -> None:
-    with fake_server(Script(first=0.05)) as server:
+    with fake_server(Script(first=0.2)) as server:
         done = load(server, [single()] * 9, [0.0] * 9, max_concurrency=3)
     assert len(done.answers) == 9
     assert server.most_running == 3
