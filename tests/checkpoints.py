@@ -348,14 +348,19 @@ def make_checkpoint(
 
     ``overrides`` are settings of config.json; ``tokenizer`` is a directory whose tokenizer files are copied.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    config = family_config(family, **overrides)
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    weights = {name: value.astype(dtype) for name, value in random_weights(build_model(config), seed).items()}
-    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    write_checkpoint(path, family_config(family, **overrides), dtype, seed)
     if tokenizer is not None:
         for file in tokenizer.glob("*token*"):
             shutil.copy(file, path)
+    return path
+
+
+def write_checkpoint(path: Path, config: dict[str, Any], dtype: mx.Dtype = mx.float32, seed: int = 0) -> Path:
+    """Writes a random model as ``config`` describes it under ``path``, which is returned."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    weights = {name: value.astype(dtype) for name, value in random_weights(build_model(config), seed).items()}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     return path
 
 

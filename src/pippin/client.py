@@ -267,6 +267,7 @@ def joined(outputs: Sequence[Output]) -> Output:
         [logprob for output in outputs for logprob in output.prompt_logprobs],
         max(output.num_cached for output in outputs),
         outputs[-1].finish,
+        outputs[-1].miss,
     )
 
 

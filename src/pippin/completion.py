@@ -21,7 +21,7 @@ from pippin.profile.timeline import DETOKENIZING, Timeline
 from pippin.text.detokenizer import NONE, TextStream
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
+from pippin.types import CacheMiss, Finish, ModelInfo, Output, SamplingParams, TokenLogprob
 
 T = TypeVar("T")
 
@@ -59,6 +59,7 @@ class Delta:
     num_prompt: int = 0
     num_cached: int = 0
     finish: Finish | None = None
+    miss: CacheMiss | None = None
 
 
 def check_prompt(
@@ -176,6 +177,7 @@ class _Answer:
             self.num_prompt,
             output.num_cached,
             finish if matched is None else Finish("stop", matched),
+            output.miss,
         )
 
 

@@ -18,7 +18,7 @@ from pippin.completion import Delta, check_prompt, new_id
 from pippin.errors import RequestError
 from pippin.grammar.fields import grammar_of
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import Finish, ModelInfo, SamplingParams, TokenLogprob
+from pippin.types import CacheMiss, Finish, ModelInfo, SamplingParams, TokenLogprob
 
 TextOf = Callable[[int], str | None]
 
@@ -134,6 +134,7 @@ class Answer:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._num_cached = 0
+        self._miss: CacheMiss | None = None
         self.finish: Finish | None = None
 
     def add(self, delta: Delta) -> None:
@@ -142,6 +143,7 @@ class Answer:
         self._logprobs += delta.logprobs
         self._prompt_logprobs += delta.prompt_logprobs
         self._num_cached = delta.num_cached
+        self._miss = delta.miss
         self.finish = delta.finish
 
     @property
@@ -158,6 +160,7 @@ class Answer:
             "prompt_tokens": len(self._asked.tokens),
             "completion_tokens": len(self.tokens),
             "cached_tokens": self._num_cached,
+            "cache_miss": msgspec.to_builtins(self._miss),
             "e2e_latency": time.perf_counter() - self._began,
         }
         if self._asked.params.logprobs:

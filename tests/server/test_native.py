@@ -30,6 +30,7 @@ def test_generate_one(http: httpx.Client) -> None:
         "prompt_tokens": 3,
         "completion_tokens": 4,
         "cached_tokens": 0,
+        "cache_miss": None,
     }
 
 

@@ -104,6 +104,14 @@ class EngineCounts(Collector):
             counter = CounterMetricFamily(PREFIX + name, help, labels=("model_name",))
             counter.add_metric((self.model_name,), count)
             yield counter
+        misses = CounterMetricFamily(
+            PREFIX + "cache_misses",
+            "Prompts found in the cache in part only, by why.",
+            labels=("model_name", "reason"),
+        )
+        for reason, number in stats.misses.items():
+            misses.add_metric((self.model_name, reason), number)
+        yield misses
 
 
 def gauges(stats: Stats) -> list[tuple[str, str, float]]:
@@ -115,6 +123,7 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_used_tokens", "KV slots in use, by requests and by the prefix cache.", used),
         ("num_cached_tokens", "KV slots that the prefix cache holds.", stats.slots_cached),
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
+        ("num_mamba_snapshots", "Snapshots of recurrent state kept for reuse.", stats.snapshots),
         ("token_usage", "Share of the KV slots in use.", used / total if total else 0.0),
         (
             "cache_hit_rate",
@@ -134,5 +143,6 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ("overlapped_steps", "Steps queued before the one before was read.", stats.overlapped_steps),
         ("forced_tokens", "Tokens that grammars left no choice of.", stats.forced_tokens),
         ("step_seconds", "Time spent in steps.", stats.step_seconds),
+        ("evicted_mamba_snapshots", "Snapshots of recurrent state given up for others.", stats.snapshots_evicted),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
     ]

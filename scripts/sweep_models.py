@@ -1,0 +1,178 @@
+"""Every architecture of mlx-lm that has a small configuration, through the engine: ``make sweep-models``.
+
+Each is a tiny random model in a process of its own. Its greedy tokens by mlx-lm alone are compared with the engine's:
+one request at a time, many at once, prompts in chunks, from the prefix cache, and with so few slots that requests are
+retracted and resumed. The outcome is the table of docs/models.md; the exit status is 1 if any served model differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
+CHECKS = ("alone", "batched", "chunked", "prefix hit", "retracted")
+TOKENS = 40
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the sweep found of one architecture: its backend, and whether each check's tokens were mlx-lm's."""
+
+    architecture: str
+    backend: str = ""
+    refusal: str = ""
+    state_bytes: int = 0
+    checks: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        if self.refusal:
+            return f"| {self.architecture} | refused | " + " | " * 4 + f" | {self.refusal} |"
+        marks = " | ".join("yes" if self.checks[c] else "**differs**" for c in CHECKS)
+        keeps = f"{self.state_bytes} bytes of state a request" if self.state_bytes else ""
+        return f"| {self.architecture} | {self.backend} | {marks} | {keeps} |"
+
+
+def architectures() -> list[str]:
+    """mlx-lm's, by the files that define a ``Model``, without importing them."""
+    import mlx_lm
+
+    folder = Path(mlx_lm.__file__).parent / "models"
+    return sorted(f.stem for f in folder.glob("*.py") if re.search(r"^class Model\(", f.read_text(), re.M))
+
+
+def check(architecture: str) -> Outcome:
+    """Runs one architecture through every check. Raises KeyError if there is no small configuration for it."""
+    from pippin.errors import ModelError
+    from tests.architectures import small_config
+    from tests.checkpoints import write_checkpoint
+
+    outcome = Outcome(architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _check(write_checkpoint(Path(folder), small_config(architecture)), outcome)
+        except ModelError as error:
+            outcome.refusal = str(error).replace(folder, "it").replace("|", "/").splitlines()[0]
+    return outcome
+
+
+def _check(path: Path, outcome: Outcome) -> None:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    from pippin.config import EngineConfig
+    from pippin.core import EngineCore, build_core
+    from pippin.models.load import load_mlx_model
+    from pippin.probe import measure_caches
+    from pippin.types import SamplingParams, Submit
+
+    params = SamplingParams(temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
+    base: dict[str, Any] = {"model_path": str(path), "max_total_tokens": 1000, "dtype": "float32"}
+    loaded = load_mlx_model(str(path), EngineConfig(**base))
+    rows = _prompts()
+    expected = [[int(t) for t, _ in generate_step(mx.array(r), loaded.model, max_tokens=TOKENS)] for r in rows]
+
+    def core(**options: Any) -> EngineCore:
+        return build_core(loaded, EngineConfig(**base | options), lambda _: None)
+
+    def run(core: EngineCore, some: Sequence[int]) -> bool:
+        found: dict[str, list[int]] = {str(i): [] for i in some}
+        for i in some:
+            core.add(Submit(str(i), rows[i], len(rows[i]), params))
+        while core.has_work:
+            step = core.step()
+            for output in step.outputs if step else ():
+                found[output.id] += output.tokens
+        return all(found[str(i)] == expected[i] for i in some)
+
+    everyone, cached = range(len(rows)), core()
+    outcome.backend = cached.info.attention_backend
+    outcome.state_bytes = measure_caches(loaded.model).state_bytes
+    outcome.checks["batched"] = run(cached, everyone)
+    outcome.checks["prefix hit"] = run(cached, everyone) and run(cached, everyone) and cached.stats.cached_tokens > 0
+    single = core(disable_radix_cache=True)
+    outcome.checks["alone"] = all(run(single, [i]) for i in everyone)
+    outcome.checks["chunked"] = run(core(chunked_prefill_size=7), everyone)
+    short = core(max_total_tokens=104, chunked_prefill_size=16)
+    outcome.checks["retracted"] = run(short, everyone) and short.stats.retractions > 0
+
+
+def _prompts() -> list[list[int]]:
+    """Prompts of many lengths, some with a common beginning."""
+    source = random.Random(5)
+    trunk = [source.randrange(3, 280) for _ in range(30)]
+    tails = [[source.randrange(3, 280) for _ in range(n)] for n in (3, 9, 1)]
+    return [[trunk[0]], [source.randrange(3, 280) for _ in range(47)], *([*trunk, *tail] for tail in tails)]
+
+
+def sweep(names: Sequence[str]) -> list[Outcome]:
+    """Each architecture in a process of its own: some of mlx-lm's files crash on small models, or end the process."""
+    found = []
+    for name in names:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", name], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        last = (done.stdout.splitlines() or [""])[-1]
+        if last.startswith("{"):
+            found.append(Outcome(**json.loads(last)))
+        else:
+            reason = "no small configuration" if "KeyError" in done.stderr else _why(done)
+            found.append(Outcome(name, refusal=f"not swept: {reason}"))
+        print(found[-1].row, flush=True)
+    return found
+
+
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"mlx-lm's own model crashes (signal {-done.returncode})"
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return f"it fails outside of the engine: {lines[-1][:100]}" if lines else f"exit status {done.returncode}"
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The table, what is served first."""
+    head = f"| architecture | backend | {' | '.join(CHECKS)} | |\n|---{'|---' * (len(CHECKS) + 2)}|\n"
+    served = [o for o in outcomes if not o.refusal]
+    count = f"{len(served)} architectures served, {len(outcomes) - len(served)} not.\n\n"
+    order = sorted(outcomes, key=lambda o: (bool(o.refusal), o.backend, o.architecture.lower()))
+    return count + head + "\n".join(o.row for o in order) + "\n"
+
+
+def write(outcomes: Sequence[Outcome]) -> None:
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(outcomes)}{after}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", help="check this architecture here, and print the outcome as JSON")
+    parser.add_argument("names", nargs="*", help="architectures; all if left out, and the page is written")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if args.one:
+        from pippin.backend import prepare
+
+        prepare()
+        print(json.dumps(asdict(check(args.one))))
+        return 0
+    outcomes = sweep(args.names or architectures())
+    if not args.names:
+        write(outcomes)
+    return int(any(not ok for o in outcomes for ok in o.checks.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
