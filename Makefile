@@ -5,7 +5,8 @@
 #   make parity                           logits against transformers (installs torch)
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
-#   make sweep                            the property tests with many more examples
+#   make sweep                            the property tests with many more examples, and sweep-models
+#   make sweep-models                     every architecture of mlx-lm; writes the table of docs/models.md
 #   make lint   make format   make docs   make wheel   make clean
 #
 # PYTHON=/path/to/python chooses the interpreter the first time.
@@ -17,7 +18,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity bench-cpu metal-check sweep docs wheel clean setup dev
+.PHONY: help serve test lint format parity bench-cpu metal-check sweep sweep-models docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,7 +54,10 @@ bench-cpu: dev
 metal-check: dev
 	$(BIN)/python scripts/metal_check.py $(ARGS)
 
-sweep: dev
+sweep-models: dev
+	$(BIN)/python scripts/sweep_models.py $(ARGS)
+
+sweep: sweep-models
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
 
 docs: dev

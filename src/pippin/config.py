@@ -53,7 +53,9 @@ class EngineConfig:
         None, "Most prompt tokens in one step (2048 on a GPU, 512 on a CPU); longer prompts go in chunks."
     )
     page_size: int = option(
-        0, "Slots allocated, shared and evicted together; 0: 16 where kernels read the KV pool by page, 1 elsewhere."
+        0,
+        "Slots allocated, shared and evicted together; 0: 16 where kernels read the KV pool by page, 1 elsewhere "
+        "and for models with recurrent state.",
     )
     schedule_policy: str = option(
         "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")

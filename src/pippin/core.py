@@ -390,9 +390,10 @@ def build_runner(
     loaded: LoadedModel, config: EngineConfig, tell: Callable[[Progress], None]
 ) -> tuple[MlxModelRunner, ModelInfo]:
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
-    config = config.with_pages(PAGE if kernels.backend() else 1)
     tell(Progress("probe", 0, 2))
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
+    # A recurrent state can be reused where a page ends: with pages of one slot, that is wherever it was kept.
+    config = config.with_pages(PAGE if kernels.backend() and not choice.layout.states else 1)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)
     tell(Progress("probe", 1, 2))
     sizes = limit_rows(config, choice, limits(config), loaded.weight_bytes)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.probe import choose_attention
@@ -26,7 +25,7 @@ class Engine:
         self.loaded: LoadedModel = load_mlx_model(str(path), EngineConfig(dtype="float32"))
         choice = choose_attention(self.loaded.model, backend, self.loaded.vocab_size)
         self.backend = choice.backend.name
-        pool = KVPool(choice.shapes, SLOTS)
+        pool = choice.pool(SLOTS)
         self._runner = MlxModelRunner(
             self.loaded.model, choice.backend, pool, max_running=8, vocab_size=self.loaded.vocab_size
         )
@@ -48,5 +47,8 @@ class Engine:
 
     def logits(self, *works: tuple[Request, int, int]) -> npt.NDArray[np.float32]:
         """Runs tokens[start:end] of each request in one step: logits [works, vocab] after each one's last token."""
-        batch = Batch(tuple(Work(request, start, end, True) for request, start, end in works))
-        return np.asarray(self._runner.logits(batch))
+        return self.run(*(Work(request, start, end, True) for request, start, end in works))
+
+    def run(self, *works: Work) -> npt.NDArray[np.float32]:
+        """The same, of works as they are given."""
+        return np.asarray(self._runner.logits(Batch(works)))

@@ -111,16 +111,15 @@ class RadixCache:
         """Why no more of tokens[:end] can be reused; None if what is cached ends where it has been found."""
         path = self._path(self.root, tokens, end)
         at, usable = (sum(same for _, same in part) for part in (path, self._usable(path)))
+        node, same = path[-1] if path else (self.root, 0)
+        ended, full = same == len(node.tokens), end - at < self._page
+        if ended and not full and any(key == tuple(tokens[at : at + len(key)]) for key in node.gone):
+            return CacheMiss("evicted", at)
         if usable < at:
             return CacheMiss("no_snapshot", at)
-        node, same = path[-1] if path else (self.root, 0)
-        if end - at < self._page:
+        if full:
             return None
-        if same < len(node.tokens):
-            return CacheMiss("diverged", at)
-        if any(key == tuple(tokens[at : at + len(key)]) for key in node.gone):
-            return CacheMiss("evicted", at)
-        if node.children:
+        if node.children or not ended:
             return CacheMiss("diverged", at)
         return None if path else CacheMiss("cold")
 

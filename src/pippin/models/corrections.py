@@ -24,18 +24,23 @@ from mlx_lm.models.rope_utils import YarnRoPE
 logger = logging.getLogger(__name__)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+GRANITE_LAYERS = {"linear_attention": "mamba", FULL: "attention"}
+"""transformers 5 writes one name for a kind of layer, whatever the family; mlx-lm reads the family's own."""
 
 
 def older_names(facts: dict[str, Any]) -> dict[str, Any]:
     """Settings that config.json states as transformers 5 writes them, under the names that mlx-lm reads.
 
-    Only names that ``facts`` does not have yet, so what it states itself always counts.
+    Only names that ``facts`` does not have yet, so what it states itself always counts; and kinds of layers.
     """
     found = _rope_names(facts)
     if (period := _window_period(facts.get("layer_types"))) is not None:
         found["sliding_window_pattern"] = period
     if isinstance(experts := facts.get("num_local_experts"), int):
         found["num_experts"] = experts
+    if facts.get("model_type") == "granitemoehybrid" and isinstance(types := facts.get("layer_types"), list):
+        facts = facts | {"layer_types": None}
+        found["layer_types"] = [GRANITE_LAYERS.get(kind, kind) for kind in types]
     new = {name: value for name, value in found.items() if facts.get(name) is None}
     if isinstance(text := facts.get("text_config"), dict):
         new["text_config"] = text | older_names(text)
