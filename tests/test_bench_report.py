@@ -105,6 +105,18 @@ def test_what_is_drawn_is_what_was_measured() -> None:
     assert found["The engine alone: Output throughput"].series == {"pippin": [123.0]}
 
 
+def test_long_contexts_on_a_gpu_stand_apart() -> None:
+    line = {"side": "pippin", "shape": "8b", "streams": 32, "decode": 9.0, "device": "H200"}
+    more = {"side": "pippin", "shape": "8b", "prompt_16k": 5.0, "device": "H200", "longest_wait_ms": 3.0}
+    groups = make_groups(
+        [read_line(json.dumps(x).encode()) for x in (line, line | {"context": 8192, "decode": 4.0}, more)]
+    )
+    assert [g.charts[0].series for g in groups] == [{"pippin": [4.0]}, {"pippin": [9.0]}]
+    assert groups[0].subtitle.endswith("contexts of 8192 tokens")
+    assert "longest wait ms" in groups[1].columns
+    assert [c.title for c in groups[1].charts][1:] == ["A prompt of 16384 tokens"]
+
+
 def test_other_workloads_and_models_are_other_plots() -> None:
     longer = serving("pippin", 1, 0.1)
     longer.settings["num_prompts"] = 99

@@ -128,6 +128,8 @@ def key_of(result: BenchResult) -> tuple[Any, ...]:
             return (last(result.model), *workload)
         case "one-batch":
             return (last(result.model), result.device, str(settings.get("input_len")), str(settings.get("output_len")))
+        case "gpu":
+            return (last(result.model), result.device, str(settings.get("context")))
         case _:
             return (last(result.model), result.device)
 
@@ -282,7 +284,11 @@ def one_batch(results: list[BenchResult]) -> Group:
     return Group(TITLES["one-batch"], about(results, sizes), charts, *table(points, "batch size", ONE_BATCH_COLUMNS))
 
 
-GPU_COLUMNS = (Column("decode tok/s", "decode"), Column("prefill tok/s", "prefill"), Column("peak GB", "peak_gb"))
+GPU_FIGURES = ("decode", "prefill", "prompt_16k", "peak_gb", "weight_gb")
+GPU_COLUMNS = (
+    Column("decode tok/s", "decode"), Column("prefill tok/s", "prefill"),
+    Column("16k prompt tok/s", "prompt_16k"), Column("peak GB", "peak_gb"),
+)  # fmt: skip
 
 
 def gpu(results: list[BenchResult]) -> Group:
@@ -291,11 +297,16 @@ def gpu(results: list[BenchResult]) -> Group:
     charts = [
         *lines(decodes, "Decode against streams", "tokens/s", "decode", "streams"),
         *lines(prefills, "Prefill", "tokens/s", "prefill", ""),
+        *lines(Points(list(results), lambda r: ""), "A prompt of 16384 tokens", "tokens/s", "prompt_16k", ""),
         *versus(decodes, "decode", "decoding", "streams"),
         *versus(prefills, "prefill", "prefill", ""),
     ]
     everything = Points(results, lambda r: r.settings.get("streams") or "prefill")
-    return Group(TITLES["gpu"], about(results), charts, *table(everything, "streams", GPU_COLUMNS))
+    more = dict.fromkeys(n for r in results for n in r.figures if n not in GPU_FIGURES)
+    columns = [*GPU_COLUMNS, *(Column(n.replace("_", " "), n) for n in more)]
+    context = results[0].settings.get("context")
+    said = "" if context is None else f"contexts of {context} tokens"
+    return Group(TITLES["gpu"], about(results, said), charts, *table(everything, "streams", columns))
 
 
 def other(results: list[BenchResult]) -> Group:

@@ -48,14 +48,15 @@ def read_line(line: bytes) -> BenchResult:
 
 def of_gpu(raw: Json) -> BenchResult:
     """A line of ``benchmarks/gpu.py``: tokens a second of decoding at a number of streams, or of reading a prompt."""
-    known = {name: raw.get(name) for name in ("decode", "prefill", "peak_gb") if raw.get(name) is not None}
+    apart = ("streams", "context", "bits")
+    known: dict[str, Value] = {k: v for k, v in raw.items() if isinstance(v, int | float) and k not in apart}
     return BenchResult(
         kind="gpu",
         run_name="default",
         side=str(raw["side"]),
         model=f"{raw['shape']}, {raw.get('bits', 16)} bits",
         device=str(raw.get("device", "unknown")),
-        settings={"streams": raw.get("streams")},
+        settings={"streams": raw.get("streams"), "context": raw.get("context")},
         figures=known,
         versions={name: str(raw[key]) for name, key in (("mlx", "mlx"), ("mlx-lm", "mlx_lm")) if key in raw},
         commit=raw.get("commit"),
