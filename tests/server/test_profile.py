@@ -22,6 +22,7 @@ from pippin.config import EngineConfig
 from pippin.engine import Engine
 from pippin.errors import RequestError
 from pippin.profile.timeline import BUILDING, DETOKENIZING, DEVICE, HTTP, SAMPLING, SCHEDULER
+from pippin.profile.trace import ENGINE, HTTP_SIDE
 from tests.fake_core import KILL
 from tests.server.conftest import Running, Serve, byte_tokenizer, serving
 from tests.server.test_lifecycle import ask, until
@@ -88,10 +89,11 @@ def test_both_processes_are_in_one_file_on_one_clock(demo: Running, tmp_path: Pa
     check_events(events)
     lanes = lanes_of(events)
     assert set(lanes) >= {HTTP, DETOKENIZING, SCHEDULER, BUILDING, SAMPLING, DEVICE}
-    assert {e["pid"] for e in lanes[HTTP] + lanes[DETOKENIZING]} == {1}
-    assert {e["pid"] for e in lanes[SCHEDULER] + lanes[DEVICE]} == {2}
+    assert {e["pid"] for e in lanes[HTTP] + lanes[DETOKENIZING]} == {HTTP_SIDE}
+    assert {e["pid"] for e in lanes[SCHEDULER] + lanes[DEVICE]} == {ENGINE}
     names = [e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"]
-    assert names == [f"HTTP process ({os.getpid()})", f"engine process ({demo.client.transport.pid})"]  # type: ignore[attr-defined]
+    engine_pid = demo.client.transport.pid  # type: ignore[attr-defined]
+    assert names == [f"engine process ({engine_pid})", f"HTTP process ({os.getpid()})"]
     asked = [e for e in lanes[HTTP] if e["name"] == "POST /v1/completions"]
     assert len(asked) == 12
     assert {e["args"]["status"] for e in asked} == {200}
@@ -135,7 +137,7 @@ def test_it_is_summarised_in_the_terminal(demo: Running, tmp_path: Path, capsys:
     assert "Slowest of" in shown
     assert "pippin-demo" in shown
     assert run_command(["profile", str(file), "--json"]) == 0
-    assert '"lanes":[{"process":"HTTP process' in capsys.readouterr().out
+    assert '"lanes":[{"process":"engine process' in capsys.readouterr().out
     assert run_command(["profile", str(tmp_path / "nothing")]) == 2
     assert "can't be read" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ import msgspec
 from pippin.errors import EngineError, PippinError, RequestError
 from pippin.profile.files import STAGES, Stage, default_directory, discard, reserve, trace_path
 from pippin.profile.timeline import Timeline
-from pippin.profile.trace import write_trace
+from pippin.profile.trace import ENGINE, HTTP_SIDE, write_trace
 from pippin.types import Command, ProfileStarted, Span, Spans, StartProfile, StopProfile
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def facts(run: Run) -> dict[str, Any]:
 def write_run(run: Run, own: Sequence[Span], about: dict[str, Any]) -> list[Path]:
     """Writes a profile's trace files; returns them and the captures."""
     moved = [shifted(span, run.offset) for span in run.spans] if run.offset else run.spans
-    names = {1: f"HTTP process ({os.getpid()})", 2: f"engine process ({run.engine_pid})"}
+    names = {HTTP_SIDE: f"HTTP process ({os.getpid()})", ENGINE: f"engine process ({run.engine_pid})"}
     stages: Sequence[Stage | None] = STAGES if run.by_stage else (None,)
     written = []
     for stage in stages:

@@ -166,7 +166,7 @@ class PackageRanges:
 
 
 class LibraryRanges:
-    """CUDA's ``libnvToolsExt``."""
+    """CUDA's own library: ``libnvToolsExt``, or since CUDA 12.9 ``libnvtx3interop``."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._push, self._pop = library.nvtxRangePushA, library.nvtxRangePop
@@ -188,7 +188,7 @@ def nvtx_ranges(
         return PackageRanges(load("nvtx"))
     except ImportError:
         pass
-    for name in ("libnvToolsExt.so.1", "libnvToolsExt.so"):
+    for name in ("libnvToolsExt.so.1", "libnvToolsExt.so", "libnvtx3interop.so.1", "libnvtx3interop.so"):
         try:
             return LibraryRanges(open_library(name))
         except (OSError, AttributeError):

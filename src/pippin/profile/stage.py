@@ -19,7 +19,7 @@ from pippin.profile.engine import METAL, tracer_for
 from pippin.profile.files import default_directory, discard, reserve, trace_path
 from pippin.profile.gpu import Metal
 from pippin.profile.steps import Outcome, Runner, StepProfile, TimedRunner, Window
-from pippin.profile.trace import write_trace
+from pippin.profile.trace import ENGINE, write_trace
 from pippin.types import Span
 
 
@@ -73,5 +73,5 @@ def profiled(
     finally:
         found.runner.leave()
         profile.end()
-        names = {2: f"engine process ({os.getpid()})"}
+        names = {ENGINE: f"engine process ({os.getpid()})"}
         write_trace(trace_path(stem), spans, began, names, {"profile_id": Path(stem).name, **about})

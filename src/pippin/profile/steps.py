@@ -109,9 +109,10 @@ class Labels:
         self._cached: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     def of(self, batch: Batch) -> Label:
-        decode = sum(work.decodes for work in batch.works)
-        cached = sum(self._new(work.request, work.start) for work in batch.works)
-        return Label(len(batch.works), batch.num_tokens - decode, decode, cached)
+        prefills = [work for work in batch.works if not work.decodes]
+        cached = sum(self._new(work.request, work.start) for work in prefills)
+        tokens = sum(work.end - work.start for work in prefills)
+        return Label(len(batch.works), tokens, len(batch.works) - len(prefills), cached)
 
     def _new(self, request: Request, start: int) -> int:
         """What the cache spared a request since it was seen last; what was before the profile is not known."""

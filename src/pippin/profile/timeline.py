@@ -22,7 +22,7 @@ QUEUEING = "queueing"
 DEVICE = "device steps"
 WAITING = "waiting for the device"
 
-HTTP_LANES = (HTTP, DETOKENIZING)
+HTTP_LANES = (DETOKENIZING, HTTP)
 ENGINE_LANES = (SCHEDULER, BUILDING, SAMPLING, QUEUEING, DEVICE, WAITING)
 
 Lap = Callable[[str], None]

@@ -19,7 +19,9 @@ from pippin.types import Span
 
 Json = dict[str, Any]
 
-PROCESSES = {1: ("HTTP process", HTTP_LANES), 2: ("engine process", ENGINE_LANES)}
+ENGINE, HTTP_SIDE = 1, 2
+PROCESSES = {ENGINE: ("engine process", ENGINE_LANES), HTTP_SIDE: ("HTTP process", HTTP_LANES)}
+"""Their numbers in the file; viewers show them in this order, and an engine has few rows."""
 _ROWS = 1000
 """Thread ids of a lane: its place times this, plus its row."""
 
