@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pippin.profile.control import ProfileOptions, of_stage, shifted
 from pippin.profile.files import STAGES, Stage, capture_path, default_directory, reserve, trace_path
 from pippin.profile.gpu import MetalCapture, StepRanges, Tracer, nvtx_ranges, open_tracer
 from pippin.profile.report import show_summary
-from pippin.profile.steps import Outcome, StepProfile, TimedRunner, Window
+from pippin.profile.steps import Label, Labels, Outcome, StepProfile, TimedRunner, Window
 from pippin.profile.summary import Document, Event, busy_time, outermost, read_trace, summarize
 from pippin.profile.timeline import DEVICE, ENGINE_LANES, HTTP, HTTP_LANES, SCHEDULER, Timeline
 from pippin.profile.trace import rows_of, trace_events, write_trace
@@ -345,7 +346,10 @@ class RecordedRanges:
 
 def test_cuda_gets_a_range_a_step_even_for_one_that_fails() -> None:
     ranges = RecordedRanges()
-    tracer = open_tracer(None, "x", False, metal=RecordedMetal(False), cuda=True, find_ranges=lambda: ranges)
+    options: Any = {"metal": RecordedMetal(False), "cuda": True, "find_ranges": lambda: ranges}
+    tracer = open_tracer(True, "x", False, **options, environ={})
+    assert open_tracer(None, "x", False, **options, environ={}) is None, "ranges cost, and nobody would see them"
+    assert open_tracer(None, "x", False, **options, environ={"NVTX_INJECTION64_PATH": "/x"}) is not None
     assert isinstance(tracer, StepRanges)
     recorded = Recorded(Window(None, None, False), tracer)
     recorded.runner.launch(batch_of("EXTEND", 2))
@@ -389,6 +393,43 @@ def test_nvtx_is_the_package_or_cudas_library_or_nothing() -> None:
         found.pop()
     assert calls == ["step", "pop"] * 2
     assert nvtx_ranges(missing, no_file) is None
+
+
+# --- what a step is said to be ---
+
+
+def test_the_cache_is_counted_once_for_each_request() -> None:
+    labels, request = Labels(), Request("r", [1] * 40, 40, SamplingParams())
+    request.num_cached = 10
+    assert labels.of(Batch((Work(request, 10, 20, False),))).cached == 10
+    assert labels.of(Batch((Work(request, 20, 25, False),))).cached == 0
+    request.num_cached = 15  # another request has computed five more meanwhile
+    assert labels.of(Batch((Work(request, 30, 40, True),))) == Label(1, 10, 0, 5)
+    late = Request("s", [1] * 40, 40, SamplingParams())
+    late.num_cached = 8
+    assert Labels().of(Batch((Work(late, 20, 40, True),))).cached == 0, "that was before the profile"
+
+
+def test_a_device_runs_one_step_at_a_time_and_not_beyond_what_is_known() -> None:
+    ticks = iter(range(0, 10_000, 10))
+    told: list[Span] = []
+    profile = StepProfile(
+        Window(2, None, False), lambda spans, outcome: told.extend(spans), timeline=Timeline(lambda: next(ticks))
+    )
+    first, second = profile.step(batch_of("DECODE")), profile.step(batch_of("DECODE"))
+    assert first is not None
+    assert second is not None
+    first.queued, second.queued, first.done = 0, 5, 7
+    profile.read(first, 0)
+    profile.read(second, 0)
+    assert [(s.start, s.end) for s in told if s.lane == DEVICE] == [(0, 7), (7, 10)]
+
+
+def test_sums_of_floats_neither_hide_a_span_nor_make_a_gap() -> None:
+    ends = [1, *(1 + 0.1 * i for i in range(1, 60))]
+    spans = [Event("X", "s", DEVICE, 1, 1, a, b - a) for a, b in pairwise(ends)]
+    summary = summarize(Document(spans))
+    assert (summary.lanes[0].count, summary.gaps) == (59, ())
 
 
 # --- steps that fail ---

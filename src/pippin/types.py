@@ -304,7 +304,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 Command = Submit | Abort | Flush | StartProfile | StopProfile | Shutdown
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Something that took from ``start`` to ``end``, nanoseconds of ``time.perf_counter_ns``, shown in a lane.
 
     ``step`` is the number of the engine's step that it belongs to, ``group`` keeps spans of one thing in one row.

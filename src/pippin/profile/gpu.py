@@ -13,6 +13,8 @@ from pippin.errors import RequestError
 from pippin.profile.files import Stage, capture_path, trace_path
 
 CAPTURE_VARIABLE = "MTL_CAPTURE_ENABLED"
+INJECTION_VARIABLE = "NVTX_INJECTION64_PATH"
+"""Set by NVIDIA's profilers for what they start."""
 
 
 class Metal(Protocol):
@@ -131,7 +133,8 @@ def open_tracer(
     if gpu is False:
         return None
     if cuda:  # without a profiler there, the timeline is what there is
-        ranges = (find_ranges or nvtx_ranges)()
+        wanted = gpu or INJECTION_VARIABLE in environ
+        ranges = (find_ranges or nvtx_ranges)() if wanted else None
         return StepRanges(ranges) if ranges is not None else None
     try:
         check_metal(metal, environ)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -149,8 +149,8 @@ class StepTimes:
     """A recorded step: its number, what it computes; once known, when it was queued, and was surely done."""
 
     number: int
-    label: Label
-    args: dict[str, Value] = field(default_factory=dict)
+    label: str
+    args: dict[str, Value]
     queued: int | None = None
     done: int | None = None
 
@@ -184,7 +184,7 @@ class StepProfile:
         on_end: Callable[[], None] = lambda: None,
         timeline: Timeline | None = None,
     ) -> None:
-        self.timeline = timeline or Timeline()
+        self.timeline = Timeline() if timeline is None else timeline
         self._window, self._report, self._tracer, self._on_end = window, report, tracer, on_end
         self._steps = steps
         self._labels = Labels()
@@ -209,9 +209,11 @@ class StepProfile:
         label = self._labels.of(batch)
         if self._ended or not self._window.takes(self._steps, label.stage):
             return None
-        times = StepTimes(self._steps, label, label.args)
+        args = label.args
+        times = StepTimes(self._steps, str(args["batch"]), args)
         self._unread.add(times)
-        self._trace(lambda tracer: tracer.launching(label.stage, str(label)))
+        if self._tracer is not None:
+            self._trace(lambda tracer: tracer.launching(label.stage, times.label))
         return times
 
     def built(self, times: StepTimes, start: int) -> None:
@@ -220,7 +222,8 @@ class StepProfile:
 
     def launched(self) -> None:
         """A step was queued, or failed to be."""
-        self._trace(lambda tracer: tracer.launched())
+        if self._tracer is not None:
+            self._trace(lambda tracer: tracer.launched())
 
     def read(self, times: StepTimes, start: int) -> None:
         """The step's results are on the host; ``start`` is when they were asked for."""
@@ -229,7 +232,7 @@ class StepProfile:
         self.timeline.add(WAITING, "read", start, now, step=times.number)
         begin = max(start if times.queued is None else times.queued, self._device_until)
         end = self._device_until = max(begin, now if times.done is None else times.done)
-        self.timeline.add(DEVICE, str(times.label), begin, end, step=times.number, args={**times.args, **waited})
+        self.timeline.add(DEVICE, times.label, begin, end, step=times.number, args={**times.args, **waited})
         self.gone(times)
 
     def gone(self, *steps: StepTimes) -> None:

@@ -30,6 +30,11 @@ class Event(msgspec.Struct, frozen=True):
     dur: float = 0.0
     args: dict[str, Any] = {}
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Start and end in whole nanoseconds: as floats, a span may end behind its neighbour's start."""
+        return round(self.ts * 1000), round((self.ts + self.dur) * 1000)
+
 
 class Document(msgspec.Struct, frozen=True):
     traceEvents: list[Event]
@@ -137,10 +142,10 @@ def summarize(document: Document) -> Summary:
     spans = [e for e in document.traceEvents if e.ph == "X"]
     if not spans:
         raise RequestError("the timeline holds no span: nothing ran while it was recorded", "file")
-    device = sorted((e for e in spans if e.cat == DEVICE), key=lambda e: e.ts)
+    device = sorted((e for e in spans if e.cat == DEVICE), key=lambda e: e.bounds)
     steps = sorted(map(_step, device), key=lambda s: -s.length)
     return Summary(
-        wall=(max(e.ts + e.dur for e in spans) - min(e.ts for e in spans)) / 1000,
+        wall=(max(e.bounds[1] for e in spans) - min(e.bounds[0] for e in spans)) / 1e6,
         lanes=tuple(_lanes(document.traceEvents, spans)),
         stages=tuple(_stages(device)),
         steps=tuple(steps),
@@ -150,18 +155,18 @@ def summarize(document: Document) -> Summary:
     )
 
 
-def busy_time(spans: Sequence[tuple[float, float]]) -> float:
+def busy_time(spans: Sequence[tuple[int, int]]) -> int:
     """How long at least one of the spans (start, end) is open."""
-    total, until = 0.0, float("-inf")
+    total, until = 0, min((start for start, _ in spans), default=0)
     for start, end in sorted(spans):
-        total += max(0.0, end - max(start, until))
+        total += max(0, end - max(start, until))
         until = max(until, end)
     return total
 
 
-def outermost(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def outermost(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The spans (start, end) of one row that lie in no other; the row's spans nest or follow one another."""
-    found: list[tuple[float, float]] = []
+    found: list[tuple[int, int]] = []
     for start, end in sorted(spans, key=lambda s: (s[0], -s[1])):
         if not found or start >= found[-1][1]:
             found.append((start, end))
@@ -180,18 +185,18 @@ def _lanes(events: Sequence[Event], spans: Sequence[Event]) -> list[LaneSummary]
 
 
 def _lane(process: str, lane: str, spans: Sequence[Event]) -> LaneSummary:
-    rows: dict[int | str, list[tuple[float, float]]] = {}
+    rows: dict[int | str, list[tuple[int, int]]] = {}
     for span in spans:
-        rows.setdefault(span.tid, []).append((span.ts, span.ts + span.dur))
+        rows.setdefault(span.tid, []).append(span.bounds)
     tops = [span for row in rows.values() for span in outermost(row)]
     return LaneSummary(
         process,
         lane,
         len(tops),
         len(rows),
-        busy_time(tops) / 1000,
-        sum(end - start for start, end in tops) / 1000,
-        max(end - start for start, end in tops) / 1000,
+        busy_time(tops) / 1e6,
+        sum(end - start for start, end in tops) / 1e6,
+        max(end - start for start, end in tops) / 1e6,
     )
 
 
@@ -204,9 +209,9 @@ def _gaps(device: Sequence[Event]) -> list[GapSummary]:
     """Where the device lane is empty between its first and its last step, longest first."""
     found = []
     for before, after in pairwise(device):
-        end = before.ts + before.dur
-        if after.ts > end:
-            found.append(GapSummary(after.args.get("step"), after.name, end / 1000, (after.ts - end) / 1000))
+        end, start = before.bounds[1], after.bounds[0]
+        if start > end:
+            found.append(GapSummary(after.args.get("step"), after.name, end / 1e6, (start - end) / 1e6))
     return sorted(found, key=lambda gap: -gap.length)
 
 
