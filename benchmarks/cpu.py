@@ -123,7 +123,7 @@ def measure(scale: Scale, directory: Path, tick: Tick) -> Report:
     found = environment()
     checkpoint = make_checkpoint(directory / "qwen3", scale.size)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    results, notes, step = without_servers(scale, checkpoint, directory, tick)
+    results, notes, step = without_servers(scale, checkpoint, tick)
     served, overheads = over_http(scale, checkpoint, tokenizer, step, directory, tick)
     results.append(served)
     notes.append("mlx_lm.server was given a listen queue of 128: with its own, of 5, it resets some of 16 clients.")
@@ -140,9 +140,7 @@ def turns(rounds: int) -> Iterator[tuple[int, tuple[str, str]]]:
         yield i, (OURS, THEIRS) if i % 2 == 0 else (THEIRS, OURS)
 
 
-def without_servers(
-    scale: Scale, checkpoint: Path, directory: Path, tick: Tick
-) -> tuple[list[Result], list[str], float]:
+def without_servers(scale: Scale, checkpoint: Path, tick: Tick) -> tuple[list[Result], list[str], float]:
     """Prefill and decode; also the seconds of one of our decode steps."""
     prefill = Result(f"prefill, {scale.streams} prompts of {scale.prompt} tokens", "tok/s", 1.5)
     decode = Result(f"decode, {scale.streams} streams", "tok/s", 1.0)
@@ -151,7 +149,7 @@ def without_servers(
         generators: dict[str, Run] = {}
         for name in (OURS, THEIRS):
             tick(f"load {name}")
-            generators[name] = stack.enter_context(generator(name, checkpoint, directory / f"{name}-alone.log"))
+            generators[name] = stack.enter_context(generator(name, checkpoint))
         for i, order in turns(scale.alone * scale.rounds + 1):
             prompts = [[rng.randrange(1, scale.size.vocab) for _ in range(scale.prompt)] for _ in range(scale.streams)]
             answers = []

@@ -1,22 +1,21 @@
 """Pippin's engine and mlx-lm's BatchGenerator, driven alike: greedy, and no answer ends early.
 
 Each has a process of its own, since Pippin puts faster operations in the place of some of mlx-lm's in its process, and
-mlx-lm is to be measured as it is. The child reads a JSON line {prompts, steps}, and answers with a Timing's line.
+mlx-lm is to be measured as it is.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from pippin.bench.child import Ask, Child
+from pippin.config import EngineConfig
+
 Prompts = Sequence[Sequence[int]]
 
 
@@ -35,33 +34,16 @@ Run = Callable[[Prompts, int], Timing]
 
 
 @contextmanager
-def generator(name: str, checkpoint: Path, log: Path) -> Iterator[Run]:
-    """Starts ``pippin`` or ``mlx-lm`` with a checkpoint; ends it afterwards."""
-    with log.open("wb") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.generators", name, str(checkpoint)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=ROOT,
-        )
+def generator(name: str, checkpoint: Path) -> Iterator[Run]:
+    """Starts ``pippin`` or ``mlx-lm`` with a checkpoint, in float32; ends it afterwards.
 
-    def run(prompts: Prompts, steps: int) -> Timing:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            child.stdin.write(json.dumps({"prompts": prompts, "steps": steps}) + "\n")
-            child.stdin.flush()
-            answer = child.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise RuntimeError(f"{name} ended:\n{log.read_text(errors='replace')[-2000:]}")
-        return Timing(**json.loads(answer))
-
-    with child:  # leaving closes its input, which ends it, and waits
-        yield run
+    To be called where ``benchmarks`` can be imported from the working directory, as its child imports it too.
+    """
+    config = EngineConfig(
+        model_path=str(checkpoint), dtype="float32", max_total_tokens=16_384, chunked_prefill_size=2048
+    )
+    with Child(name, OPENERS[name], config) as child:
+        yield lambda prompts, steps: child.ask((prompts, steps), Timing)
 
 
 def timed(
@@ -88,19 +70,16 @@ def timed(
 # --- in the child ---
 
 
-def pippin(checkpoint: Path) -> Run:
+def open_pippin(config: EngineConfig) -> Ask:
     """EngineCore, without a server around it, with room for all prompts in one step, as mlx-lm is given."""
-    from pippin.config import EngineConfig
     from pippin.core import load_core
     from pippin.types import SamplingParams, Submit
 
-    config = EngineConfig(
-        model_path=str(checkpoint), dtype="float32", max_total_tokens=16_384, chunked_prefill_size=2048
-    )
     core = load_core(config)
     ids = count()
 
-    def run(prompts: Prompts, steps: int) -> Timing:
+    def run(question: tuple[Prompts, int]) -> Timing:
+        prompts, steps = question
         params = SamplingParams(temperature=0.0, max_new_tokens=1 + steps, ignore_eos=True)
         streams = {str(next(ids)): i for i in range(len(prompts))}
         for id, stream in streams.items():
@@ -119,34 +98,19 @@ def pippin(checkpoint: Path) -> Run:
     return run
 
 
-def mlx_lm(checkpoint: Path) -> Run:
+def open_mlx_lm(config: EngineConfig) -> Ask:
     """BatchGenerator with all prompts in one prefill batch: at least as fast for it here as its default of 8."""
-    import mlx.core as mx
-    from mlx_lm import load
-    from mlx_lm.generate import BatchGenerator
+    from pippin.bench.mlx_lm import MlxLmRunner, load
+    from pippin.bench.runner import timed as timed_batch
 
-    model = load(str(checkpoint))[0]
-    mx.eval(model.parameters())
-    assert "pippin.core" not in sys.modules
+    runner = MlxLmRunner(load(config))
 
-    def run(prompts: Prompts, steps: int) -> Timing:
-        size = len(prompts)
-        batch = BatchGenerator(model, completion_batch_size=size, prefill_batch_size=size, max_tokens=1 + steps)
-        streams = {uid: i for i, uid in enumerate(batch.insert([list(p) for p in prompts]))}
-        timing = timed(lambda: [(streams[r.uid], r.token) for r in batch.next()[1]], size, steps)
-        batch.close()
-        return timing
+    def run(question: tuple[Prompts, int]) -> Timing:
+        prompts, steps = question
+        timing = timed_batch(runner, prompts, 1 + steps)
+        return Timing(timing.prefill, sum(timing.steps), steps, timing.tokens)
 
     return run
 
 
-def main() -> None:
-    name, checkpoint = sys.argv[1:]
-    run = {"pippin": pippin, "mlx-lm": mlx_lm}[name](Path(checkpoint))
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(asdict(run(request["prompts"], request["steps"]))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+OPENERS = {"pippin": f"{__name__}:open_pippin", "mlx-lm": f"{__name__}:open_mlx_lm"}

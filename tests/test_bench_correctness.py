@@ -61,11 +61,12 @@ class Wrong:
     name = "wrong"
 
     def __init__(self, right: Side, prompt: int, at: int) -> None:
-        self._right, self._prompt, self._at = right, prompt, at
+        self._right, self._left, self._at = right, prompt, at
 
     def run(self, prompts: Prompts, output_len: int) -> Measured:
         tokens = self._right.run(prompts, output_len).timing.tokens
-        tokens[self._prompt][self._at] += 1
+        tokens[0][self._at] += self._left == 0
+        self._left -= 1
         return Measured(Timing(1.0, [1.0], tokens), None, 1)
 
 

@@ -24,6 +24,7 @@ from pippin.bench.prompts import plain_ids
 from pippin.bench.results import BenchResult, read
 from pippin.bench.runner import EngineRunner, Timing, timed
 from pippin.bench.sides import Measured, open_ours
+from pippin.cache.layout import CacheLayout, LayerShape
 from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
@@ -97,7 +98,8 @@ def test_any_batch_comes_to_what_each_prompt_comes_to_alone(
     lengths: list[int], output_len: int, chunk: int, page: int, overlap: bool
 ) -> None:
     fake = FakeRunner()
-    runner = EngineRunner(fake, info_of(chunk, page, slots=page * 200), overlap=overlap)
+    needed = sum(-(-(n + output_len) // page) * page for n in lengths)  # what a batch leaves taken, the next one lacks
+    runner = EngineRunner(fake, info_of(chunk, page, slots=needed), overlap=overlap)
     prompts = [[(7 * i + j) % 290 for j in range(n)] for i, n in enumerate(lengths)]
     for _ in range(2):
         fake.works.clear()
@@ -109,6 +111,12 @@ def test_any_batch_comes_to_what_each_prompt_comes_to_alone(
         assert [sum(end - start for _, start, end in works) for works in prefills[:-1]] == [chunk] * (len(prefills) - 1)
         written = [slot for slots in fake.slots for slot in slots]
         assert len(written) == len(set(written)) == sum(lengths) + len(lengths) * (output_len - 1)
+
+
+def test_times_are_between_tokens() -> None:
+    clock = iter([10.0, 13.0, 14.0, 16.5])
+    timing = timed(EngineRunner(FakeRunner(), info_of()), [[1, 2]], 3, clock=lambda: next(clock))
+    assert (timing.prefill, timing.steps) == (3.0, [1.0, 2.5])
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -155,8 +163,9 @@ def test_figures_are_medians_and_ratios_of_rounds() -> None:
     theirs = of_seconds(shape, "mlx-lm", [(2.0, [4.0, 4.0, 4.0]), (3.0, [4.0, 4.0, 4.0]), (8.0, [9.0, 9.0, 9.0])])
     assert (ours.prefill, ours.step, ours.total) == (2.0, 3.0, 13.0)
     assert ours.ratios(theirs) == (2.0, 2.0)
-    yardstick = Yardstick(bandwidth=100.0, weight_bytes=60, slot_bytes=2.5)
-    assert yardstick.share(ours) == pytest.approx((60 + 2 * 12 * 2.5) / 3.0 / 100.0)
+    wide, windowed = LayerShape(1, 1, 2, mx.float16), LayerShape(1, 2, 2, mx.float16, window=5)
+    yardstick = Yardstick(bandwidth=100.0, weight_bytes=60, layout=CacheLayout.of([wide, None, windowed]))
+    assert yardstick.share(ours) == pytest.approx((60 + 2 * (12 * 6 + 5 * 8)) / 3.0 / 100.0)
     single = of_seconds(Shape(2, 10, 1), "pippin", [(1.0, [])])
     assert (single.step, yardstick.share(single), single.ratios(single)) == (None, None, (1.0, None))
     assert replace(yardstick, weight_bytes=None).share(ours) is None

@@ -78,7 +78,7 @@ def read_prompts(options: OneBatchOptions) -> list[str]:
 
 
 def check_correctness(config: EngineConfig, options: OneBatchOptions, console: Console) -> list[BenchResult]:
-    """Answers the prompts on every side, in one batch, and compares; a result for each peer.
+    """Answers the prompts on every side, and compares; a result for each peer.
 
     Raises ConfigError where a prompt does not fit the context.
     """
@@ -108,13 +108,14 @@ def compare(
     tokenizer: Tokenizer,
     console: Console,
 ) -> Iterator[BenchResult]:
-    """A result for each peer, and on the console what differs."""
+    """A result for each peer, and on the console what differs. We get all prompts in one batch, a peer one by one."""
     steps = options.output_lens[0]
     own = ours.run(prompts, steps).timing.tokens
     for prompt, answer in zip(prompts, own, strict=True):
         console.print(f"[dim]{escape(repr(tokenizer.decode(prompt)))}[/dim] {escape(repr(tokenizer.decode(answer)))}")
     for side in peers:
-        found = list(differences(own, side.run(prompts, steps).timing.tokens))
+        theirs = [side.run([prompt], steps).timing.tokens[0] for prompt in prompts]
+        found = list(differences(own, theirs))
         for d in found:
             console.print(f"[red]{escape(said(d, ours.name, side.name, prompts, own, tokenizer))}[/red]")
         equal = len(prompts) - len(found)

@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from pippin.bench.child import Ask, Child
+from pippin.cache.layout import CacheLayout
 from pippin.config import EngineConfig
 from pippin.memory import on_gpu, use_device
 
@@ -85,6 +86,12 @@ def weight_bytes_read(model: nn.Module, vocab_size: int) -> int | None:
     if len(tables) > 1:
         total -= sum(size for _, embeds, size in tables if embeds)
     return total
+
+
+def context_bytes(layout: CacheLayout, length: float) -> float:
+    """Bytes of K, V and states that a token behind ``length`` others reads; a layer with a window reads that much."""
+    layers = [s for s in layout.shapes if s]
+    return layout.state_bytes + sum(s.bytes_per_slot * min(length, s.window or length) for s in layers)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pippin.bench.correctness import CORRECTNESS, check_correctness
-from pippin.bench.machine import measured_bandwidth, weight_bytes_read
+from pippin.bench.machine import context_bytes, measured_bandwidth, weight_bytes_read
 from pippin.bench.options import OneBatchOptions, check_ours
 from pippin.bench.prompts import plain_ids, random_prompts
 from pippin.bench.results import BenchResult, Value, make_result
 from pippin.bench.screen import Tick, bar, stderr, writer
 from pippin.bench.sides import Measured, Ours, Side, in_turn, mlx_device, open_ours, peer, with_room
 from pippin.bench.stages import check_profile, profile_stages
+from pippin.cache.layout import CacheLayout
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
@@ -90,27 +91,28 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """The device's measured bandwidth, bytes a second, and what a decode step reads: weights, and each token's K and V.
+    """The device's measured bandwidth, bytes a second, and what a decode step reads: weights, rows' K, V and states.
 
-    ``weight_bytes`` is None where it depends on the tokens: experts are chosen.
+    ``weight_bytes`` is None where it is not known: experts are chosen, or PyTorch runs the model.
     """
 
     bandwidth: float
     weight_bytes: int | None
-    slot_bytes: float
+    layout: CacheLayout
 
     @classmethod
     def of(cls, ours: Ours, bandwidth: float) -> Self:
-        info, runner = ours.info, ours.runner
-        weights = weight_bytes_read(runner.model, info.vocab_size) if isinstance(runner, MlxModelRunner) else None
-        return cls(bandwidth, weights, info.pool_bytes / (info.max_total_tokens + info.page_size))
+        if not isinstance(ours.runner, MlxModelRunner):
+            return cls(bandwidth, None, CacheLayout.of([]))
+        weights = weight_bytes_read(ours.runner.model, ours.info.vocab_size)
+        return cls(bandwidth, weights, ours.runner.pool.layout)
 
     def share(self, m: Measurement) -> float | None:
         """The share of the bandwidth that a decode step of ``m`` uses at least, halfway through the answers."""
         if self.weight_bytes is None or m.step is None:
             return None
-        tokens = m.shape.batch_size * (m.shape.input_len + m.shape.output_len / 2)
-        return (self.weight_bytes + tokens * self.slot_bytes) / m.step / self.bandwidth
+        row = context_bytes(self.layout, m.shape.input_len + m.shape.output_len / 2)
+        return (self.weight_bytes + m.shape.batch_size * row) / m.step / self.bandwidth
 
 
 def run(config: EngineConfig, options: OneBatchOptions) -> int:
