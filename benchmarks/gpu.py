@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--shapes 0.6b 8b] [--streams 1 8 32 128] [--cases decode prefill …] [--json results.jsonl]
 
-Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Long: 32
-streams of 8192 tokens each, and one prompt of 16384. Waits: the time to the first token of 64 new tokens behind a cached
-prefix of 8192, and of a short prompt that comes behind one of 32768. Speed does not depend on the weights. Ours and
-mlx-lm's take turns; medians of ``--rounds``.
+Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Long:
+32 streams of 8192 tokens each, and one prompt of 16384. Waits: the time to the first token of 64 new tokens behind a
+cached prefix of 8192, and of a short prompt that comes behind one of 32768. Speed does not depend on the weights. Ours
+and mlx-lm's take turns; medians of ``--rounds``.
 """
 
 from __future__ import annotations

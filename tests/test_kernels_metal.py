@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from pippin.kernels import paged
+from pippin.kernels import fused, paged
 from pippin.kernels.launch import Launch, small_inputs
 
 METAL = """
@@ -31,7 +31,10 @@ struct half { half() = default; explicit half(float); operator float() const; ui
 struct bfloat { bfloat() = default; explicit bfloat(float); operator float() const; uint16_t b; };
 struct uint3 { uint x, y, z; };
 namespace metal {
-namespace fast { float exp2(float); }
+namespace fast { float exp2(float); float sin(float); float cos(float); }
+float rsqrt(float);
+float floor(float);
+float fma(float, float, float);
 float simd_shuffle_xor(float, ushort);
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
@@ -95,6 +98,11 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
             paged.paged_decode(record, q, *rest, form, tuning, sinks=q[0, :, 0])
             paged.paged_decode(record, q, *rest, form, tuning, new=(k, k))
             paged.paged_extend(record, q, *rest, mx.zeros((1, 3), dtype=mx.int32), form, tuning)
+        norm, heads = fused.Norm(q[0, 0], 1e-6), fused.Heads(8, 2, 128, 128, 0, 1024, 1280)
+        y, rope = mx.zeros((3, 1536), dtype=dtype), fused.Rope(128, False, 1e4, 1.0)
+        fused.rope_kv_write(record, y, pool, pool, heads, rope, lengths, lengths, (norm, norm), None)
+        fused.add_rms_norm(record, y, y, fused.Norm(y[0], 1e-6))
+        fused.swiglu(record, y)
     return found
 
 
@@ -105,7 +113,15 @@ def test_every_variant_is_here() -> None:
     kernels = {name.split("-")[0] for name in LAUNCHES}
     suffixes = ("", "_split")
     decodes = {f"paged_decode{fused}{split}" for split in suffixes for fused in ("", "_fused")}
-    assert kernels == {"kv_write", "kv_gather", "paged_reduce", *decodes, *(f"paged_extend{s}" for s in suffixes)}
+    rows = {"rope_kv_write", "add_rms_norm", "swiglu"}
+    assert kernels == {
+        "kv_write",
+        "kv_gather",
+        "paged_reduce",
+        *rows,
+        *decodes,
+        *(f"paged_extend{s}" for s in suffixes),
+    }
 
 
 def complaints(source: str) -> str:

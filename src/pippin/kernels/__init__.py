@@ -19,23 +19,27 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, paged, reference, tuning
+from pippin.kernels import fused, paged, products, reference, tuning
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, verdicts
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.paged import tile_rows
+from pippin.kernels.products import Weights
 
 __all__ = [
     "Heads",
     "Norm",
     "Rope",
+    "Weights",
     "add_rms_norm",
     "backend",
+    "expert_product",
     "kv_gather",
     "kv_write",
     "paged_decode",
     "paged_extend",
+    "quantized_product",
     "rope_kv_write",
     "rows_per_tile",
     "swiglu",
@@ -135,6 +139,34 @@ def swiglu(y: mx.array) -> mx.array:
     if launch is None:
         return reference.swiglu(y)
     return fused.swiglu(launch, y)
+
+
+def quantized_product(x: mx.array, weights: Weights, mode: str) -> mx.array:
+    """x [T, K] by quantized ``weights`` [N, K], transposed: [T, N]; by whatever is fastest for so many rows here.
+
+    Few rows: a kernel that reads the weights once. Many, on CUDA: the weights made whole first, since MLX's own
+    products of 4-bit numbers reach a fifth of what those of 16-bit numbers do.
+    """
+    rows = x.shape[0]
+    launch = _product_launcher(x, weights) if mode == "affine" and rows <= products.MOST_ROWS else None
+    if launch is not None:
+        return products.product(launch, x, weights)
+    w, scales, biases, group, bits = weights.w, weights.scales, weights.biases, weights.group, weights.bits
+    assert scales is not None
+    if backend() == "cuda" and rows > products.MOST_ROWS:
+        return x @ mx.dequantize(w, scales, biases, group, bits, mode, dtype=x.dtype).T
+    return mx.quantized_matmul(x, w, scales, biases, True, group, bits, mode)
+
+
+def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
+    """Row i is row i // per of x [T, K] by the weights [experts, N, K] of expert ``indices[i]`` [P] int32: [P, N].
+
+    None where there is no kernel for it, or too many rows for one that reads each weight for each of them.
+    """
+    if indices.shape[0] > products.MOST_PAIRS:
+        return None
+    launch = _product_launcher(x, weights)
+    return None if launch is None else products.product(launch, x, weights, indices, per)
 
 
 def kv_gather(
@@ -285,6 +317,13 @@ def tuning_for(
     """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
     seen = longest if window is None else min(window, longest)
     return tuning.choose(backend() or "cuda", kernel, k_pool.dtype, units, q.shape[1], k_pool.shape[1], seen)
+
+
+def _product_launcher(x: mx.array, weights: Weights) -> Launcher | None:
+    """What runs the product, None for plain MLX; only CUDA's dialect has matrix products of fragments."""
+    if backend() != "cuda" or not products.takes(x, weights):
+        return None
+    return _gpu("cuda") if _verdicts("cuda", x.dtype)["product"] else None
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:

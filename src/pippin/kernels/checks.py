@@ -18,7 +18,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, paged, reference
+from pippin.kernels import fused, paged, products, reference
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
@@ -34,6 +34,7 @@ KernelName = Literal[
     "rope_kv_write",
     "add_rms_norm",
     "swiglu",
+    "product",
 ]
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
@@ -176,6 +177,30 @@ def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> boo
     return _close(fused.swiglu(launch, y) / 16, reference.swiglu(y) / 16)
 
 
+def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Seven rows by 4-bit weights, and by those of three experts, two of which get rows; 40 columns, 160 wide."""
+    if not tuning.matrix or dtype == mx.float32:
+        return True  # nobody launches it there
+    keys = mx.random.split(mx.random.key(14), 2)
+    x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
+    w = (mx.random.normal((3, 40, 160), key=keys[1]) / 16).astype(dtype)
+    packed, scales, biases = mx.quantize(w, 32, 4)
+    near = mx.dequantize(packed, scales, biases, 32, 4)
+    indices = mx.array([2, 0, 0, 2, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0], dtype=mx.int32)
+    mx.eval(x, w, packed, scales, biases, near, indices)
+    one = products.Weights(packed[1], scales[1], biases[1], 4, 32)
+    got = [
+        products.product(launch, x, one),
+        products.product(launch, x, products.Weights(packed, scales, biases, 4, 32), indices, 2),
+        products.product(launch, x, products.Weights(w), indices, 2),
+    ]
+    wide, pairs = x.astype(mx.float32), mx.arange(14) // 2
+    want = [wide @ near[1].astype(mx.float32).T] + [
+        (wide[pairs][:, None] @ every.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for every in (near, w)
+    ]
+    return all(_close(a, b.astype(dtype)) for a, b in zip(got, want, strict=True))
+
+
 Check = Callable[[Launcher, mx.Dtype, paged.Tuning], bool]
 
 CHECKS: dict[KernelName, Check] = {
@@ -187,6 +212,7 @@ CHECKS: dict[KernelName, Check] = {
     "rope_kv_write": check_rope_kv_write,
     "add_rms_norm": check_add_rms_norm,
     "swiglu": check_swiglu,
+    "product": check_product,
 }
 
 

@@ -23,7 +23,13 @@ import numpy.typing as npt
 from pippin.errors import PippinError
 from pippin.kernels.launch import Launch, Launcher
 
-_TYPES = {mx.float32: "float", mx.float16: "pippin::half", mx.bfloat16: "pippin::bfloat", mx.int32: "int"}
+_TYPES = {
+    mx.float32: "float",
+    mx.float16: "pippin::half",
+    mx.bfloat16: "pippin::bfloat",
+    mx.int32: "int",
+    mx.uint32: "unsigned",
+}
 _FLAGS = ("-std=c++14", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 
 

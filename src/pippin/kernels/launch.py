@@ -16,19 +16,24 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A body with the arrays that it names, in order; ``macros`` select its variant for the preprocessor."""
+    """A body with the arrays that it names, in order.
+
+    ``macros`` select its variant for the preprocessor; ``headers`` are more bodies that it needs, beside ``common``.
+    """
 
     name: str
     body: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     macros: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""
-        known = ("FUSED", "SPLIT", "TILED")
+        known = ("FUSED", "SPLIT", "TILED", "EXPERTS")
         macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
-        return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h")
+        more = "".join(_text(f"bodies/{name}.h") for name in self.headers)
+        return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h") + more
 
     def text(self, dialect: str) -> str:
         """The kernel's own lines: the dialect's names for where a thread is, then the body."""
@@ -117,7 +122,7 @@ def dialect_digest(dialect: str) -> str:
         (
             *_HERE.glob("bodies/*.h"),
             *_HERE.glob(f"dialects/{dialect}*.h"),
-            *(_HERE / f for f in ("paged.py", "fused.py")),
+            *(_HERE / f for f in ("paged.py", "fused.py", "products.py")),
         )
     )
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
+from pippin import kernels
 from pippin.errors import ModelError
 from pippin.kernels import cpu
 from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_swiglu, settled
@@ -133,6 +135,8 @@ def install(model: nn.Module, vocab_size: int) -> None:
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             put_before(module, _Flattening)
+        if isinstance(module, SwitchGLU):
+            put_before(module, _Routing)
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
             put_before(module, _Deferring)
         if _is_head(module, vocab_size):
@@ -193,11 +197,42 @@ class _Flattening(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """
 
     def __call__(self, x: Any) -> Any:
-        if x.ndim < 3 or not mx.issubdtype(x.dtype, mx.floating):
+        if not mx.issubdtype(x.dtype, mx.floating):
             return super().__call__(x)
-        out = super().__call__(x.reshape(-1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], -1)
+        out = self._product(x)
+        return out + self["bias"] if "bias" in self else out
 
     def as_linear(self, x: Any) -> Any:
-        out = super().as_linear(x.reshape(-1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], -1)
+        return self._product(x)
+
+    def _product(self, x: Any) -> mx.array:
+        weights = kernels.Weights(self["weight"], self["scales"], self.get("biases"), self.bits, self.group_size)
+        out = kernels.quantized_product(x.reshape(-1, x.shape[-1]), weights, self.mode)
+        return out.reshape(*x.shape[:-1], -1) if x.ndim != 2 else out
+
+
+class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before the class of a layer of experts: few rows go straight to their experts' weights, without a sort."""
+
+    def __call__(self, x: Any, indices: Any) -> Any:
+        x, layers = settled(x), (self.up_proj, self.gate_proj, self.down_proj)
+        plain = all(type(layer) in (SwitchLinear, QuantizedSwitchLinear) and "bias" not in layer for layer in layers)
+        found = self._routed(x, indices) if plain else None
+        return super().__call__(x, indices) if found is None else found
+
+    def _routed(self, x: mx.array, indices: mx.array) -> mx.array | None:
+        each, flat = indices.shape[-1], indices.reshape(-1).astype(mx.int32)
+        rows = x.reshape(-1, x.shape[-1])
+        up = kernels.expert_product(rows, _expert_weights(self.up_proj), flat, each)
+        gate = kernels.expert_product(rows, _expert_weights(self.gate_proj), flat, each)
+        if up is None or gate is None:
+            return None
+        out = kernels.expert_product(self.activation(up, gate), _expert_weights(self.down_proj), flat, 1)
+        return None if out is None else out.reshape(*indices.shape, -1)
+
+
+def _expert_weights(layer: nn.Module) -> kernels.Weights:
+    if isinstance(layer, QuantizedSwitchLinear):
+        bits = layer.bits if layer.mode == "affine" and layer.global_scale is None else 0
+        return kernels.Weights(layer["weight"], layer["scales"], layer.get("biases"), bits, layer.group_size)
+    return kernels.Weights(layer["weight"])

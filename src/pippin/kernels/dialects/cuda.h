@@ -53,6 +53,34 @@ INLINE unsigned two(float low, float high) {
   return x.w;
 }
 
+// a * b + c of both 16-bit halves of a word.
+template <typename T>
+INLINE unsigned fma_two(unsigned a, unsigned b, unsigned c);
+template <>
+__device__ __forceinline__ unsigned fma_two<__nv_bfloat16>(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <>
+__device__ __forceinline__ unsigned fma_two<__half>(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// Two 4-bit numbers q, in the lowest bits of both halves of a word, are the numbers OFFSET + q of T once `BITS` are set.
+template <typename T>
+struct Nibble;
+template <>
+struct Nibble<__nv_bfloat16> {
+  static constexpr unsigned BITS = 0x43004300, ONE = 0x3f803f80, MINUS = 0xc300c300;
+};
+template <>
+struct Nibble<__half> {
+  static constexpr unsigned BITS = 0x64006400, ONE = 0x3c003c00, MINUS = 0xe400e400;
+};
+
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 }  // namespace pippin

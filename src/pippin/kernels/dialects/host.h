@@ -146,6 +146,30 @@ INLINE unsigned two(float low, float high) {
   return unsigned(T(low).b) | unsigned(T(high).b) << 16;
 }
 
+template <typename T>
+INLINE unsigned fma_two(unsigned a, unsigned b, unsigned c) {
+  unsigned d = 0;
+  for (int i = 0; i < 2; i++) {
+    T x, y, z;
+    x.b = uint16_t(a >> 16 * i);
+    y.b = uint16_t(b >> 16 * i);
+    z.b = uint16_t(c >> 16 * i);
+    d |= unsigned(T(fmaf(float(x), float(y), float(z))).b) << 16 * i;
+  }
+  return d;
+}
+
+template <typename T>
+struct Nibble;
+template <>
+struct Nibble<bfloat> {
+  static constexpr unsigned BITS = 0x43004300, ONE = 0x3f803f80, MINUS = 0xc300c300;
+};
+template <>
+struct Nibble<half> {
+  static constexpr unsigned BITS = 0x64006400, ONE = 0x3c003c00, MINUS = 0xe400e400;
+};
+
 static uint32_t random_bits() {
   seed = seed * 6364136223846793005u + 1442695040888963407u;
   return uint32_t(seed >> 33);
