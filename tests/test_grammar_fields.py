@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from concurrent.futures import Future
 from functools import cache
@@ -175,6 +176,25 @@ def test_what_only_looks_like_a_keyword_is_none() -> None:
     }
     text = '{"not": {"not": 1, "dependencies": {}}, "dependencies": null}'
     assert accepts(Grammar("json_schema", json.dumps(schema)), text)
+
+
+def test_dates_are_in_the_calendar() -> None:
+    """Every day of some years of each kind, and the days that aren't."""
+    date, time = (Grammar("json_schema", json.dumps({"type": "string", "format": f})) for f in ("date", "date-time"))
+    for year in (1, 4, 1900, 2000, 2023, 2024, 2100, 9996):
+        for month, day in [(1, 31), (2, 28), (2, 29), (2, 30), (4, 30), (4, 31), (10, 10), (12, 31), (13, 1), (0, 1)]:
+            text = f"{year:04}-{month:02}-{day:02}"
+            try:
+                datetime.date.fromisoformat(text)
+                real = True
+            except ValueError:
+                real = False
+            assert accepts(date, json.dumps(text)) == real, text
+            assert accepts(time, json.dumps(f"{text}T12:30:00Z")) == real, text
+    assert not accepts(date, '"0000-01-01"')
+    nullable = {"type": ["string", "null"], "format": "date", "pattern": "^20", "allOf": [{"pattern": "1$"}]}
+    for text, ok in (('"2023-02-01"', True), ('"2023-02-02"', False), ('"1999-01-01"', False), ("null", True)):
+        assert accepts(Grammar("json_schema", json.dumps(nullable)), text) == ok, text
 
 
 def test_json_is_laid_out_as_asked() -> None:

@@ -20,6 +20,11 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 
 # Keywords of JSON schemas that constrain, of any draft, which llguidance passes over without a word.
 _PASSED_OVER = ("dependencies", "$recursiveRef", "divisibleBy", "disallow", "extends")
+# llguidance's own has a 29th of February in any year; a year 0000 is more than Python's datetime can read.
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = f"{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29"
+
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SCHEMAS = ("additionalProperties", "items", "additionalItems")
@@ -56,7 +61,7 @@ def llguidance_grammar(grammar: Grammar, style: JsonStyle, vocabulary: LLTokeniz
         case "structural_tag":
             tag = parsed(grammar.text)
             for schema in schemas_of_tag(tag):
-                check_schema(schema)
+                complete(schema)
             return grammar_of_tag(tag, style.options, vocabulary, lark_of_text)
 
 
@@ -73,13 +78,16 @@ def schema_text(text: str) -> str:
     schema = parsed(text)
     if not isinstance(schema, dict | bool):
         raise RequestError("a JSON schema must be an object")
-    check_schema(schema)
+    complete(schema)
     # A schema that is true allows any value, but llguidance wants an object here.
     return "{}" if schema is True else json.dumps(schema if schema is not False else {"enum": []})
 
 
-def check_schema(schema: Any) -> None:
-    """Raises RequestError for what constrains, and llguidance would pass over."""
+def complete(schema: Any) -> None:
+    """Adds to a schema, in place, what llguidance would let pass: dates that no calendar has.
+
+    Raises RequestError for keywords that constrain, and that it would pass over.
+    """
     for part in subschemas(schema):
         for keyword in _PASSED_OVER:
             if keyword in part:
@@ -87,6 +95,11 @@ def check_schema(schema: Any) -> None:
         for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
             if isinstance(part.get(keyword), bool):
                 raise RequestError(f"the schema keyword {keyword} must be a number, as since draft 6")
+        if part.get("format") in ("date", "date-time"):
+            more = part.get("allOf", [])
+            if not isinstance(more, list):
+                raise RequestError("the schema keyword allOf must be a list")
+            part["allOf"] = [*more, {"pattern": f"^(?:{_DATE})"}]
 
 
 def schemas_of_tag(tag: Any) -> Iterator[Any]:
