@@ -74,7 +74,7 @@ def matcher_of(made: GrammarCompiler, grammar: Grammar, tokens: Sequence[int] = 
 def mask_of(made: GrammarCompiler, matcher: GrammarMatcher, ends_at: int = 1) -> set[int]:
     """The ids that may come next."""
     request = Request("r", [0] * ends_at, 1, SamplingParams(), matcher=matcher)
-    masks, failures = made.fill([Work(request, 0, ends_at, True)])
+    masks, failures = made.fill([Work(request, 0, ends_at, True)]).result()
     assert not failures
     return {int(i) for i in np.flatnonzero(np.unpackbits(masks[0].view(np.uint8), bitorder="little"))}
 
@@ -145,7 +145,7 @@ def test_a_text_that_no_tokens_can_write_fails_its_request() -> None:
     unknown = "Ω"
     assert not any(unknown in (tokenizer.piece(i) or "") for i in range(tokenizer.vocab_size))
     matcher = matcher_of(made, Grammar("choice", json.dumps([unknown]), "guided_choice"))
-    masks, failures = made.fill([Work(Request("r", [0], 1, SamplingParams(), matcher=matcher), 0, 1, True)])
+    masks, failures = made.fill([Work(Request("r", [0], 1, SamplingParams(), matcher=matcher), 0, 1, True)]).result()
     assert failures[0].field == "guided_choice"
     assert masks.all()
 

@@ -60,6 +60,11 @@ COMPILE_WAIT = 0.005
 """Seconds that a step with nothing to do waits for a grammar: how late a command may be obeyed meanwhile."""
 
 
+LEAST_FORCED = 2
+"""How many tokens must be forced at once to be appended. Fewer are drawn, from masks that leave nothing else: rows of
+several new tokens cost a step more than they save."""
+
+
 class EngineCore:
     """Requests in, a StepOutput a step out.
 
@@ -284,6 +289,8 @@ class EngineCore:
         if matcher is None or request.finish is not None or params.logprobs or params.prompt_logprobs:
             return
         tokens = matcher.forced()
+        if len(tokens) < LEAST_FORCED:
+            return
         finish = self._follow(request, tokens)
         if finish is not None and finish.reason == "error":
             self._scheduler.fail(request, finish)
@@ -305,14 +312,19 @@ class EngineCore:
             return failed(error)
         return Finish("stop") if matcher.ended else None
 
-    def _masks(self, works: Sequence[Work], outputs: list[Output]) -> npt.NDArray[np.uint32]:
-        """What each work may draw. A request whose grammar can't go on fails here, alone."""
+    def _masks(self, works: Sequence[Work], outputs: list[Output]) -> Callable[[], npt.NDArray[np.uint32]]:
+        """What each work may draw, in a while. A request whose grammar can't go on fails then, alone."""
         assert self._grammars is not None
-        masks, failures = self._grammars.fill(works)
-        for row, error in failures.items():
-            request = works[row].request
-            self._scheduler.fail(request, failed(error))
-            outputs.append(Output(request.id, num_cached=request.num_cached, finish=request.finish))
+        made = self._grammars.fill(works)
+
+        def masks() -> npt.NDArray[np.uint32]:
+            bits, failures = made.result()
+            for row, error in failures.items():
+                request = works[row].request
+                self._scheduler.fail(request, failed(error))
+                outputs.append(Output(request.id, num_cached=request.num_cached, finish=request.finish))
+            return bits
+
         return masks
 
     def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:

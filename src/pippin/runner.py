@@ -30,8 +30,8 @@ _LEAST_TABLE = 8
 _LEAST_AHEAD = 32
 
 
-Masks = Callable[[Sequence[Work]], npt.NDArray[np.uint32]]
-"""Of works that sample: which tokens each may draw, as ``sampler.allow`` takes them."""
+Masks = Callable[[Sequence[Work]], Callable[[], npt.NDArray[np.uint32]]]
+"""Begins, for works that sample, and then gives which tokens each may draw, as ``sampler.allow`` takes them."""
 
 
 class Flight(Protocol):
@@ -43,7 +43,7 @@ class Flight(Protocol):
     def draw(self, masks: Masks) -> None:
         """Queues the draws of a step whose requests have grammars; nothing is left to queue of any other.
 
-        ``masks`` is called while the device runs the step, and needs the step before to have been read.
+        ``masks`` needs the step before to have been read, and works while the device runs this one.
         """
         ...
 
@@ -222,11 +222,12 @@ class MlxModelRunner:
     ) -> Sampled:
         """Draws for the first rows of logits, one a work, and puts the tokens into the device table.
 
-        With ``masks`` it queues the step first, has them made while that runs, and queues the draws.
+        With ``masks`` it queues the step, which they are made beside, and then the draws.
         """
         if masks is not None:
+            made = masks(works)
             self._queue()
-            plan, inputs = allow(plan, inputs, masks(works), len(logits))
+            plan, inputs = allow(plan, inputs, made(), len(logits))
         sampled = sample(logits, plan, inputs, step_tokens)
         rows = mx.array([w.request.row for w in works], dtype=mx.int32)
         self._last_token[rows] = sampled.tokens[: len(works)]

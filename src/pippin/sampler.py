@@ -39,6 +39,7 @@ LARGEST_PARTITION = 1024  # above this top_k, bisecting is as fast as a partitio
 PROBABILITY_1 = float(2**31)  # in the integers that top_p sums
 INTEGER_MAX = 2**31 - 1  # top_k: off
 EVERY = 2**32 - 1  # a word of a mask that allows all
+MINUS_INFINITY = 0xFF800000  # its bits
 UNLIKELY = -1e30  # logit of a token that is drawn if nothing else may be
 NO_BOUNDARY = 2**31 - 1  # bits above those of every float
 
@@ -240,7 +241,10 @@ def _masked(logits: mx.array, allowed: mx.array) -> mx.array:
     """float32 [S, n] with minus infinity where the mask has 0. Of what it allows, edits forbid nothing for good."""
     rows, n = logits.shape
     bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return mx.where(bits.reshape(rows, -1)[:, :n] > 0, mx.maximum(logits, UNLIKELY), -mx.inf)
+    refused = bits.reshape(rows, -1)[:, :n] - 1  # all ones where the mask has 0
+    # In the floats' own bits: on a CPU ``where`` takes three times as long as all of this.
+    kept = mx.maximum(logits, UNLIKELY).view(mx.uint32)
+    return ((kept & ~refused) | (refused & mx.array(MINUS_INFINITY, mx.uint32))).view(mx.float32)
 
 
 def prompt_logprobs(

@@ -51,6 +51,7 @@ class GrammarCompiler:
         self._compiled: OrderedDict[Key, Future[LLMatcher]] = OrderedDict()
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(THREADS, "grammar")
+        self._filling = ThreadPoolExecutor(1, "masks")
         self.compiled = 0
 
     def submit(self, grammar: Grammar, generated: Sequence[Token], ignore_eos: bool) -> Future[GrammarMatcher]:
@@ -60,8 +61,11 @@ class GrammarCompiler:
         """
         return self._threads.submit(self._make, grammar, list(generated), self._eos_ids if ignore_eos else ())
 
-    def fill(self, works: Sequence[Work]) -> tuple[Bits, dict[int, RequestError]]:
-        """``Masks.fill`` for works that sample: for those whose matchers decide what is drawn."""
+    def fill(self, works: Sequence[Work]) -> Future[tuple[Bits, dict[int, RequestError]]]:
+        """``Masks.fill``, beside the caller, for works that sample: for those whose matchers decide what is drawn.
+
+        Until it is done, no one else may use their matchers.
+        """
         if self._masks is None:
             self._masks = Masks(self._vocab_size, self._vocabulary.result().vocab_size)
         waiting = {}
@@ -70,10 +74,11 @@ class GrammarCompiler:
             matcher = request.matcher
             if isinstance(matcher, GrammarMatcher) and request.finish is None and work.end == len(request.tokens):
                 waiting[row] = matcher
-        return self._masks.fill(len(works), waiting)
+        return self._filling.submit(self._masks.fill, len(works), waiting)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._filling.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, grammar: Grammar, generated: list[Token], barred: Sequence[Token]) -> GrammarMatcher:
         matcher = GrammarMatcher(self._of(grammar).deep_copy(), barred, grammar.field)

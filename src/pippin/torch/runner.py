@@ -60,7 +60,7 @@ class TorchModelRunner:
         """Draws for rows of logits, one a work, and keeps the tokens."""
         plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
         if masks is not None:
-            plan, inputs = allow(plan, inputs, masks(works), len(works))
+            plan, inputs = allow(plan, inputs, masks(works)(), len(works))
         last_inputs = mx.array([self._token(w, w.end - 1) for w in works], dtype=mx.int32)
         sampled = sample(logits, plan, inputs, last_inputs)
         for work, token in zip(works, np.asarray(sampled.tokens), strict=True):

@@ -1,0 +1,165 @@
+"""Structured output's price: tokens a second of many requests at once, half of them with grammars, and none of them.
+
+    python -m benchmarks.grammar [--shape demo] [--requests 64] [--tokens 128] [--rounds 5] [--json results.jsonl]
+
+Every answer has ``--tokens`` tokens, with a grammar or without: no grammar here ends before. ``free`` leaves the model
+much choice (strings); ``forced`` leaves little (records whose keys are given, so that tokens are forced ahead). Sides
+take turns; medians of ``--rounds``. ``--shape 8b`` takes random weights and a vocabulary of 151 936, on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pippin.config import EngineConfig
+from pippin.core import EngineCore, build_core, load_core
+from pippin.types import Grammar, Output, SamplingParams, Submit
+
+RECORD = {
+    "type": "object",
+    "properties": {
+        "identifier": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "description": {"type": "string", "maxLength": 24},
+        "category": {"enum": ["electronics", "groceries", "clothing"]},
+        "available": {"type": "boolean"},
+    },
+    "required": ["identifier", "description", "category", "available"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "free": Grammar("json_schema", json.dumps({"type": "array", "items": {"type": "string"}, "minItems": 500})),
+    "forced": Grammar("json_schema", json.dumps({"type": "array", "items": RECORD, "minItems": 500})),
+}
+
+
+def demo_core(requests: int) -> EngineCore:
+    return load_core(EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600))
+
+
+def shaped_core(shape: str, requests: int, directory: Path) -> EngineCore:
+    """Random weights in a real model's shape, and a vocabulary of its size."""
+    import mlx.core as mx
+
+    from benchmarks.gpu import make_model, weight_bytes
+    from pippin.models.load import LoadedModel
+
+    model = make_model(shape, None)
+    vocab = int(model.args.vocab_size)
+    (directory / "tokenizer.json").write_text(large_tokenizer(vocab), encoding="utf-8")
+    dtype = mx.float32 if shape == "tiny" else mx.bfloat16
+    kind, size = str(model.args.model_type), weight_bytes(model)
+    loaded = LoadedModel(model, {}, directory, kind, dtype, None, (), vocab, 40960, size)
+    return build_core(
+        loaded, EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600), lambda _: None
+    )
+
+
+def large_tokenizer(vocab: int) -> str:
+    """The shipped model's tokenizer with made-up merges, up to ``vocab`` ids."""
+    from pippin.demo import demo_model_path
+
+    data = json.loads((demo_model_path() / "tokenizer.json").read_text(encoding="utf-8"))
+    known: dict[str, int] = data["model"]["vocab"]
+    source, pieces = random.Random(0), [piece for piece in known if len(piece) < 8]
+    next_id = max([*known.values(), *(token["id"] for token in data["added_tokens"])]) + 1
+    known = {piece: id for piece, id in known.items() if id < vocab}
+    while next_id < vocab:
+        left, right = source.choice(pieces), source.choice(pieces)
+        if left + right not in known:
+            known[left + right] = next_id
+            data["model"]["merges"].append([left, right])
+            next_id += 1
+            if len(left + right) < 8:
+                pieces.append(left + right)
+    data["model"]["vocab"] = known
+    return json.dumps(data)
+
+
+class Load:
+    """Rounds of requests that all come at once."""
+
+    def __init__(self, core: EngineCore, requests: int, tokens: int) -> None:
+        self._core = core
+        self._requests = requests
+        self._tokens = tokens
+        self._round = 0
+
+    def run(self, grammars: Sequence[Grammar | None]) -> float:
+        """Tokens a second; request i has grammar i modulo their number."""
+        self._round += 1
+        source = random.Random(self._round)
+        most = self._core.info.vocab_size
+        for i in range(self._requests):
+            prompt = [source.randrange(300, min(most, 4000)) for _ in range(32)]
+            params = SamplingParams(
+                max_new_tokens=self._tokens,
+                temperature=1.0,
+                seed=i,
+                ignore_eos=True,
+                grammar=grammars[i % len(grammars)],
+            )
+            self._core.add(Submit(f"{self._round}-{i}", prompt, len(prompt), params))
+        began, count, finished = time.perf_counter(), 0, 0
+        for output in self._outputs():
+            count += len(output.tokens)
+            if output.finish is not None:
+                assert output.finish.reason == "length", output.finish
+                finished += 1
+        assert (finished, count) == (self._requests, self._requests * self._tokens)
+        return count / (time.perf_counter() - began)
+
+    def _outputs(self) -> Iterator[Output]:
+        while self._core.has_work:
+            step = self._core.step()
+            yield from step.outputs if step else ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="demo", help="demo, or one of benchmarks.gpu's: 0.6b, 8b")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape == "demo":
+            core = demo_core(options.requests)
+        else:
+            core = shaped_core(options.shape, options.requests, Path(folder))
+        load = Load(core, options.requests, options.tokens)
+        sides: dict[str, list[Grammar | None]] = {
+            "none": [None],
+            "half free": [GRAMMARS["free"], None],
+            "half forced": [GRAMMARS["forced"], None],
+            "half mixed": [GRAMMARS["free"], None, GRAMMARS["forced"], None],
+            "all mixed": [GRAMMARS["free"], GRAMMARS["forced"]],
+        }
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for grammars in sides.values():
+            load.run(grammars)  # to warm up
+        forced = core.stats.forced_tokens
+        for _ in range(options.rounds):
+            for name, grammars in sides.items():
+                rates[name].append(load.run(grammars))
+    none = statistics.median(rates["none"])
+    for name, found in rates.items():
+        ratio = statistics.median(f / n for f, n in zip(found, rates["none"], strict=True))
+        row = {"side": name, "tokens_per_second": round(statistics.median(found), 1), "of_none": round(ratio, 3)}
+        row |= {"shape": options.shape, "requests": options.requests, "tokens": options.tokens}
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(f"none={none:.1f} tokens/s, forced tokens: {core.stats.forced_tokens - forced}, device {core.info.device}")
+
+
+if __name__ == "__main__":
+    main()
