@@ -222,11 +222,15 @@ def test_a_stream_that_broke_off_anywhere_goes_on_as_it_would_have(core: EngineC
 
 def test_the_grammar_wins_over_what_forbids_all_that_it_allows(core: EngineCore) -> None:
     """min_new_tokens forbids stop tokens, but here the grammar allows nothing else."""
-    (stop,) = byte_level().encode("S")
-    params = SamplingParams(
-        max_new_tokens=9, min_new_tokens=9, stop_token_ids=(stop,), grammar=Grammar("regex", "S{3}"), temperature=1.0
-    )
-    assert answers(core, [Submit("a", [4], 1, params)]) == {"a": ([stop] * 3, Finish("stop"))}
+    stops = tuple(byte_level().encode("S T"))[::2]
+    grammar = Grammar("regex", "[ST]{3}")
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            max_new_tokens=9, min_new_tokens=9, stop_token_ids=stops, grammar=grammar, temperature=temperature
+        )
+        ((tokens, finish),) = answers(core, [Submit("a", [4], 1, params)]).values()
+        assert re.fullmatch("[ST]{3}", text(tokens))
+        assert finish == Finish("stop")
 
 
 def test_an_end_comes_only_where_the_grammar_allows_it(core: EngineCore) -> None:
