@@ -525,6 +525,31 @@ def test_a_metal_build_is_shown_to_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path
     ]
 
 
+def test_a_verdict_does_not_outlive_the_build_that_it_was_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels that MLX compiled say nothing of a .metallib, nor one of the next."""
+    prints = [checks.fingerprint("metal"), checks.fingerprint("cuda")]
+    folder = built(monkeypatch, tmp_path)
+    prints.append(checks.fingerprint("metal"))
+    assert checks.fingerprint("cuda") == prints[1]
+    store.refuse(store.Key.here("metal"), "wrong")
+    assert checks.fingerprint("metal") == prints[0]
+    build("metal", [SMALL], mac(Toolchain(output=SPOKEN)))
+    prints.append(checks.fingerprint("metal"))
+    assert len(set(prints)) == 4
+    assert not (folder / "refused").exists()
+
+
+def test_a_wrong_metallib_is_not_loaded_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    built(monkeypatch, tmp_path)
+    found = checks.verdicts("metal", jit, mx.float32, paged.Tuning())
+    assert not any(found.values())
+    assert not list(cache.glob("kernels-*.json")), "the verdict is of this process alone"
+    host = Host()
+    monkeypatch.setattr(prebuilt, "_load_module", lambda path: host)
+    assert prebuilt.prefer_built("metal", jit) is jit
+    assert host.loaded == []
+
+
 def test_without_a_build_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pippin.kernels"):
         assert prebuilt.prefer_built("metal", jit) is jit

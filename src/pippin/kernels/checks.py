@@ -250,11 +250,15 @@ def verdicts(platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tun
     if isinstance(launch, BuiltCuda):
         launch.prepare(recorded(dtype, tuning))
     found = check_all(launch, dtype, tuning)
-    if isinstance(launch, BuiltCuda) and launch.refused is None and not all(found.values()):
-        why = f"compiled by us, {', '.join(name for name, ok in found.items() if not ok)} went wrong here"
+    key, wrong = store.Key.here(platform), [name for name, ok in found.items() if not ok]
+    why = f"compiled by us, {', '.join(wrong)} went wrong here"
+    if wrong and isinstance(launch, BuiltCuda) and launch.refused is None:
         launch.refuse(why)
-        store.refuse(store.Key.here(platform), why)
+        store.refuse(key, why)
         found = check_all(launch, dtype, tuning)
+    elif wrong and store.in_use(key):  # MLX has a .metallib's functions for good: the next process does without
+        store.refuse(key, why)
+        return found
     try:
         store.write(path, json.dumps(found).encode())
     except OSError as error:
@@ -263,8 +267,9 @@ def verdicts(platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tun
 
 
 def fingerprint(platform: str) -> str:
-    """Of the chip, the system, MLX's version and the kernels' sources: a verdict holds for these alone."""
-    facts = (platform, store.chip(), system.platform(), version("mlx"), dialect_digest(platform))
+    """Of the chip, the system, MLX, the kernels' sources and what was built ahead: a verdict holds for these alone."""
+    built = store.in_use(store.Key.here(platform)) if platform == "metal" else ""
+    facts = (platform, store.chip(), system.platform(), version("mlx"), dialect_digest(platform), built)
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

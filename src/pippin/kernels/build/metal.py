@@ -10,11 +10,12 @@ import json
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pippin.kernels.build import metal_sources, toolchain
+from pippin.kernels.build import metal_sources, store, toolchain
 from pippin.kernels.build.nvrtc import CompileError
 from pippin.kernels.build.prebuilt import HOST_MODULE, Recorded
 from pippin.kernels.build.store import Key, write, write_manifest
@@ -56,7 +57,8 @@ def build_metal(
         write(key.folder / library.name, library.read_bytes())
         write(key.folder / host.name, host.read_bytes())
     write(key.folder / "names.json", json.dumps(sorted(sources)).encode())
-    write_manifest(key, {"compiler": "xcrun metal", "kernels": sorted(sources)})
+    write_manifest(key, {"compiler": "xcrun metal", "built": time.time(), "kernels": sorted(sources)})
+    store.forgive(key)
     return len(sources), len(sources)
 
 

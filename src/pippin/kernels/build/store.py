@@ -97,6 +97,17 @@ def refuse(key: Key, why: str) -> None:
         write(key.folder / "refused", why.encode())
 
 
+def forgive(key: Key) -> None:
+    """Lets a new build be tried where an old one was refused. Raises OSError."""
+    (key.folder / "refused").unlink(missing_ok=True)
+
+
+def in_use(key: Key) -> str:
+    """Which build for ``key`` a process takes, by its manifest; empty where there is none, or it was refused."""
+    manifest = read_manifest(key.folder)
+    return "" if manifest is None or refusal(key) is not None else json.dumps(manifest, sort_keys=True)
+
+
 def other_builds(key: Key) -> list[dict[str, Any]]:
     """Manifests of builds for this platform that do not match ``key``."""
     folders = sorted((cache_folder() / "kernels").glob(f"{key.platform}-*"))
