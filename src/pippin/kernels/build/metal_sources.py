@@ -18,7 +18,7 @@ import mlx.core as mx
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.launch import Launch, Source, small_inputs
 
-_DTYPES = {str(d): d for d in (mx.float32, mx.float16, mx.bfloat16, mx.int32)}
+_DTYPES = {str(d): d for d in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint32)}
 _PRINTED = re.compile(r"Generated source code for `(\w+)`:\n```\n(.*?)\n```\n", re.S)
 
 
@@ -62,7 +62,7 @@ def speak(launches: Sequence[Recorded]) -> None:
 def _plain(what: Launch, inputs: Sequence[mx.array]) -> dict[str, Any]:
     source = what.source
     return {
-        "source": [source.name, source.body, source.inputs, source.outputs, source.macros],
+        "source": [source.name, source.body, source.inputs, source.outputs, source.macros, source.headers],
         "constants": [[name, str(v) if isinstance(v, mx.Dtype) else v] for name, v in what.constants],
         "blocks": what.blocks,
         "threads": what.threads,
@@ -72,9 +72,9 @@ def _plain(what: Launch, inputs: Sequence[mx.array]) -> dict[str, Any]:
 
 
 def _launch(one: dict[str, Any]) -> Recorded:
-    name, body, inputs, outputs, macros = one["source"]
+    name, body, inputs, outputs, macros, headers = one["source"]
     what = Launch(
-        Source(name, body, tuple(inputs), tuple(outputs), tuple(macros)),
+        Source(name, body, tuple(inputs), tuple(outputs), tuple(macros), tuple(headers)),
         tuple((n, _DTYPES[v] if isinstance(v, str) else v) for n, v in one["constants"]),
         (one["blocks"][0], one["blocks"][1]),
         one["threads"],

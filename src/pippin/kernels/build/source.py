@@ -15,7 +15,13 @@ import mlx.core as mx
 
 from pippin.kernels.launch import Launch, Source
 
-TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.int32: "int"}
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.int32: "int",
+    mx.uint32: "unsigned",
+}
 _INCLUDES = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
 
 Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
