@@ -63,6 +63,8 @@ class Arguments:
         starts = _each(self.logprob_start_len, count, "logprob_start_len")
         tops = _each(self.top_logprobs_num, count, "top_logprobs_num")
         rids = _each(self.rid, count, "rid")
+        if not all(rid is None or isinstance(rid, str) for rid in rids):
+            raise RequestError("rid must be a string, or a list of strings", "rid")
         if self.rid is not None and len(set(rids)) < count:
             raise RequestError("each prompt needs an rid of its own", "rid")
         asked = []

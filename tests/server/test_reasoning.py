@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 
 from pippin.client import EngineClient
+from pippin.config import EngineConfig, ServerConfig
+from pippin.errors import ConfigError
+from pippin.server import create_app
+from pippin.server.launch import run
+from pippin.text.chat import ChatTemplate
 from pippin.types import Finish, Output, SamplingParams
-from tests.fake_core import EOS
+from tests.fake_core import EOS, FakeCore
 from tests.server.conftest import Running, byte_tokenizer, serving
 
 TEMPLATE = (
@@ -59,6 +64,13 @@ def thinker() -> Iterator[Running]:
 
     with serving(make_client=make, tokenizer=byte_tokenizer(TEMPLATE)) as running:
         yield running
+
+
+def parts(config: ServerConfig) -> tuple[EngineClient, Any, ChatTemplate, ServerConfig]:
+    """What a server is made of, without an engine that has started."""
+    tokenizer = byte_tokenizer(TEMPLATE)
+    client = EngineClient.in_thread(lambda progress: FakeCore(), seed=0)
+    return client, tokenizer, ChatTemplate(tokenizer), config
 
 
 def chat(running: Running, **more: Any) -> dict[str, Any]:
@@ -166,3 +178,27 @@ def test_ollamas_thinking_and_reasoning_items(thinker: Running) -> None:
         assert b"I wonder." in thinker.client.prompts[-1][0]  # type: ignore[attr-defined]
         events = [e.type for e in ai.responses.create(model="m", input="hi", stream=True, max_output_tokens=200)]
     assert events.index("response.reasoning_text.done") < events.index("response.output_text.delta")
+
+
+def test_the_parsers_can_be_asked_alone(thinker: Running) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    with thinker.http() as http:
+        body: dict[str, Any] = {"text": "<think>hm</think>so"}
+        assert http.post("/separate_reasoning", json=body).json() == {"reasoning_text": "hm", "text": "so"}
+        body = {"text": 'Well. <tool_call>{"name": "now"}</tool_call>', "tools": tools, "tool_call_parser": "qwen25"}
+        found = http.post("/parse_function_call", json=body).json()
+        assert found == {"normal_text": "Well.", "calls": [{"tool_index": 0, "name": "now", "parameters": "{}"}]}
+        response = http.post("/parse_function_call", json=body | {"tool_call_parser": "nobody's"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_call_parser")
+        response = http.post("/separate_reasoning", json={"text": "a", "reasoning_parser": "nobody's"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "reasoning_parser")
+
+
+def test_an_unknown_parser_is_refused_at_the_start() -> None:
+    unknown: list[dict[str, Any]] = [{"tool_call_parser": "x"}, {"reasoning_parser": "x"}]
+    for options in unknown:
+        config = ServerConfig(**options)
+        with pytest.raises(ConfigError, match="must be none, auto or one of"):
+            create_app(*parts(config))
+        with pytest.raises(ConfigError, match="-parser: must be"):  # before a model is loaded
+            run(EngineConfig(), config)

@@ -18,10 +18,11 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import anthropic, native, ollama, openai, profile, responses
+from pippin.server import anthropic, native, ollama, openai, parsing, profile, responses
 from pippin.server.anthropic import CountRequest, MessagesRequest
 from pippin.server.http import CLIENT_CLOSED, ErrorJson, JsonResponse, error_body, error_response
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from pippin.server.parsing import ParseRequest, SeparateRequest
 from pippin.server.protocol import (
     AbortRequest,
     Body,
@@ -65,6 +66,8 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/tokenize", native.tokenize, TokenizeRequest),
     ("POST", "/detokenize", native.detokenize, DetokenizeRequest),
     ("POST", "/v1/detokenize", native.detokenize, DetokenizeRequest),
+    ("POST", "/parse_function_call", parsing.parse_function_call, ParseRequest),
+    ("POST", "/separate_reasoning", parsing.separate_reasoning, SeparateRequest),
     ("GET", "/health", native.health, None),
     ("GET", "/health_generate", native.health_generate, None),
     ("GET", "/get_model_info", native.model_info, None),

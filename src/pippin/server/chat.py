@@ -102,9 +102,12 @@ class Message:
     called: bool = False
     _open: Call | None = None
 
-    def add(self, step: Step) -> None:
-        for part in step.parts:
+    def take(self, parts: Sequence[Part]) -> None:
+        for part in parts:
             self._add(part)
+
+    def add(self, step: Step) -> None:
+        self.take(step.parts)
         self.logprobs += step.delta.logprobs
         self.finish, self.called = step.finish or self.finish, step.called
 

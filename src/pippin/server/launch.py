@@ -17,6 +17,7 @@ from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
 from pippin.server.app import Gate, create_app
 from pippin.text.chat import ChatTemplate, read_template
+from pippin.text.reply import named_formats
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE
@@ -66,6 +67,7 @@ class Serving:
         self, engine: EngineConfig, server: ServerConfig, on_progress: Callable[[Progress], None], core: str
     ) -> None:
         self._engine, self._config = engine, server
+        named_formats(server.tool_call_parser, server.reasoning_parser)  # raises now rather than after loading
         self._template = read_template(server.chat_template) if server.chat_template else None
         self._client = EngineClient.spawn(engine, core, server.log_level)
         self._client.on_progress = on_progress

@@ -39,12 +39,11 @@ class Speech:
         cls, tokenizer: Tokenizer, template: str | None, tool_parser: str = "auto", reasoning_parser: str = "auto"
     ) -> Speech:
         """By the chat template, unless parsers are named (``none`` is off). Raises ConfigError for unknown names."""
-        thinks = reasoning.format_of(template or "") if reasoning_parser == "auto" else None
-        calls = tools.format_of(template or "") if tool_parser == "auto" else None
-        if reasoning_parser not in ("auto", OFF):
-            thinks = named(reasoning.format_named(reasoning_parser), "--reasoning-parser", reasoning.FORMATS)
-        if tool_parser not in ("auto", OFF):
-            calls = named(tools.format_named(tool_parser), "--tool-call-parser", tools.FORMATS)
+        calls, thinks = named_formats(tool_parser, reasoning_parser)
+        if reasoning_parser == "auto":
+            thinks = reasoning.format_of(template or "")
+        if tool_parser == "auto":
+            calls = tools.format_of(template or "")
         markers = [*(thinks.markers if thinks else ()), *(calls.markers if calls else ())]
         return cls(thinks, calls, tokenizer.specials_in(markers))
 
@@ -63,9 +62,19 @@ class Speech:
         return HARMONY in (self.reasoning and self.reasoning.name, self.tools and self.tools.name)
 
 
+def named_formats(tool_parser: str, reasoning_parser: str) -> tuple[ToolFormat | None, ReasoningFormat | None]:
+    """The formats of these names, None for auto and none. Raises ConfigError for unknown ones."""
+    calls, thinks = None, None
+    if tool_parser not in ("auto", OFF):
+        calls = named(tools.format_named(tool_parser), "--tool-call-parser", tools.FORMATS)
+    if reasoning_parser not in ("auto", OFF):
+        thinks = named(reasoning.format_named(reasoning_parser), "--reasoning-parser", reasoning.FORMATS)
+    return calls, thinks
+
+
 def named(format: T | None, option: str, known: Mapping[str, object]) -> T:
     if format is None:
-        raise ConfigError(f"must be auto, none or one of {', '.join(sorted(known))}", option)
+        raise ConfigError(f"must be {OFF}, auto or one of {', '.join(sorted(known))}", option)
     return format
 
 
