@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pippin.text.json_scanner import JsonScanner
@@ -332,7 +332,14 @@ BROKEN = {
         "<tool_call>",
     ],
     "qwen3_coder": ["<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo", "<tool_call>x</tool_call>"],
-    "mistral": ["[TOOL_CALLS]get_weather[ARGS]{", "[TOOL_CALLS]get_weather", '[TOOL_CALLS][{"name": "no"}]'],
+    "deepseekv3": [deepseek("<｜tool▁sep｜>")([("no", {})]).removesuffix("<｜tool▁calls▁end｜>")],
+    "kimi_k2": [kimi_k2([("no", {})]).removesuffix("<|tool_calls_section_end|>")],
+    "mistral": [
+        "[TOOL_CALLS]no[ARGS]{}",
+        "[TOOL_CALLS]get_weather[ARGS]{",
+        "[TOOL_CALLS]get_weather",
+        '[TOOL_CALLS][{"name": "no"}]',
+    ],
     "llama3": ['{"name": "get_weather", "parameters": {"city"', '{"answer": 42}', "[1, 2]"],
     "glm": ["<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Os", "<tool_call>no</tool_call>"],
     "pythonic": ["[get_weather(city=f())]", "[no()]", "[1, 2]", "[get_weather(city='Os"],
@@ -348,6 +355,8 @@ def test_a_broken_call_is_text_as_it_was_written(name: str, text: str) -> None:
     whole = [call for call in calls_of(parts) if name != "json"]
     assert whole == []
     if name != "json":
+        for section in ("<｜tool▁calls▁begin｜>", "<|tool_calls_section_begin|>"):  # says nothing by itself
+            text = text.replace(section, "")
         assert text_of(parts) == ("" if name in AT_START else "I see. ") + text
 
 
@@ -479,7 +488,20 @@ def test_the_json_scanner_takes_all_of_a_value_and_no_more(value: object, cut: i
     assert text[:taken] == text
 
 
-@given(st.text(st.sampled_from('{}[]:,"\\ab1e.-0tnul \n'), max_size=14))
+@st.composite
+def almost_json(draw: st.DrawFn) -> str:
+    """A JSON text with a character more, less or other."""
+    text = json.dumps(draw(VALUES))
+    at = draw(st.integers(0, len(text)))
+    return text[:at] + draw(st.sampled_from(["", *'{}[]:,"\\1e.-t \n'])) + text[at + draw(st.integers(0, 1)) :]
+
+
+@given(almost_json() | st.text(st.sampled_from('{}[]:,"\\ab1e.-0tnul \n'), max_size=14))
+@example('{"a": 1,}')
+@example("[1,]")
+@example('{"a" 1}')
+@example("[01]")
+@example('"\t"')
 def test_the_json_scanner_agrees_with_python(text: str) -> None:
     scanner = JsonScanner()
     taken = scanner.feed(text)
