@@ -493,7 +493,8 @@ def almost_json(draw: st.DrawFn) -> str:
     """A JSON text with a character more, less or other."""
     text = json.dumps(draw(VALUES))
     at = draw(st.integers(0, len(text)))
-    return text[:at] + draw(st.sampled_from(["", *'{}[]:,"\\1e.-t \n'])) + text[at + draw(st.integers(0, 1)) :]
+    other: str = draw(st.sampled_from(["", *'{}[]:,"\\1e.-t \n']))
+    return text[:at] + other + text[at + draw(st.integers(0, 1)) :]
 
 
 @given(almost_json() | st.text(st.sampled_from('{}[]:,"\\ab1e.-0tnul \n'), max_size=14))
