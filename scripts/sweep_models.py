@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 CHECKS = ("alone", "batched", "chunked", "prefix hit", "retracted")
-TOKENS = 40
+TOKENS = 24
 
 
 @dataclass(slots=True)
@@ -64,8 +65,15 @@ def check(architecture: str) -> Outcome:
         try:
             _check(write_checkpoint(Path(folder), small_config(architecture)), outcome)
         except ModelError as error:
-            outcome.refusal = str(error).replace(folder, "it").replace("|", "/").splitlines()[0]
+            outcome.refusal = _shorter(str(error).replace(folder, "it").replace("|", "/").splitlines()[0])
     return outcome
+
+
+def _shorter(refusal: str) -> str:
+    """The same reason of several backends, told once."""
+    head, _, rest = refusal.partition(": ")
+    reasons = [part.partition(": ")[2] for part in rest.split("; ")]
+    return f"{head}: {reasons[0]}" if len(reasons) > 1 and len(set(reasons)) == 1 else refusal
 
 
 def _check(path: Path, outcome: Outcome) -> None:
@@ -117,21 +125,23 @@ def _prompts() -> list[list[int]]:
     return [[trunk[0]], [source.randrange(3, 280) for _ in range(47)], *([*trunk, *tail] for tail in tails)]
 
 
-def sweep(names: Sequence[str]) -> list[Outcome]:
+def sweep(names: Sequence[str], jobs: int) -> list[Outcome]:
     """Each architecture in a process of its own: some of mlx-lm's files crash on small models, or end the process."""
-    found = []
-    for name in names:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", name], capture_output=True, text=True, cwd=ROOT, check=False
-        )
-        last = (done.stdout.splitlines() or [""])[-1]
-        if last.startswith("{"):
-            found.append(Outcome(**json.loads(last)))
-        else:
-            reason = "no small configuration" if "KeyError" in done.stderr else _why(done)
-            found.append(Outcome(name, refusal=f"not swept: {reason}"))
-        print(found[-1].row, flush=True)
-    return found
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(_sweep_one, names))
+
+
+def _sweep_one(name: str) -> Outcome:
+    command = [sys.executable, __file__, "--one", name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    last = (done.stdout.splitlines() or [""])[-1]
+    if last.startswith("{"):
+        outcome = Outcome(**json.loads(last))
+    else:
+        reason = "no small configuration" if "KeyError" in done.stderr else _why(done)
+        outcome = Outcome(name, refusal=f"not swept: {reason}")
+    print(outcome.row, flush=True)
+    return outcome
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:
@@ -160,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="check this architecture here, and print the outcome as JSON")
     parser.add_argument("names", nargs="*", help="architectures; all if left out, and the page is written")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if args.one:
@@ -168,7 +179,7 @@ def main() -> int:
         prepare()
         print(json.dumps(asdict(check(args.one))))
         return 0
-    outcomes = sweep(args.names or architectures())
+    outcomes = sweep(args.names or architectures(), args.jobs)
     if not args.names:
         write(outcomes)
     return int(any(not ok for o in outcomes for ok in o.checks.values()))

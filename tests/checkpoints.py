@@ -386,7 +386,7 @@ def random_weights(model: nn.Module, seed: int) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for name, value in tree_flatten(model.parameters()):
         noise = mx.random.normal(value.shape, key=mx.random.key(seed + len(weights)))
-        if value.ndim == 1:
+        if value.ndim <= 1:
             weights[name] = value + 0.3 * noise
         else:
             weights[name] = noise if "embed" in name else 2.0 * noise / value.shape[-1] ** 0.5

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pippin import memory
 from pippin.attention import backends_to_try
-from pippin.cache.layout import CacheLayout, LayerShape
+from pippin.cache.layout import CacheLayout, LayerShape, Leaf, StateShape
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
-from pippin.memory import MemoryPlan, device_bytes, limits, plan_memory, use_device
+from pippin.memory import Limits, MemoryPlan, device_bytes, limit_rows, limits, plan_memory, use_device
 from pippin.probe import Choice
 
 SHAPE = LayerShape(2, 16, 24, mx.float16)  # 160 bytes a slot
@@ -38,7 +38,7 @@ def plan(
     **options: Any,
 ) -> MemoryPlan:
     return plan_memory(
-        EngineConfig(**options),
+        EngineConfig(**options).with_pages(1),
         choice(layers),
         weight_bytes=weights,
         activation_bytes=activations,
@@ -226,3 +226,62 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_option(monkeypatch: pytest.Mo
     before = mx.default_device()
     use_device("auto")
     assert mx.default_device() == before
+
+
+# --- recurrent state ---
+
+STATE = StateShape((((1000, 1000), mx.float32),))  # 4 MB
+
+
+def recurrent(layers: int = 2) -> Choice:
+    """A hybrid of ``layers`` attention layers, or of none, whose state takes 4 MB a request."""
+    shapes = (SHAPE,) * layers
+    tree = (Leaf(0, True), *map(Leaf, range(layers)))
+    return Choice(backends_to_try("solo")[0], "", CacheLayout(tree, shapes, (STATE,)))
+
+
+def hybrid_plan(running: int, layers: int = 2, **options: Any) -> MemoryPlan:
+    return plan_memory(
+        EngineConfig(**options).with_pages(1),
+        recurrent(layers),
+        weight_bytes=GB,
+        activation_bytes=GB,
+        context_length=4096,
+        max_running=running,
+    )
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_states_and_snapshots_are_in_the_plan(device: Any, gpu: bool, layers: int) -> None:
+    device(16 * GB, gpu)
+    found = hybrid_plan(16, layers)
+    assert found.state_bytes == 16 * 4_000_000
+    assert found.snapshot_bytes == found.snapshots * 4_000_000 > 0
+    parts = found.weight_bytes + found.activation_bytes + found.pool_bytes + found.state_bytes + found.snapshot_bytes
+    assert parts <= found.budget_bytes
+    assert found.slots >= 16 * 4096 or not gpu
+    assert (found.pool_bytes == 0) == (layers == 0)
+
+
+def test_snapshots_are_as_many_as_asked_for_or_refused_by_the_flag(device: Any) -> None:
+    assert hybrid_plan(4, max_mamba_cache_size=7).snapshots == 7
+    assert hybrid_plan(4, max_mamba_cache_size=0).snapshots == 0
+    assert hybrid_plan(4, disable_radix_cache=True).snapshots == 0
+    with pytest.raises(ConfigError, match=r"--max-mamba-cache-size: 9999 snapshots take 40.00 GB"):
+        hybrid_plan(4, max_mamba_cache_size=9999)
+    assert plan().snapshots == plan().state_bytes == 0
+
+
+def test_rows_are_as_many_as_states_have_room(device: Any) -> None:
+    device(2 * GB, gpu=True)
+    sizes = Limits(chunk=512, max_running=256)
+    assert limit_rows(EngineConfig(), choice(), sizes, GB) == sizes
+    fewer = limit_rows(EngineConfig(), recurrent(), sizes, GB)
+    assert 1 <= fewer.max_running < 256
+    assert fewer.max_running * 3 * 4_000_000 <= 0.6 * GB / 3
+    assert limit_rows(EngineConfig(max_running_requests=3), recurrent(), Limits(512, 3), GB).max_running == 3
+    with pytest.raises(ConfigError, match="--max-running-requests: the recurrent states of 256 requests"):
+        limit_rows(EngineConfig(max_running_requests=256), recurrent(), sizes, GB)
+    with pytest.raises(ModelError, match="no room for a request's recurrent state"):
+        limit_rows(EngineConfig(), recurrent(), sizes, int(1.6 * GB))

@@ -15,7 +15,8 @@ from pippin.cache.state import StateStore
 from pippin.core import EngineCore
 from pippin.runner import MlxModelRunner
 from pippin.types import CacheMiss, Request, SamplingParams, Submit, Work
-from tests.checkpoints import make_checkpoint
+from tests.architectures import small_config
+from tests.checkpoints import make_checkpoint, write_checkpoint
 from tests.test_core import GREEDY, collect, greedy_by_mlx_lm, make_core, prompts, replace_params, run, submits
 
 FAMILIES = ["qwen3_next", "mamba2", "falcon_h1", "recurrent_gemma", "kimi_linear", "longcat_flash_ngram"]
@@ -155,6 +156,17 @@ def test_a_failed_step_forgets_every_state(checkpoints: dict[str, Path], monkeyp
             tokens = [t for o in found[f"r{i}"] for t in o.tokens]
             assert tokens == greedy_by_mlx_lm(path, row, 12)
     assert core.stats.snapshots == states_of(core).num_kept
+
+
+@pytest.mark.parametrize("architecture", ["gpt_bigcode", "afm7"])
+def test_models_that_want_their_position_as_a_number_run_alone(tmp_path: Path, architecture: str) -> None:
+    path, rows = write_checkpoint(tmp_path, small_config(architecture)), prompts(3)
+    core = make_core(path, chunked_prefill_size=16)
+    assert core.info.attention_backend == "alone"
+    found = run(core, submits(rows))
+    assert found == {f"r{i}": greedy_by_mlx_lm(path, row, 12) for i, row in enumerate(rows)}
+    assert run(core, submits(rows)) == found
+    assert core.stats.cached_tokens > 0
 
 
 # --- the store ---

@@ -47,6 +47,7 @@ _BACKENDS: dict[str, AttentionBackend] = {
         Padded("padded_grouped", grouped=True),
         Solo("solo", padded=False),
         Solo("solo_padded", padded=True),
+        Solo("alone", padded=True, alone=True),
     )
 }
 

@@ -37,6 +37,9 @@ class PaddedLayer:
         shape = pool.shapes[layer]
         self._window = shape.window if shape else None
         self._stored: tuple[mx.array, mx.array] | None = None
+        # Some models set these, so that a cache that they read only in part is evaluated (DeepSeek V3.2).
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """bool [B, 1, L, context] ([B, 1, 1, L, context] if grouped), made once a window for all layers."""
@@ -55,6 +58,7 @@ class PaddedLayer:
         written = self._pool.write(self._layer, slots, flat[0], flat[1], self._step.after)
         group = self._step.groups[0]
         self._stored = fetch(self._pool, self._layer, group, written, lambda: group.head_rows(keys.shape[1]))
+        self.keys, self.values = self._stored
         return self._stored
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:

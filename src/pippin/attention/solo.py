@@ -3,6 +3,8 @@
 A state has to see its tokens one after the other, and padding would go into it. So a prompt, or a chunk of one, is a
 forward of its own, ``[1, L]``, unpadded; single tokens of many requests are one forward, ``[B, 1]``, over their stacked
 states. Attention layers use the pool as in backend ``rows``, or ``padded`` where the model computes with its mask.
+
+Backend ``alone`` runs every work by itself, single tokens too: for models that want their position as a number.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from dataclasses import replace
 import mlx.core as mx
 
 from pippin.attention.padded import PaddedLayer
+from pippin.attention.plain import causal_mask, positional_mask
 from pippin.attention.rows import RowLayer, Window
 from pippin.cache.pool import KVPool
-from pippin.inputs import Step, padded_step, row_step
+from pippin.inputs import Group, Step, padded_step, row_step
 from pippin.models.deferred import Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
@@ -55,17 +58,40 @@ class ChunkLayer:
         return _turn(settled(self._rows.attend(_turn(settled(q)), scale, mask, sinks)))
 
 
+class AloneLayer:
+    """The cache object of one attention layer for a forward of one work: it says what mlx-lm's own would say."""
+
+    def __init__(self, layer: PaddedLayer, group: Group, window: int | None) -> None:
+        self.offset = group.context - group.rows
+        self.update_and_fetch = layer.update_and_fetch
+        self.keys_and_values = layer.keys_and_values
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self._group = group
+        self._window = window
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """None or "causal" where that will do, or bool [L, context]."""
+        window = window_size or self._window
+        mask = positional_mask(self._group, window) if return_array and N > 1 else causal_mask(self._group, window)
+        return mask[0, 0] if isinstance(mask, mx.array) else mask
+
+
 def _turn(x: mx.array) -> mx.array:
     """[1, heads, L, dim] to [L, heads, 1, dim], and back."""
     return x.transpose(2, 1, 0, 3)
 
 
 class Solo:
-    """See the module; ``attention.AttentionBackend`` says what each method owes. ``padded``: attend as that does."""
+    """See the module; ``attention.AttentionBackend`` says what each method owes.
 
-    def __init__(self, name: str, padded: bool) -> None:
+    ``padded``: attend as that does. ``alone``: no work runs with another.
+    """
+
+    def __init__(self, name: str, padded: bool, alone: bool = False) -> None:
         self.name = name
         self._padded = padded
+        self._alone = alone
 
     def forwards(self, works: Sequence[Work]) -> list[Sequence[Work]]:
         """Each chunk by itself; single tokens together, as far as the order allows.
@@ -76,7 +102,7 @@ class Solo:
         rest = sorted((w for w in works if not w.decodes), key=lambda w: w.start)
         runs: list[list[Work]] = []
         for work in [*rest, *sorted((w for w in works if w.decodes), key=lambda w: w.start)]:
-            if runs and _joins(work) and _joins(runs[-1][-1]):
+            if runs and not self._alone and _joins(work) and _joins(runs[-1][-1]):
                 runs[-1].append(work)
             else:
                 runs.append([work])
@@ -97,7 +123,10 @@ class Solo:
         count, kv = len(pool.shapes), list[object]()
         if self._padded:
             masks: dict[int | None, mx.array] = {}
-            kv += [PaddedLayer(i, step, pool, masks, grouped=False) for i in range(count)]
+            padded = [PaddedLayer(i, step, pool, masks, grouped=False) for i in range(count)]
+            windows = [shape.window if shape else None for shape in pool.shapes]
+            alone = [AloneLayer(p, step.groups[0], w) for p, w in zip(padded, windows, strict=True)]
+            kv += alone if self._alone else padded
         else:
             gathers: dict[tuple[int, int], mx.array] = {}
             rows = [RowLayer(i, step, pool, seam, gathers) for i in range(count)]
