@@ -15,6 +15,7 @@ from pippin.text.parts import CallArguments, CallBegin, CallBroken, CallEnd, Par
 from pippin.text.reasoning import FORMATS as REASONING
 from pippin.text.reply import Reply, Speech
 from pippin.text.tools import FORMATS, format_named, format_of
+from pippin.text.tools.mlx_formats import reader
 from pippin.text.tools.offered import Offered
 
 SCHEMA = {
@@ -514,3 +515,36 @@ def test_the_json_scanner_agrees_with_python(text: str) -> None:
     whole = taken == len(text) and scanner.could_end
     whole = whole or (scanner.done and not text[taken:].strip(" \t\r\n"))
     assert whole == valid
+
+
+# --- beside mlx-lm's parsers, which we did not write ---
+
+MLX_LM = {
+    "qwen": ("json_tools", "<tool_call>", "</tool_call>"),
+    "qwen3_coder": ("qwen3_coder", "<tool_call>", "</tool_call>"),
+    "glm": ("glm47", "<tool_call>", "</tool_call>"),
+    "kimi_k2": ("kimi_k2", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    "mistral": ("mistral", "[TOOL_CALLS]", ""),
+    "mistral v11": ("mistral", "[TOOL_CALLS]", ""),
+    "pythonic, marked": ("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
+}
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "city": st.text(st.sampled_from("abü '.-"), min_size=1, max_size=8).map(str.strip).filter(bool),
+        "days": st.integers(-99, 99),
+        "flag": st.booleans(),
+        "deep": st.dictionaries(st.sampled_from("ab"), st.integers(0, 9) | st.booleans(), max_size=2),
+    },
+)
+
+
+@given(name=st.sampled_from(sorted(MLX_LM)), arguments=ARGUMENTS.filter(bool))
+def test_calls_are_what_mlx_lm_finds(name: str, arguments: dict[str, Any]) -> None:
+    module, begin, end = MLX_LM[name]
+    format, write = WRITERS[name]
+    text = write([("get_weather", arguments)])
+    inner = text.removeprefix(begin).removesuffix(end)
+    found = reader(module)(inner, TOOLS.list)
+    theirs = [(call["name"], call["arguments"]) for call in (found if isinstance(found, list) else [found])]
+    assert calls_of(parse(reply_of(format), [text])) == theirs
