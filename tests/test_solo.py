@@ -142,12 +142,21 @@ def test_a_failed_step_forgets_every_state(checkpoints: dict[str, Path], monkeyp
 
     def fails(batch: Any) -> Any:
         calls.append(batch)
+        flight = launch(batch)
         if len(calls) == 3:
             raise RuntimeError("the device gave up")
-        return launch(batch)
+        return flight
 
+    reset, left = runner.reset, []
+
+    def resets() -> None:
+        reset()
+        left.append((states_of(core).num_kept, dict(states_of(core)._rows), states_of(core).take_new()))
+
+    monkeypatch.setattr(runner, "reset", resets)
     monkeypatch.setattr(runner, "launch", fails)
     found = collect(core, submits(rows))
+    assert left == [(0, {}, [])]
     ends = {id: outputs[-1].finish for id, outputs in found.items()}
     assert {e.reason for e in ends.values() if e} == {"error", "length"}
     for i, row in enumerate(rows):

@@ -461,7 +461,7 @@ class Scheduler:
     def _keep(self, request: Request) -> None:
         """Keeps the state of a request that leaves, if all its tokens so far are in the tree."""
         end = request.computed
-        if request.restore is None and request.shared == end:
+        if request.shared == end:  # one that has yet to start from a snapshot is where that already is
             id = self._radix.mark(request.tokens, end, request.pin)
             if id is not None:
                 self._snapshots.keeper.keep(request.row, id)
