@@ -69,6 +69,19 @@ def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoints: dict[str, Path], 
         assert states_of(core).num_kept == 0
 
 
+@pytest.mark.parametrize("page_size", [1, 8])
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
+def test_tokens_are_the_same_where_kernels_write_the_pool_in_place(
+    checkpoints: dict[str, Path], family: str, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
+    path, rows = checkpoints[family], prompts(6)
+    core = make_core(path, chunked_prefill_size=16, page_size=page_size)
+    expected = {f"r{i}": greedy_by_mlx_lm(path, row, 12) for i, row in enumerate(rows)}
+    assert run(core, submits(rows)) == run(core, submits(rows)) == expected
+    assert core.stats.cached_tokens > 0
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_next", "mamba2"])
 def test_a_chat_hits_the_cache_every_turn(checkpoints: dict[str, Path], family: str, overlap: bool) -> None:
