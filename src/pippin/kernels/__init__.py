@@ -161,12 +161,17 @@ def quantized_product(x: mx.array, weights: Weights, mode: str) -> mx.array:
 def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
     """Row i is row i // per of x [T, K] by the weights [experts, N, K] of expert ``indices[i]`` [P] int32: [P, N].
 
-    None where there is no kernel for it, or too many rows for one that reads each weight for each of them.
+    None where there is no kernel for it, or too many rows for one that reads each weight for each of them. The rows
+    of one token go through MLX's own product of a vector, which is faster for them.
     """
-    if indices.shape[0] > products.MOST_PAIRS:
+    pairs = indices.shape[0]
+    launch = _product_launcher(x, weights) if pairs <= products.MOST_PAIRS else None
+    if launch is None:
         return None
-    launch = _product_launcher(x, weights)
-    return None if launch is None else products.product(launch, x, weights, indices, per)
+    if weights.bits == 16 and pairs <= products.MOST_VECTORS:
+        rows = products.row_of_pair(pairs, per)
+        return mx.gather_mm(x[:, None], weights.w.swapaxes(-1, -2), lhs_indices=rows, rhs_indices=indices)[:, 0]
+    return products.product(launch, x, weights, indices, per)
 
 
 def kv_gather(

@@ -14,6 +14,8 @@ _INPUTS = ("x", "w", "scales", "biases", "indices")
 # Rows up to which reading the weights decides, and not multiplying: beyond, MLX's own products are faster.
 MOST_ROWS = 256
 MOST_PAIRS = 2048
+# Pairs of a row and its expert that are faster one by one.
+MOST_VECTORS = 16
 _FULL = 264  # blocks that fill a GPU twice over: with fewer, blocks take fewer columns
 
 
@@ -73,6 +75,26 @@ def product(launch: Launcher, x: mx.array, weights: Weights, indices: mx.array |
     return launch(what, inputs)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is cut: a block has ``warps`` and computes ``columns`` (of 8) by ``rows`` (of 16) at once."""
+
+    columns: int
+    rows: int
+    warps: int
+
+
+def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
+    """For ``rows`` rows an expert; by what was fastest on an H200 (docs/log.md).
+
+    Four warps keep enough loads in flight, and have less to join than eight; few columns where blocks are few.
+    """
+    tiles = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    few = experts * n // 32 < _FULL
+    warps = 8 if few and bits == 4 else 4
+    return Cut(4 if few else 8, tiles, max(1, min(warps, k // (128 if bits == 4 else 64))))
+
+
 @lru_cache(maxsize=4096)
 def _launch(
     rows: int,
@@ -84,28 +106,29 @@ def _launch(
     experts, n, k = shape
     bits, group = form
     pairs, per = routed or (rows, 1)
-    tiles = _row_tiles(pairs if routed is None else 2 * -(-pairs // experts))
-    wide = bits == 4 and experts * n // 64 >= _FULL and tiles < 4
-    columns = 8 if wide else 4
-    warps = max(1, min(8, k // (128 if bits == 4 else 64)))
+    cut = cut_of(pairs if routed is None else 2 * -(-pairs // experts), min(experts, pairs), n, k, bits)
     constants = (
         ("T", dtype),
         ("N", n),
         ("K", k),
-        ("NT", columns),
-        ("MT", tiles),
-        ("WARPS", warps),
+        ("NT", cut.columns),
+        ("MT", cut.rows),
+        ("WARPS", cut.warps),
         ("BITS", bits),
         ("GROUP", group),
         ("PER", per),
         ("MOST", max(32, 1 << (pairs - 1).bit_length()) if routed else 32),
+        ("BY_PAIR", routed is not None and pairs < experts),
     )
     macros = ("EXPERTS",) if routed else ()
     source = Source("expert_mma" if routed else "rows_mma", "expert_mma", _INPUTS, ("out",), macros, ("nibbles",))
-    blocks = -(-n // (8 * columns)), experts if routed else 1
-    return Launch(source, constants, blocks, 32 * warps, (((pairs, n), dtype),))
+    blocks = -(-n // (8 * cut.columns)), min(experts, pairs) if routed else 1
+    return Launch(source, constants, blocks, 32 * cut.warps, (((pairs, n), dtype),))
 
 
-def _row_tiles(rows: int) -> int:
-    """Tiles of 16 rows that a block takes at once."""
-    return 1 if rows <= 16 else 2 if rows <= 32 else 4
+@lru_cache(maxsize=64)
+def row_of_pair(pairs: int, per: int) -> mx.array:
+    """i // per for each of ``pairs``, uint32; made once, where MLX would make it anew for each product."""
+    rows = mx.arange(pairs, dtype=mx.uint32) // per
+    mx.eval(rows)
+    return rows

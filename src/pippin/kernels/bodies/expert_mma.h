@@ -3,9 +3,11 @@
 // takes row i / PER of x. A block's warps share its columns and take every WARPS-th part of K.
   using namespace pippin;
   constexpr int COLUMNS = NT * 8, UNITS = BITS == 4 ? 4 : 2, STEP = UNITS * 32, GROUPS = K / GROUP;
-  const int expert = block_y, line = lane / 4, column = lane % 4;
+  const int line = lane / 4, column = lane % 4;
   int total = x_shape[0];
 #if EXPERTS
+  // With fewer pairs than experts, block y stands for the expert of pair y, if no pair before has the same.
+  const int expert = BY_PAIR ? indices[block_y] : block_y;
   SHARED(int, mine, MOST);
   SHARED(int, counts, WARPS * 32);
   const int pairs = indices_shape[0], each = (pairs + WARPS * 32 - 1) / (WARPS * 32);
@@ -23,6 +25,9 @@
     if (indices[i] == expert) mine[before++] = i;
   }
   BARRIER();
+  if (BY_PAIR && mine[0] != block_y) total = 0;
+#else
+  const int expert = 0;
 #endif
   SHARED(float, sums, WARPS * 16 * COLUMNS);
   for (int first = 0; first < total; first += 16 * MT) {
