@@ -83,7 +83,8 @@ def make_core(model: nn.Module, **options: Any) -> EngineCore:
     vocab = int(model.args.vocab_size)
     kind = str(model.args.model_type)
     dtype = mx.float32 if vocab == 1000 else mx.bfloat16
-    loaded = LoadedModel(model, {}, Path("random"), kind, dtype, None, (), vocab, 40960, weight_bytes(model))
+    context = options.pop("context_length", None) or 40960
+    loaded = LoadedModel(model, {}, Path("random"), kind, dtype, None, (), vocab, context, weight_bytes(model))
     return build_core(loaded, EngineConfig(**options), lambda _: None)
 
 
@@ -136,7 +137,10 @@ class MlxLm:
 
     def _batch(self, rows: Sequence[Sequence[int]], new: int) -> Iterator[str]:
         batch = BatchGenerator(
-            self._model, max_tokens=new, prefill_batch_size=16, completion_batch_size=max(32, len(rows))
+            self._model,
+            max_tokens=new,
+            prefill_batch_size=16 if len(rows[0]) <= 1024 else 2,  # more long ones at once do not fit
+            completion_batch_size=max(32, len(rows)),
         )
         batch.insert([list(row) for row in rows])
         left = len(rows)
@@ -174,26 +178,19 @@ def measure(
     bits: int | None,
     streams: Sequence[int],
     rounds: int,
-    peers: bool,
+    names: Sequence[str],
     graph_rows: int,
     cases: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     # A model of its own for each: ours is hooked, and its quantized layers would serve mlx-lm faster too.
-    sides: list[Ours | MlxLm] = [MlxLm(make_model(shape, bits))] if peers else []
-    model = make_model(shape, bits)
-    slots = max(streams) * 400 + 16 * 512 + 64
-    core = make_core(
-        model,
-        max_total_tokens=max(slots, 33 * 8500) if {"long", "waits"} & set(cases) else slots,
-        max_running_requests=max(32, *streams),
-        chunked_prefill_size=8192,
-        disable_radix_cache=True,
-        disable_graph=not graph_rows,
-        graph_max_rows=graph_rows or 1,
-    )
-    sides.append(Ours(core))
-    vocab = int(model.args.vocab_size)
-    what = {"shape": shape, "bits": bits or 16, "weight_gb": weight_bytes(model) / 1e9}
+    sides: list[Ours | MlxLm] = [MlxLm(make_model(shape, bits))] if MlxLm.name in names else []
+    core = None
+    if Ours.name in names:
+        model = make_model(shape, bits)
+        core = make_core_for(model, streams, graph_rows, cases)
+        sides.append(Ours(core))
+    vocab = COMMON["vocab_size"] if shape != "tiny" else 1000
+    what = {"shape": shape, "bits": bits or 16}
     for count in streams if "decode" in cases else ():
         for side in sides:
             mx.reset_peak_memory()
@@ -207,9 +204,23 @@ def measure(
         yield what | {"side": side.name, "prompt_16k": 16384 / seconds}
         _, rate = side.run(prompts(32, 8192, vocab, 60), 65)
         yield what | {"side": side.name, "streams": 32, "context": 8192, "decode": rate}
-    if "waits" in cases:
+    if "waits" in cases and core is not None:
         core = build_core_again(core, model)
         yield what | {"side": "pippin"} | waits(core, vocab, rounds)
+
+
+def make_core_for(model: nn.Module, streams: Sequence[int], graph_rows: int, cases: Sequence[str]) -> EngineCore:
+    slots = max(streams) * 400 + 16 * 512 + 64
+    return make_core(
+        model,
+        max_total_tokens=max(slots, 33 * 8500) if {"long", "waits"} & set(cases) else slots,
+        max_running_requests=max(32, *streams),
+        context_length=None if {"long", "waits"} & set(cases) else 1024,
+        chunked_prefill_size=8192,
+        disable_radix_cache=True,
+        disable_graph=not graph_rows,
+        graph_max_rows=graph_rows or 1,
+    )
 
 
 def build_core_again(core: EngineCore, model: nn.Module) -> EngineCore:
@@ -267,7 +278,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "8b"], help="SHAPES, `:4` for 4 bits")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=["pippin", "mlx-lm"], default=["mlx-lm", "pippin"])
     parser.add_argument("--graph-rows", type=int, default=256, help="0: no graphs")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["decode", "prefill"])
     parser.add_argument("--json", type=Path)

@@ -71,6 +71,7 @@ class EngineConfig:
     graph_max_rows: int = option(
         256, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
     )
+    skip_server_warmup: bool = option(False, "Compile steps as they come up, not at start.")
     grammar_backend: str = option(
         "llguidance", "What enforces structured output; none refuses such requests.", choices=("llguidance", "none")
     )

@@ -70,7 +70,8 @@ class EngineCore:
 
     With ``overlap``, step n+1 is scheduled and built before step n is read, whoever joins, leaves or finishes. Where a
     request has a grammar, the step's draws are built after that, while the device runs the rest of the step: its mask
-    hangs on the token that step n drew. ``grammars`` is None where requests with grammars are refused.
+    hangs on the token that step n drew. ``grammars`` is None where requests with grammars are refused. ``traces``
+    counts steps that were compiled since the start.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class EngineCore:
         *,
         overlap: bool = True,
         grammars: GrammarCompiler | None = None,
+        traces: Callable[[], int] = lambda: 0,
     ) -> None:
         self.info = info
+        self._traces = traces
         self._scheduler = scheduler
         self._runner = runner
         self._overlap = self._may_overlap = overlap
@@ -104,7 +107,12 @@ class EngineCore:
 
     @property
     def stats(self) -> Stats:
-        return self._scheduler.stats(steps=self._steps, overlapped_steps=self._overlapped, step_seconds=self._seconds)
+        return self._scheduler.stats(
+            steps=self._steps,
+            overlapped_steps=self._overlapped,
+            step_seconds=self._seconds,
+            graph_traces=self._traces(),
+        )
 
     def add(self, submit: Submit) -> None:
         """Queues a request. Raises RequestError if its tokens can't be served."""
@@ -438,6 +446,8 @@ def build_runner(
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
         fusions=choice.fusions,
     )
+    if not config.skip_server_warmup:
+        runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 
 
@@ -456,7 +466,8 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     )
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
-    return EngineCore(scheduler, runner, info, overlap=overlap, grammars=compiler_of(config, info))
+    traces = runner.traces if isinstance(runner, MlxModelRunner) else (lambda: 0)
+    return EngineCore(scheduler, runner, info, overlap=overlap, grammars=compiler_of(config, info), traces=traces)
 
 
 def _info(

@@ -24,6 +24,7 @@ from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, power_of_two, 
 from pippin.types import Request, Work
 
 _LEAST_WIDTH = 256
+_FINE_WIDTH = 4096
 
 
 class DecodeInputs(NamedTuple):
@@ -49,6 +50,20 @@ def _unpacked(packed: mx.array, size: int) -> DecodeInputs:
     return DecodeInputs(known, unseen, rows, positions, slots, packed[_LINES * size :].reshape(size, -1))
 
 
+def padded_length(tokens: int) -> int:
+    """The context that a step is compiled for: a power of two, of four where it is long, so that there are few."""
+    length = power_of_two(max(tokens, _LEAST_WIDTH))
+    return length if length <= _FINE_WIDTH or length.bit_length() % 2 else 2 * length
+
+
+def padded_lengths(most: int) -> list[int]:
+    """All of them, for contexts of up to ``most`` tokens."""
+    found = [padded_length(1)]
+    while found[-1] < most:
+        found.append(padded_length(found[-1] + 1))
+    return found
+
+
 class DecodeTable:
     """Lays steps of single tokens out, by what has changed since the step before: mostly, a new page now and then."""
 
@@ -63,7 +78,7 @@ class DecodeTable:
         self._requests = []
 
     def inputs(self, works: Sequence[Work], size: int) -> npt.NDArray[np.int32]:
-        """The arrays of ``DecodeInputs``, padded to ``size`` rows and a power of two of pages, one after the other."""
+        """The arrays of ``DecodeInputs``, padded to ``size`` rows and ``padded_length``, one after the other."""
         requests, starts = [w.request for w in works], [w.start for w in works]
         width = self._width(max(starts) + 1)
         packed = np.zeros(size * (_LINES + width), np.int32)
@@ -80,8 +95,7 @@ class DecodeTable:
         return packed
 
     def _width(self, longest: int) -> int:
-        pages = -(-longest // self._page_size)
-        return power_of_two(max(pages, -(-_LEAST_WIDTH // self._page_size)))
+        return -(-padded_length(longest) // self._page_size)
 
     def _turn(
         self, requests: list[Request], starts: list[int], slots: npt.NDArray[np.int32], shape: tuple[int, int]
@@ -151,14 +165,22 @@ class DecodeGraphs:
         """To be called when any other step has run."""
         self._table.forget()
 
+    def warm(self, plan: SamplingPlan, sampling: SamplingInputs, last_token: mx.array, size: int, length: int) -> None:
+        """Compiles the step of ``size`` rows that see up to ``length`` tokens, by running it on padding alone."""
+        packed = mx.zeros(size * (_LINES + -(-length // self._pool.page_size)), mx.int32)
+        mx.eval(self._compiled(plan, size)(last_token, packed, sampling))
+
     def _call(
         self, works: Sequence[Work], last_token: mx.array, plan: SamplingPlan | None, sampling: SamplingInputs
     ) -> tuple[mx.array, ...]:
         size = self.size(works)
         packed = mx.array(self._table.inputs(works, size))
+        return self._compiled(plan, size)(last_token, packed, sampling)
+
+    def _compiled(self, plan: SamplingPlan | None, size: int) -> DecodeFunction:
         if (plan, size) not in self._functions:
             self._functions[plan, size] = self._compile(self._function(plan, size))
-        return self._functions[plan, size](last_token, packed, sampling)
+        return self._functions[plan, size]
 
     def _function(self, plan: SamplingPlan | None, size: int) -> DecodeFunction:
         """A step of ``size`` rows up to what it draws, or without a plan up to its logits."""

@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
-from pippin.graph import DecodeGraphs
+from pippin.graph import DecodeGraphs, padded_lengths
 from pippin.inputs import Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
 from pippin.profile.timeline import Lap, no_lap
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, prompt_logprobs, sample, sampling_inputs
-from pippin.types import Batch, RowResult, TokenLogprob, Work
+from pippin.types import Batch, Request, RowResult, SamplingParams, TokenLogprob, Work
 
 # Inputs of fewer elements are of another address space in a Metal kernel.
 _LEAST_TABLE = 8
@@ -159,6 +159,8 @@ class MlxModelRunner:
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
         self._graph_rows = graph_rows
+        self._max_running = max_running
+        self._warmed = 0
         self._unqueued: list[mx.array] = []
         self._queued = True
         self.lap: Lap = no_lap
@@ -170,6 +172,30 @@ class MlxModelRunner:
         if not self.pool.in_place or not self._graph_rows or self.pool.states:
             return None
         return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows, fusions=self.fusions)
+
+    def warm_up(self, context_length: int, tell: Callable[[int, int], None]) -> None:
+        """Compiles the steps of single tokens that will come, greedy and with a temperature; ``tell`` (done, all).
+
+        Everything but prompts is then compiled: ``traces`` counts what is not.
+        """
+        if self.graphs is None:
+            return
+        rows = min(self._graph_rows, self._max_running)
+        sizes = sorted({min(1 << i, rows) for i in range(rows.bit_length() + 1)})
+        shapes = [(size, length) for length in padded_lengths(context_length) for size in sizes]
+        for done, (size, length) in enumerate(shapes):
+            tell(done, len(shapes))
+            for temperature in (0.0, 1.0):
+                nobody = Request("warm-up", [0], 1, SamplingParams(temperature=temperature, seed=0))
+                works = [Work(nobody, 0, 1, True)]
+                plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
+                self.graphs.warm(plan, inputs, self._last_token, size, length)
+        tell(len(shapes), len(shapes))
+        self._warmed = self.graphs.num_traced
+
+    def traces(self) -> int:
+        """How many steps were compiled while serving: none, once all shapes have come up."""
+        return self.graphs.num_traced - self._warmed if self.graphs is not None else 0
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.

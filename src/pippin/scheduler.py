@@ -78,7 +78,9 @@ class Scheduler:
         """Whether any request waits or runs."""
         return bool(self._requests)
 
-    def stats(self, *, steps: int = 0, overlapped_steps: int = 0, step_seconds: float = 0.0) -> Stats:
+    def stats(
+        self, *, steps: int = 0, overlapped_steps: int = 0, step_seconds: float = 0.0, graph_traces: int = 0
+    ) -> Stats:
         """Counts now and since the start; the caller's own are passed through."""
         size = self._allocator.page_size
         return Stats(
@@ -95,6 +97,7 @@ class Scheduler:
             retractions=self._retractions,
             overlapped_steps=overlapped_steps,
             step_seconds=step_seconds,
+            graph_traces=graph_traces,
             forced_tokens=self._forced,
             snapshots=len(self._snapshots),
             snapshots_evicted=self._snapshots.num_evicted,

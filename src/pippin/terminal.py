@@ -29,6 +29,7 @@ STAGES = {
     "unpack": "reading PyTorch's files",
     "save": "writing",
     "probe": "checking attention",
+    "compile": "compiling steps",
     "warm-up": "warming up",
 }
 

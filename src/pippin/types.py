@@ -347,6 +347,7 @@ class Stats(msgspec.Struct, frozen=True):
     retractions: int = 0
     overlapped_steps: int = 0
     step_seconds: float = 0.0
+    graph_traces: int = 0
     forced_tokens: int = 0
     snapshots: int = 0
     snapshots_evicted: int = 0

@@ -144,5 +144,6 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ("forced_tokens", "Tokens that grammars left no choice of.", stats.forced_tokens),
         ("step_seconds", "Time spent in steps.", stats.step_seconds),
         ("evicted_mamba_snapshots", "Snapshots of recurrent state given up for others.", stats.snapshots_evicted),
+        ("graph_traces", "Steps compiled while serving: after a while, no more.", stats.graph_traces),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
     ]
