@@ -176,6 +176,7 @@ CASES = ("decode", "prefill", "long", "waits")
 def measure(
     shape: str,
     bits: int | None,
+    *,
     streams: Sequence[int],
     rounds: int,
     names: Sequence[str],
@@ -287,15 +288,14 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
     for name in options.shapes:
         shape, _, bits = name.partition(":")
-        peers = not options.no_peers
         for row in measure(
             shape,
             int(bits) if bits else None,
-            options.streams,
-            options.rounds,
-            peers,
-            options.graph_rows,
-            options.cases,
+            streams=options.streams,
+            rounds=options.rounds,
+            names=options.sides,
+            graph_rows=options.graph_rows,
+            cases=options.cases,
         ):
             print(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
             if options.json:
