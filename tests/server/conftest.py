@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.server import create_app
-from pippin.server.launch import HttpServer
+from pippin.server.launch import HttpServer, listen
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from tests.fake_core import EOS, FakeCore
@@ -82,7 +81,7 @@ def serving(
     core = FakeCore(seconds)
     make = make_client or (lambda core: EngineClient.in_thread(lambda progress: core, seed=0))
     started, parts = threading.Event(), list[tuple[EngineClient, HttpServer, asyncio.AbstractEventLoop]]()
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen(ServerConfig(host="127.0.0.1", port=0))
 
     async def main() -> None:
         client = make(core)

@@ -16,7 +16,7 @@ from pippin.server.app import ROUTES
 from tests.server.conftest import Running, serving
 from tests.server.drawn import Drawn
 
-# A path; in CI all of them take about twenty seconds.
+# A path; in CI all of them take about six seconds.
 EXAMPLES = 500 if os.environ.get("HYPOTHESIS_PROFILE") == "sweep" else 25
 
 # What a body must have so that it is not refused at once, and bounds, so that an answer is short.

@@ -329,3 +329,27 @@ def test_a_port_in_use_is_refused_before_anything_loads() -> None:
         listen(ServerConfig(port=taken.getsockname()[1]))
     with pytest.raises(ConfigError, match="can't be listened on"):
         listen(ServerConfig(host="no.such.host.invalid"))
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """Else a stream's events wait for the client to acknowledge the one before: 40 ms each."""
+    found = list[int]()
+
+    async def look() -> None:
+        with listen(ServerConfig(host="127.0.0.1", port=0)) as listener:
+            done = asyncio.Event()
+
+            async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                connection: socket.socket = writer.get_extra_info("socket")
+                found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                writer.close()
+                done.set()
+
+            async with await asyncio.start_server(connected, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+                await done.wait()
+                writer.close()
+
+    asyncio.run(look())
+    assert found != [0]
+    assert len(found) == 1

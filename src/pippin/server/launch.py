@@ -142,10 +142,12 @@ class HttpServer(uvicorn.Server):
 def listen(config: ServerConfig) -> socket.socket:
     """A listening socket, so that a port in use is an error now and not after minutes of loading."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small pieces at once (TCP_NODELAY) only through sockets that name their protocol.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
         reason = f"{config.host}:{config.port} can't be listened on ({error})"
