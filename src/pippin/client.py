@@ -268,6 +268,7 @@ def joined(outputs: Sequence[Output]) -> Output:
         max(output.num_cached for output in outputs),
         outputs[-1].finish,
         outputs[-1].miss,
+        max(output.waited for output in outputs),
     )
 
 

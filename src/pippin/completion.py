@@ -48,7 +48,8 @@ class Delta:
 
     ``text`` may be empty while ``tokens`` are not (half a character, or what may become a stop string). Tokens after
     the one that completed a stop string appear nowhere. ``logprobs`` align with ``tokens`` if they were asked for;
-    ``prompt_logprobs`` come once, with answer 0. The last Delta of each answer has ``finish``.
+    ``prompt_logprobs`` come once, with answer 0. ``waited`` counts seconds in the engine's queue. The last Delta of
+    each answer has ``finish``.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Delta:
     num_cached: int = 0
     finish: Finish | None = None
     miss: CacheMiss | None = None
+    waited: float = 0.0
 
 
 def check_prompt(
@@ -178,6 +180,7 @@ class _Answer:
             output.num_cached,
             finish if matched is None else Finish("stop", matched),
             output.miss,
+            output.waited,
         )
 
 

@@ -140,6 +140,7 @@ class ServerConfig:
     served_model_name: str | None = option(None, "Name in answers and /v1/models; the model's path if left out.")
     strict_model_name: bool = option(False, "Refuse requests whose `model` is another name.")
     log_level: str = option("info", "Least severe messages to log.", choices=("debug", "info", "warning", "error"))
+    no_ui: bool = option(False, "Serve no web page at /.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
 
     tool_call_parser: str = option(

@@ -16,6 +16,7 @@ from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +28,17 @@ from pippin.config import EngineConfig
 from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
 from pippin.grammar.matcher import GrammarMatcher
-from pippin.memory import Limits, MemoryPlan, limit_buffers, limit_rows, limits, on_gpu, plan_memory, use_device
+from pippin.memory import (
+    Limits,
+    MemoryPlan,
+    limit_buffers,
+    limit_rows,
+    limits,
+    memory_in_use,
+    on_gpu,
+    plan_memory,
+    use_device,
+)
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
@@ -107,12 +118,14 @@ class EngineCore:
 
     @property
     def stats(self) -> Stats:
-        return self._scheduler.stats(
+        now, peak = memory_in_use()
+        stats = self._scheduler.stats(
             steps=self._steps,
             overlapped_steps=self._overlapped,
             step_seconds=self._seconds,
             graph_traces=self._traces(),
         )
+        return msgspec.structs.replace(stats, memory_bytes=now, memory_peak_bytes=peak)
 
     def add(self, submit: Submit) -> None:
         """Queues a request. Raises RequestError if its tokens can't be served."""
@@ -172,7 +185,7 @@ class EngineCore:
         compiling = self._compiling.pop(id, None)
         request = self._scheduler.abort(id) if compiling is None else compiling[0]
         if request is not None:
-            ended = Output(id, num_cached=request.num_cached, finish=Finish("abort"), miss=request.miss)
+            ended = Output(id, [], [], [], request.num_cached, Finish("abort"), request.miss, request.waited)
             self._notices.append(ended)
 
     def flush(self) -> None:
@@ -353,6 +366,7 @@ class EngineCore:
                     num_cached=request.num_cached,
                     finish=request.finish,
                     miss=request.miss,
+                    waited=request.waited,
                 )
             )
         return found

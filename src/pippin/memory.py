@@ -202,5 +202,10 @@ def limit_buffers(plan: MemoryPlan) -> None:
     mx.set_cache_limit(plan.activation_bytes + _SPARE_BYTES)
 
 
+def memory_in_use() -> tuple[int, int]:
+    """Bytes of arrays on MLX's device: now, and the most so far. MLX's cache of free buffers is not counted."""
+    return mx.get_active_memory(), mx.get_peak_memory()
+
+
 def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"

@@ -7,6 +7,7 @@ moves, and no one who has a Work in the batch being built can lose his slots.
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import insort
 from collections import Counter
@@ -315,6 +316,7 @@ class Scheduler:
         insort(self._running, request, key=_rank)
         request.row = self._rows.pop()
         request.pin = found.pin
+        request.entered = time.monotonic() if request.entered is None else request.entered
         self._explain(request)
         self._reuse(request, found)
         return True

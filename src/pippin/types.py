@@ -170,7 +170,8 @@ class Request:
     ``scored`` prompt tokens have had their rows' logprobs asked for (``prompt_logprobs``).
     ``matcher`` is its place in its grammar, if it has one: the steps that draw for it wait for their masks.
     ``restore`` is the snapshot of recurrent state that its next Work begins with, ``saved`` the latest made for it.
-    ``miss`` says why no more of the prompt came from the cache.
+    ``miss`` says why no more of the prompt came from the cache. ``arrival`` and ``entered`` are seconds of
+    time.monotonic: when it came, and when it first left the queue (None before).
     """
 
     id: str
@@ -195,6 +196,12 @@ class Request:
     restore: int | None = None
     saved: int = 0
     miss: CacheMiss | None = None
+    entered: float | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds in the queue before it first ran; 0 if it hasn't yet."""
+        return 0.0 if self.entered is None else self.entered - self.arrival
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -320,7 +327,10 @@ class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """What a step added to one request. ``tokens`` are new ones only; the last Output has ``finish``."""
+    """What a step added to one request. ``tokens`` are new ones only; the last Output has ``finish``.
+
+    ``waited`` is how many seconds the request was queued in the engine before it first ran.
+    """
 
     id: str
     tokens: list[int] = []
@@ -329,10 +339,14 @@ class Output(msgspec.Struct, frozen=True):
     num_cached: int = 0
     finish: Finish | None = None
     miss: CacheMiss | None = None
+    waited: float = 0.0
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counts of the engine now (first four lines) and since its start (the rest)."""
+    """Counts of the engine now (first four lines) and since its start (the rest).
+
+    ``memory_bytes`` is what MLX's arrays hold now on its device, ``memory_peak_bytes`` the most they held.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -352,6 +366,8 @@ class Stats(msgspec.Struct, frozen=True):
     snapshots: int = 0
     snapshots_evicted: int = 0
     misses: dict[str, int] = {}
+    memory_bytes: int = 0
+    memory_peak_bytes: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

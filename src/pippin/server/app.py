@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import anthropic, native, ollama, openai, parsing, profile, responses
+from pippin.server import anthropic, native, ollama, openai, parsing, profile, responses, ui
 from pippin.server.anthropic import CountRequest, MessagesRequest
 from pippin.server.http import CLIENT_CLOSED, ErrorJson, JsonResponse, error_body, error_response
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
@@ -82,6 +82,7 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/stop_profile", profile.stop_profile, None),
     ("GET", "/stop_profile", profile.stop_profile, None),
     ("GET", "/metrics", native.metrics, None),
+    ("GET", "/pippin/stats", ui.stats, None),
 )
 
 OPEN = ("/health", "/health_generate", "/metrics")
@@ -102,11 +103,13 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
         app.add_api_route(
             path, bound(service, native.not_here), methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False
         )
+    if not config.no_ui:
+        ui.add_pages(app)
     for kind in (PippinError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_middleware(profile.RequestSpans, client=client)
     if config.api_key:
-        app.add_middleware(ApiKey, key=config.api_key)
+        app.add_middleware(ApiKey, key=config.api_key, open=OPEN if config.no_ui else (*OPEN, *ui.PAGES))
     return app
 
 
@@ -158,12 +161,13 @@ def shape_of(path: str) -> ErrorJson:
 class ApiKey:
     """Lets requests through that bring the key as ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str, open: Collection[str]) -> None:
         self._app = app
+        self._open = frozenset(open)
         self._expected = b"bearer " + key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._fits(scope):
+        if scope["type"] != "http" or scope["path"] in self._open or self._fits(scope):
             return await self._app(scope, receive, send)
         error = RequestError("a valid API key is required, as `Authorization: Bearer KEY`", status=401)
         return await error_response(error, shape_of(scope["path"]))(scope, receive, send)
@@ -176,17 +180,23 @@ class ApiKey:
 
 
 class Gate:
-    """What listens from the first moment: 503 with how far loading is, until ``app`` is set."""
+    """What listens from the first moment: 503 with how far loading is, until ``app`` is set.
 
-    def __init__(self, client: EngineClient) -> None:
+    The web page, if there is one, is there already, and shows it.
+    """
+
+    def __init__(self, client: EngineClient, ui: bool = False) -> None:
         self.app: ASGIApp | None = None
         self._client = client
+        self._ui = ui
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # uvicorn runs without lifespan events; there are no websockets
             return None
         if self.app is not None:
             return await self.app(scope, receive, send)
+        if self._ui and scope["path"] in ui.PAGES and scope["method"] in ("GET", "HEAD"):
+            return await ui.response(scope["path"])(scope, receive, send)
         error = EngineError(f"the model is still loading{stage(self._client.progress)}", 503)
         response: JsonResponse = error_response(error)
         response.headers["retry-after"] = "1"

@@ -71,7 +71,7 @@ class Serving:
         self._template = read_template(server.chat_template) if server.chat_template else None
         self._client = EngineClient.spawn(engine, core, server.log_level)
         self._client.on_progress = on_progress
-        self._gate = Gate(self._client)
+        self._gate = Gate(self._client, ui=not server.no_ui)
 
     async def run(self, on_ready: Callable[[ModelInfo, str], None]) -> None:
         listener = listen(self._config)

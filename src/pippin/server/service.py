@@ -12,6 +12,7 @@ from pippin.client import EngineClient
 from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, merge
 from pippin.config import ServerConfig
 from pippin.errors import RequestError
+from pippin.server.history import History
 from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
 from pippin.server.store import Store
@@ -48,6 +49,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
     responses: Store = field(default_factory=Store)
+    history: History = field(default_factory=History)
 
     @cached_property
     def speech(self) -> Speech:
@@ -116,7 +118,8 @@ class Service:
             self.client.draw_seed,
             job.shown,
         )
-        async with aclosing(self.metrics.track(deltas, job.params.n)) as tracked:
+        watched = self.history.track(self.metrics.track(deltas, job.params.n), job.rid, len(job.tokens), job.params.n)
+        async with aclosing(watched) as tracked:
             async for delta in tracked:
                 yield number, delta
 
