@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
+from msgspec import inspect
 
 from pippin.server.app import ROUTES
 from pippin.server.native import NOT_HERE
 from pippin.server.ollama import Options
-from pippin.server.protocol import Body
+from pippin.server.protocol import Body, ChatRequest
+from pippin.server.responses import ITEM_FIELDS, ResponsesRequest
+from pippin.text import chat
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 
@@ -28,6 +32,32 @@ TAIL = """
 Answered with a 400 that says why:
 
 """
+
+
+BY_HAND: dict[type[Body], dict[str, Iterable[str]]] = {
+    ChatRequest: {
+        "messages[]": chat.FIELDS,
+        "messages[].content[]": chat.PART_FIELDS,
+        "messages[].tool_calls[]": chat.CALL_FIELDS,
+        "messages[].tool_calls[].function": chat.FUNCTION_FIELDS,
+    },
+    ResponsesRequest: {f"input[] ({kind})": names for kind, names in ITEM_FIELDS.items()},
+}
+"""Objects without types of their own."""
+
+NO_EFFECT = {
+    "cache_control": "every prompt is cached",
+    "include_obfuscation": "nothing is padded",
+    "eager_input_streaming": "arguments are streamed as they come",
+    "caller": "told by us, sent back",
+    "signature": "told by us, sent back",
+    "phase": "told by OpenAI's models, sent back",
+    "status": "told by us, sent back",
+    "refusal": "told by OpenAI's models, sent back",
+    "reasoning.summary": "reasoning is given whole",
+    "reasoning.generate_summary": "reasoning is given whole",
+}
+"""Fields of objects inside, wherever they are."""
 
 
 def bodies() -> dict[type[Body], list[str]]:
@@ -57,8 +87,38 @@ def table(body: type[Body]) -> str:
     names = {field.encode_name for field in fields}
     rows = [(f.encode_name, "supported, required" if f.required else "supported") for f in fields]
     rows += [(name, refused(values)) for name, values in body.neutral.items() if name not in names]
+    rows += sorted({*inside(inspect.type_info(body), ""), *by_hand(body)})
     rows += [(name, f"no effect: {reason}") for name, reason in body.ignored.items() if name not in names]
-    return "| field | |\n|---|---|\n" + "".join(f"| `{name}` | {what} |\n" for name, what in sorted(rows))
+    return "| field | |\n|---|---|\n" + "".join(f"| `{name}` | {told} |\n" for name, told in sorted(rows))
+
+
+def inside(found: inspect.Type, path: str) -> Iterator[tuple[str, str]]:
+    """The fields of the objects in a body, each with its place."""
+    match found:
+        case inspect.StructType():
+            for field in found.fields:
+                place = f"{path}.{field.encode_name}" if path else field.encode_name
+                if path:
+                    known = not isinstance(field.type, inspect.NoneType)
+                    yield place, what(place, field.required) if known else refused(())
+                yield from inside(field.type, place)
+        case inspect.UnionType():
+            for part in found.types:
+                yield from inside(part, path)
+        case inspect.ListType() | inspect.VarTupleType():
+            yield from inside(found.item_type, f"{path}[]")
+
+
+def by_hand(body: type[Body]) -> Iterator[tuple[str, str]]:
+    for path, names in BY_HAND.get(body, {}).items():
+        yield from ((f"{path}.{name}", what(f"{path}.{name}", False)) for name in names)
+
+
+def what(place: str, required: bool) -> str:
+    for name, reason in NO_EFFECT.items():
+        if place.endswith(f".{name}") or place == name:
+            return f"no effect: {reason}"
+    return "supported, required" if required else "supported"
 
 
 def refused(values: tuple[object, ...]) -> str:

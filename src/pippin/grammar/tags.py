@@ -7,7 +7,7 @@ one a ``format`` made of parts. Both become Lark as llguidance understands it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLTokenizer, regex_to_lark
@@ -17,6 +17,20 @@ from pippin.errors import RequestError
 Json = Mapping[str, Any]
 
 ANY_TEXT = r"/(.|\n)*/"
+
+# What each type of part may hold beside its type.
+FIELDS: Mapping[str, frozenset[str]] = {
+    "const_string": frozenset({"value"}),
+    "json_schema": frozenset({"json_schema"}),
+    "regex": frozenset({"pattern"}),
+    "grammar": frozenset({"grammar"}),
+    "any_text": frozenset({"excludes"}),
+    "sequence": frozenset({"elements"}),
+    "or": frozenset({"elements"}),
+    "tag": frozenset({"begin", "content", "end"}),
+    "triggered_tags": frozenset({"triggers", "tags", "at_least_one", "stop_after_first", "excludes"}),
+    "tags_with_separator": frozenset({"tags", "separator", "at_least_one", "stop_after_first"}),
+}
 
 
 def grammar_of_tag(tag: Any, options: Json, vocabulary: LLTokenizer, lark: Callable[[str], str]) -> str:
@@ -29,6 +43,7 @@ def grammar_of_tag(tag: Any, options: Json, vocabulary: LLTokenizer, lark: Calla
         raise RequestError("a structural tag must be a JSON object")
     if tag.get("type", "structural_tag") != "structural_tag":
         raise RequestError(f'its type must be "structural_tag", not {tag["type"]!r}')
+    _only(tag, {"format"} if "format" in tag else {"structures", "triggers"}, "structural_tag")
     rules = _Rules(options, vocabulary, lark)
     return rules.grammar(tag["format"] if "format" in tag else _older(tag))
 
@@ -42,6 +57,7 @@ def _older(tag: Json) -> Json:
     for i, part in enumerate(structures):
         if not isinstance(part, dict):
             raise RequestError(f"structures[{i}] must be an object with begin, schema and end")
+        _only(part, {"begin", "schema", "end"}, f"structures[{i}]")
         content = {"type": "json_schema", "json_schema": part.get("schema", {})}
         tags.append({"type": "tag", "begin": part.get("begin"), "content": content, "end": part.get("end", "")})
     return {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": tags}
@@ -76,6 +92,7 @@ class _Rules:
         """The name of the rule for a part; ``last`` if nothing follows it."""
         if not isinstance(part, dict):
             raise RequestError(f"{where} must be an object with a type")
+        _only_its_fields(part, where)
         match part.get("type"):
             case "const_string":
                 return self._add(self._literal(_text(part, "value", where)))
@@ -116,6 +133,7 @@ class _Rules:
         content, literal = part.get("content"), self._literal(end)
         if not isinstance(content, dict):
             raise RequestError(f"{where}.content must be an object with a type")
+        _only_its_fields(content, f"{where}.content")
         if content.get("type") == "any_text" and end and not content.get("excludes"):
             text = self._terminal(ANY_TEXT)
             if literal.startswith("<"):
@@ -132,6 +150,7 @@ class _Rules:
             raise RequestError(f"{where}: triggered_tags must come last, and can exclude nothing")
         tags, direct = [], []
         for at, tag in _parts(part, "tags", where):
+            _only(tag, FIELDS["tag"], at)
             begin = _text(tag, "begin", at)
             trigger = next((t for t in triggers if begin.startswith(t)), None)
             if trigger is None:
@@ -179,6 +198,19 @@ class _Rules:
             plain = []
         found += [_quoted(self._vocabulary.decode_str(plain))] if plain else []
         return " ".join(found)
+
+
+def _only_its_fields(part: Json, where: str) -> None:
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in FIELDS:
+        _only(part, FIELDS[kind], where)
+
+
+def _only(part: Json, known: Collection[str], where: str) -> None:
+    """Raises RequestError for what would be ignored in silence."""
+    for name, value in part.items():
+        if name != "type" and name not in known and value is not None:
+            raise RequestError(f"unknown field {where}.{name}")
 
 
 def _quoted(text: str) -> str:

@@ -66,13 +66,13 @@ class Options(Body, kw_only=True):
     }
 
 
-class Function(Struct, kw_only=True):
+class Function(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     arguments: Json = {}
     index: int | None = None
 
 
-class ToolCall(Struct, kw_only=True):
+class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
     function: Function
     id: str | None = None
     type: Literal["function"] = "function"

@@ -220,7 +220,7 @@ def messages_of(items: Sequence[Json]) -> list[Json]:
             message = {
                 "role": "tool",
                 "tool_call_id": text_in(item, "call_id", field),
-                "content": output_of(item, field),
+                "content": joined(item.get("output"), f"{field}.output"),
             }
             found.append(message)
             continue
@@ -250,19 +250,27 @@ def assistant_part(kind: str, item: Json, field: str) -> Json:
     role, content = item.get("role"), item.get("content")
     if role not in ("user", "assistant", "system", "developer"):
         raise RequestError(f"role must be user, assistant, system or developer, not {role!r}", f"{field}.role")
-    return {"role": role, "content": content if isinstance(content, str) else "".join(texts(content, field))}
+    return {"role": role, "content": joined(content, f"{field}.content")}
 
 
-def texts(content: object, field: str) -> Iterator[str]:
+def joined(content: object, field: str) -> str:
+    return content if isinstance(content, str) else "".join(texts(content, field))
+
+
+WORDS = ("input_text", "output_text", "text")
+THOUGHTS = ("reasoning_text", "summary_text")
+
+
+def texts(content: object, field: str, kinds: Sequence[str] = WORDS) -> Iterator[str]:
     if not isinstance(content, list):
-        raise RequestError("content must be a string or a list of text parts", f"{field}.content")
+        raise RequestError("this must be a string or a list of text parts", field)
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind == "refusal" or kind not in ("input_text", "output_text", "text"):
-            raise RequestError(f"only text parts are supported, not {kind!r}", f"{field}.content[{i}].type")
+        if kind not in kinds:
+            raise RequestError(f"only {', '.join(kinds)} are supported, not {kind!r}", f"{field}[{i}].type")
         if unknown := sorted(set(part) - {"type", "text", "annotations", "logprobs"}):
-            raise RequestError(f"unknown field {unknown[0]}", f"{field}.content[{i}].{unknown[0]}")
-        yield text_in(part, "text", f"{field}.content[{i}]")
+            raise RequestError(f"unknown field {unknown[0]}", f"{field}[{i}].{unknown[0]}")
+        yield text_in(part, "text", f"{field}[{i}]")
 
 
 def text_in(item: Json, name: str, field: str) -> str:
@@ -271,17 +279,11 @@ def text_in(item: Json, name: str, field: str) -> str:
     return str(item[name])
 
 
-def output_of(item: Json, field: str) -> str:
-    output = item.get("output")
-    return output if isinstance(output, str) else "".join(texts(output, field))
-
-
 def thought_of(item: Json, field: str) -> str:
     """The reasoning of an item of ours, whichever way the client kept it."""
     for name in ("content", "summary"):
-        parts = item.get(name) or []
-        if isinstance(parts, list) and parts:
-            return "\n".join(text_in(part, "text", f"{field}.{name}") for part in parts if isinstance(part, dict))
+        if parts := item.get(name):
+            return "\n".join(texts(parts, f"{field}.{name}", THOUGHTS))
     try:
         return base64.b64decode(str(item.get("encrypted_content") or ""), validate=True).decode()
     except ValueError as error:

@@ -21,6 +21,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = frozenset(
     {"role", "content", "reasoning_content", "reasoning", "thinking", "name", "tool_calls", "tool_call_id", "refusal"}
 )
+CALL_FIELDS = frozenset({"id", "type", "index", "function"})
+FUNCTION_FIELDS = frozenset({"name", "arguments"})
+PART_FIELDS = frozenset({"type", "text", "cache_control"})  # of the last, nothing comes: all prompts are cached
 
 Message = Mapping[str, Any]
 
@@ -135,8 +138,7 @@ def _message(message: Message, index: int, knows_developer: bool) -> dict[str, A
     if role not in ROLES:
         raise RequestError(f"role must be one of {', '.join(ROLES)}, not {role!r}", f"{field}.role")
     message = {name: value for name, value in message.items() if value is not None and value != []}
-    if unknown := sorted(map(str, message.keys() - FIELDS)):
-        raise RequestError(f"unknown field {unknown[0]} in a message", f"{field}.{unknown[0]}")
+    _check_known(message, FIELDS, field, "a message")
     # OpenAI renamed system to developer; few templates have followed.
     role = "system" if role == "developer" and not knows_developer else role
     result = {**message, "role": role, "content": _content(message.get("content"), f"{field}.content")}
@@ -160,6 +162,7 @@ def _content(content: object, field: str) -> str | None:
             raise RequestError(f"only text parts are supported, not {kind!r}", f"{field}[{i}].type")
         if not isinstance(part.get("text"), str):
             raise RequestError("a text part needs its text, a string", f"{field}[{i}].text")
+        _check_known(part, PART_FIELDS, f"{field}[{i}]", "a text part")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -168,6 +171,8 @@ def _tool_call(call: object, field: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise RequestError("a tool call needs a function with name and arguments", f"{field}.function")
+    _check_known(call, CALL_FIELDS, field, "a tool call")
+    _check_known(function, FUNCTION_FIELDS, f"{field}.function", "a tool call's function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -175,3 +180,9 @@ def _tool_call(call: object, field: str) -> dict[str, Any]:
         except ValueError as error:
             raise RequestError(f"arguments must be JSON: {error}", f"{field}.function.arguments") from error
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _check_known(given: Mapping[str, Any], known: frozenset[str], field: str, what: str) -> None:
+    """Raises RequestError for what would be ignored in silence."""
+    if unknown := sorted(str(name) for name, value in given.items() if value is not None and name not in known):
+        raise RequestError(f"unknown field {unknown[0]} in {what}", f"{field}.{unknown[0]}")
