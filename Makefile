@@ -6,6 +6,7 @@
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples, and sweep-models
+#   make soak                             the long form of the tests under faults: hours of them in minutes
 #   make sweep-models                     every architecture of mlx-lm; writes the table of docs/models.md
 #   make lint   make format   make docs   make wheel   make clean
 #
@@ -18,7 +19,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity bench-cpu metal-check sweep sweep-models docs wheel clean setup dev
+.PHONY: help serve test lint format parity bench-cpu metal-check sweep soak sweep-models docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +60,9 @@ sweep-models: dev
 
 sweep: sweep-models
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
+
+soak: dev
+	PIPPIN_SOAK=1 $(BIN)/python -m pytest --timeout 7200 $(or $(TESTS),tests/test_canary.py)
 
 docs: dev
 	$(BIN)/python scripts/cli_docs.py

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pippin.attention.solo import Solo
+from pippin.cache.canary import KVCanary
 from pippin.cache.radix import Node, RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
@@ -86,8 +87,9 @@ class FakeDevice:
     It keeps nothing of a Request but what ``launch`` may read: what the scheduler does later is not seen.
     """
 
-    def __init__(self, num_slots: int, page: int, states: bool = False) -> None:
+    def __init__(self, num_slots: int, page: int, states: bool = False, watched: bool = True) -> None:
         self.num_slots = num_slots
+        self.watched = watched
         self.page = page
         self.has_states = states
         self.states: dict[int, State] = {}  # by row
@@ -99,7 +101,7 @@ class FakeDevice:
     def launch(self, batch: Batch, broken: bool = False) -> list[RowResult]:
         """Runs a step: all writes, then all reads, as each layer does. ``broken``: writes garbage and raises."""
         written = [slot for work in batch.works for slot in work.request.slots[work.start : work.end]]
-        assert len(written) == len(set(written)), "a slot is written twice in a step"
+        assert len(written) == len(set(written)) or not self.watched, "a slot is written twice in a step"
         assert all(self.page <= slot < self.num_slots for slot in written), "a write outside of the pool"
         results: dict[int, RowResult] = {}
         for works in _SOLO.forwards(batch.works) if self.has_states else [batch.works]:
@@ -155,7 +157,7 @@ class FakeDevice:
 
     def _read(self, work: Work) -> RowResult:
         request, story = work.request, self.stories[work.request.seq]
-        for position, slot in enumerate(request.slots[: work.end]):
+        for position, slot in enumerate(request.slots[: work.end] if self.watched else ()):
             assert self.slots.get(slot) == story.prints[position], f"{request.id}: slot of token {position} is wrong"
         result = RowResult()
         if work.samples:
@@ -195,10 +197,13 @@ class Loop:
     forcing: Random | None = None  # now and then, tokens of a queued step are forced before it is read
     states: int | None = None
     """For a model with recurrent states: how many snapshots there may be."""
+    canary: KVCanary | None = None
+    watched: bool = True
+    """Whether every slot and page is checked by us; not where the canary alone is to find what is wrong."""
 
     def __post_init__(self) -> None:
         self.allocator = WatchedAllocator(self.num_pages, self.page)
-        self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None)
+        self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None, self.watched)
         self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states)
         self.radix = RadixCache(self.allocator, enabled=self.cache, snapshots=self.snapshots)
         self.scheduler = Scheduler(
@@ -250,6 +255,8 @@ class Loop:
         assert all(r.row < 0 for r, n in running.items() if r.retractions > n), "retracted and admitted in one step"
         launched = None
         if batch is not None:
+            batch = self._sing(batch)
+        if batch is not None:
             self._check_batch(batch, before)
             self.batches.append(batch)
             try:
@@ -269,8 +276,21 @@ class Loop:
                 self._finish(*previous)
         if self.overlap and self.flight is not None:
             self._force(self.flight[0])
-        assert batch is not None or previous is not None or not self.scheduler.has_work, "nothing moves"
+        moved = batch is not None or previous is not None or not self.scheduler.has_work
+        assert moved or not self.watched, "nothing moves"
         return batch
+
+    def _sing(self, batch: Batch) -> Batch | None:
+        """As the engine does: what the canary has to say against a batch."""
+        mismatches = self.canary.check(batch) if self.canary else []
+        if not mismatches:
+            return batch
+        assert self.canary is not None
+        self.canary.reset()
+        self.scheduler.start_over(batch, {m.request: Finish("error", None, str(m)) for m in mismatches})
+        assert self.allocator.num_free == self.num_pages - 1
+        check(self)
+        return None
 
     def run(self, most: int = 5000) -> None:
         """Steps until all requests have ended."""
@@ -327,6 +347,8 @@ class Loop:
         assert self.scheduler.stats().num_running == self.radix.num_cached == 0
         self.device.slots.clear()
         self.device.last_token.clear()
+        if self.canary:
+            self.canary.reset()
         assert not self.device.states
         check(self)
 
@@ -342,6 +364,8 @@ class Loop:
             assert not work.samples or work.request.length == work.end + 1
             if work.request.params.prompt_logprobs:
                 assert work.end - work.start <= 256
+            if not self.watched:
+                continue
             written = set(work.request.slots[work.start : work.end])
             assert not before & written - self.allocator.handed, "a step writes what the tree had"
 
@@ -362,6 +386,8 @@ def nodes(radix: RadixCache) -> Iterator[Node]:
 
 def check(loop: Loop, launched: bool = True) -> None:
     """Each page is free, in the tree, or one running request's own; pins are those of the running requests."""
+    if not loop.watched:
+        return
     running, waiting = loop.scheduler._running, loop.scheduler._waiting
     pages = loop.allocator.pages_of
     tree = [page for node in nodes(loop.radix) for page in pages(node.slots)]

@@ -13,6 +13,7 @@ from pippin.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
+KV_CANARIES = ("none", "raise")
 DEVICES = ("auto", "cpu", "gpu", "torch", "torch:cpu", "torch:cuda", "torch:mps")
 
 
@@ -61,6 +62,11 @@ class EngineConfig:
         "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")
     )
     disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
+    kv_canary: str = option(
+        "none",
+        "raise: check before each step that every slot it reads holds its own prefix, and end a request where not.",
+        choices=KV_CANARIES,
+    )
     max_mamba_cache_size: int | None = option(
         None, "Most snapshots of recurrent state kept for reuse (hybrid models); 0 keeps none. From memory if left out."
     )
@@ -121,6 +127,7 @@ class EngineConfig:
             ("quantization", (None, *QUANTIZATIONS)),
             ("schedule_policy", ("fcfs", "lpm")),
             ("device", DEVICES),
+            ("kv_canary", KV_CANARIES),
             ("grammar_backend", ("llguidance", "none")),
         ):
             if getattr(self, name) not in options:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin import kernels
+from pippin.cache.canary import KVCanary
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
@@ -94,9 +95,11 @@ class EngineCore:
         overlap: bool = True,
         grammars: GrammarCompiler | None = None,
         traces: Callable[[], int] = lambda: 0,
+        canary: KVCanary | None = None,
     ) -> None:
         self.info = info
         self._traces = traces
+        self._canary = canary
         self._scheduler = scheduler
         self._runner = runner
         self._overlap = self._may_overlap = overlap
@@ -125,7 +128,8 @@ class EngineCore:
             step_seconds=self._seconds,
             graph_traces=self._traces(),
         )
-        return msgspec.structs.replace(stats, memory_bytes=now, memory_peak_bytes=peak)
+        wrong = self._canary.num_mismatches if self._canary is not None else 0
+        return msgspec.structs.replace(stats, memory_bytes=now, memory_peak_bytes=peak, kv_canary_mismatches=wrong)
 
     def add(self, submit: Submit) -> None:
         """Queues a request. Raises RequestError if its tokens can't be served."""
@@ -238,6 +242,8 @@ class EngineCore:
         batch = self._scheduler.schedule()
         if self._profile is not None:
             self._profile.scheduled(began, batch)
+        if self._canary is not None and batch is not None:
+            batch = self._check(self._canary, batch, outputs)
         launched = self._launch(batch, outputs) if batch is not None else None
         if self._overlap:
             previous, self._in_flight = self._in_flight, launched
@@ -257,6 +263,23 @@ class EngineCore:
             return None
         self._seconds += time.perf_counter() - began
         return StepOutput(outputs, self.stats)
+
+    def _check(self, canary: KVCanary, batch: Batch, outputs: list[Output]) -> Batch | None:
+        """The batch, if all that it reads is what it should be.
+
+        Otherwise it is not launched: whose slots are wrong ends, and all others start over with an empty cache, since
+        nobody knows which slots can be trusted.
+        """
+        faulty: dict[Request, Finish] = {}
+        for mismatch in canary.check(batch):
+            log.error("kv canary: %s", mismatch)
+            faulty[mismatch.request] = Finish("error", None, f"the KV cache is not what it should be: {mismatch}")
+        if not faulty:
+            return batch
+        canary.reset()
+        self._scheduler.start_over(batch, faulty)
+        outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in faulty]
+        return None
 
     def _launch(self, batch: Batch, outputs: list[Output]) -> Flight | None:
         self._steps += 1
@@ -383,6 +406,8 @@ class EngineCore:
             failed = self._scheduler.drop(part)
             outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
         self._runner.reset()
+        if self._canary is not None:
+            self._canary.reset()
 
 
 def failed(error: RequestError) -> Finish:
@@ -481,7 +506,16 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
     traces = runner.traces if isinstance(runner, MlxModelRunner) else (lambda: 0)
-    return EngineCore(scheduler, runner, info, overlap=overlap, grammars=compiler_of(config, info), traces=traces)
+    canary = KVCanary(allocator.num_pages * allocator.page_size) if config.kv_canary != "none" else None
+    return EngineCore(
+        scheduler,
+        runner,
+        info,
+        overlap=overlap,
+        grammars=compiler_of(config, info),
+        traces=traces,
+        canary=canary,
+    )
 
 
 def _info(

@@ -11,7 +11,7 @@ import time
 from array import array
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pippin.cache.radix import Match, RadixCache
@@ -210,6 +210,31 @@ class Scheduler:
             self._retract(request, keep=False)
         self._radix.flush()
         return failed
+
+    def start_over(self, batch: Batch, faulty: Mapping[Request, Finish]) -> None:
+        """Takes back a batch that was not launched, because slots are not what they are to be.
+
+        The ``faulty`` requests end, all others that run are retracted, and every page is free again, whoever had it. A
+        step in flight is read as ever.
+        """
+        for work in batch.works:
+            request = work.request
+            request.length -= work.samples
+            if work.logprobs_from is not None:
+                request.scored = work.logprobs_from - 1
+        for request in self._running:
+            self._restore(request, None)
+            self._snapshots.keeper.release(request.row)
+            self._vacate(request)
+        self._retractions += len(self._running)
+        for request in self._running:
+            request.retractions += 1
+            insort(self._waiting, request, key=_queue_rank)
+        self._running.clear()
+        self._radix.reset()
+        self._allocator.reset()
+        for request, finish in faulty.items():
+            self._end(request, finish)
 
     # --- limits ---
 
@@ -527,6 +552,10 @@ class Scheduler:
         self._radix.release(request.pin)
         self._allocator.free(self._allocator.pages_of(request.slots[request.shared :]))
         self._running.remove(request)
+        self._vacate(request)
+
+    def _vacate(self, request: Request) -> None:
+        """A request that has left has nothing."""
         self._rows.append(request.row)
         request.row, request.pin = -1, None
         request.slots = request.slots[:0]

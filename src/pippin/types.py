@@ -368,6 +368,7 @@ class Stats(msgspec.Struct, frozen=True):
     misses: dict[str, int] = {}
     memory_bytes: int = 0
     memory_peak_bytes: int = 0
+    kv_canary_mismatches: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

@@ -180,6 +180,13 @@ class RadixCache:
         self._allocator.sort()
         return freed
 
+    def reset(self) -> None:
+        """Forgets all there is, held or not, without giving pages back: for when slots are not to be trusted."""
+        self.snapshots.reset()
+        self.root = Node()
+        self._heap.clear()
+        self.num_cached = self.num_evictable = 0
+
     def _node(self, pin: object | None) -> Node:
         if pin is None:
             return self.root

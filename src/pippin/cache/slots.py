@@ -60,6 +60,11 @@ class SlotAllocator:
             used[page] = 0
         self._free.extend(reversed(pages))
 
+    def reset(self) -> None:
+        """Every page is free again, whoever had it."""
+        self._free = array("i", range(self.num_pages - 1, 0, -1))
+        self._used = bytearray(self.num_pages)
+
     def sort(self) -> None:
         """Hand out the lowest pages first again, so that new requests get runs of neighbours."""
         self._free = array("i", sorted(self._free, reverse=True))

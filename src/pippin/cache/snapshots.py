@@ -71,6 +71,11 @@ class Snapshots:
             self._used.discard(id)
             self.keeper.drop(id)
 
+    def reset(self) -> None:
+        """Forgets all of them."""
+        for id in [*self._places]:
+            self.drop(id)
+
     def touch(self, id: int) -> None:
         """It was of use."""
         self._places.move_to_end(id)
