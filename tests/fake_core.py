@@ -156,7 +156,7 @@ class FakeCore:
         params = submit.params
         first = len(tokens) == submit.num_prompt
         cached = self._num_cached(submit)
-        token = next_token(tokens, params.seed or 0 if params.temperature > 0 else 0)
+        token = self.draw(submit, tokens)
         if params.logit_bias:
             token = max(params.logit_bias, key=lambda t: params.logit_bias[t])
         tokens.append(token)
@@ -176,6 +176,10 @@ class FakeCore:
             cached,
             finish,
         )
+
+    def draw(self, submit: Submit, tokens: list[int]) -> int:
+        params = submit.params
+        return next_token(tokens, params.seed or 0 if params.temperature > 0 else 0)
 
     def _logprob(self, token: int, top: int) -> TokenLogprob:
         return TokenLogprob(token, -math.log(2), [(97 + i, -1.0 - i) for i in range(top)])
