@@ -14,14 +14,14 @@ from pathlib import Path
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError, RequestError
+from pippin.profile.marks import READ, STEP, Label
 from pippin.types import (
     Finish,
+    Marks,
     ModelInfo,
     Output,
     ProfileStarted,
     Progress,
-    Span,
-    Spans,
     StartProfile,
     Stats,
     StepOutput,
@@ -29,6 +29,10 @@ from pippin.types import (
     Submit,
     TokenLogprob,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
+"""With which a child finds this file, and the same Pippin as its parent."""
 
 VOCAB = 300
 EOS = 256
@@ -85,7 +89,7 @@ class FakeCore:
         self.steps = 0
         self.cached_tokens = 0
         self.prompt_tokens = 0
-        self.spans: list[Span] | None = None
+        self.marks: list[int] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -126,14 +130,14 @@ class FakeCore:
             raise RequestError("the cache can't be flushed while requests run", status=409)
         self.seen.clear()
 
-    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Spans], None]) -> None:
-        """Spans of its steps, as far as a core without a device has any."""
+    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
+        """Marks of its steps, as far as a core without a device has any."""
         if isinstance(command, StopProfile):
-            spans, self.spans = self.spans, None
-            if spans is not None:
-                tell(Spans(command.id, spans, ended=True))
+            noted, self.marks = self.marks, None
+            if noted is not None:
+                tell(Marks(command.id, noted, ended=True))
             return
-        self.spans = []
+        self.marks = []
         tell(ProfileStarted(command.id, time.perf_counter_ns(), os.getpid()))
 
     def step(self) -> StepOutput | None:
@@ -142,8 +146,9 @@ class FakeCore:
         began = time.perf_counter_ns()
         time.sleep(self.seconds)
         self.steps += 1
-        if self.spans is not None:
-            self.spans.append(Span("device steps", "fake", began, time.perf_counter_ns(), self.steps))
+        if self.marks is not None:
+            label = Label(len(self.running), 0, len(self.running), 0)
+            self.marks += (STEP, 0, 0, began, self.steps, *label, READ, self.steps, began, time.perf_counter_ns())
         outputs, self.notices = self.notices, []
         for submit, tokens in list(self.running.values()):
             outputs.append(self._advance(submit, tokens))

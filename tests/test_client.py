@@ -19,11 +19,10 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
 from pippin.transport import ProcessTransport, describe_exit
 from pippin.types import SamplingParams, Stats
-from tests.fake_core import KILL, FakeCore, expected, load
+from tests.fake_core import KILL, PYTHONPATH, FakeCore, expected, load
 
 GREEDY = SamplingParams(max_new_tokens=5, temperature=0)
 LONG = SamplingParams(max_new_tokens=100_000, temperature=0)
-ROOT = Path(__file__).resolve().parent.parent
 
 Make = Callable[[str], EngineClient]
 
@@ -38,7 +37,7 @@ def spawned(model: str) -> EngineClient:
 
 @pytest.fixture(params=[in_thread, spawned])
 def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the child finds tests.fake_core
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     made: Make = request.param
     return made
 
@@ -243,7 +242,7 @@ def test_a_failed_start_raises_what_the_worker_raised(
 
 
 def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     async def main() -> None:
         with pytest.raises(EngineError, match="SIGKILL"):
@@ -254,7 +253,7 @@ def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.Monkey
 
 
 def test_a_dead_child_fails_every_stream_and_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     async def main() -> None:
         async with started(spawned("fast")) as client:
@@ -297,7 +296,7 @@ def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> Non
 
 
 def test_the_sockets_are_private_and_gone_once_both_ends_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     async def main() -> None:
         client = spawned("slow")
@@ -316,7 +315,7 @@ def test_the_sockets_are_private_and_gone_once_both_ends_have_them(monkeypatch: 
 
 
 def test_a_long_temporary_directory_is_left_for_a_shorter_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     deep = tmp_path / ("d" * 90)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
@@ -331,7 +330,7 @@ def test_a_long_temporary_directory_is_left_for_a_shorter_one(monkeypatch: pytes
 def test_files_of_the_working_directory_do_not_shadow_the_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     (tmp_path / "random.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
 
@@ -344,7 +343,7 @@ def test_files_of_the_working_directory_do_not_shadow_the_library(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_child_ignores_an_interrupt_and_idles_without_turning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     async def main() -> None:
         async with started(spawned("fast")) as client:

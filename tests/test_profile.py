@@ -21,10 +21,22 @@ from pippin.errors import RequestError
 from pippin.profile.control import ProfileOptions, of_stage, shifted
 from pippin.profile.files import STAGES, Stage, capture_path, default_directory, reserve, trace_path
 from pippin.profile.gpu import MetalCapture, StepRanges, Tracer, nvtx_ranges, open_tracer
+from pippin.profile.marks import AHEAD, DRAW, DRAWN, FORWARD, OTHER, QUEUE, READ, STEP, WAIT, Label
+from pippin.profile.replay import each, replay
 from pippin.profile.report import show_summary
-from pippin.profile.steps import Label, Labels, Outcome, StepProfile, TimedRunner, Window
+from pippin.profile.steps import MARKS_A_MESSAGE, Labels, Outcome, StepProfile, TimedRunner, Window
 from pippin.profile.summary import Document, Event, busy_time, outermost, read_trace, summarize
-from pippin.profile.timeline import DEVICE, ENGINE_LANES, HTTP, HTTP_LANES, SCHEDULER, Timeline
+from pippin.profile.timeline import (
+    BUILDING,
+    DEVICE,
+    ENGINE_LANES,
+    HTTP,
+    HTTP_LANES,
+    QUEUEING,
+    SAMPLING,
+    SCHEDULER,
+    Timeline,
+)
 from pippin.profile.trace import rows_of, trace_events, write_trace
 from pippin.types import Batch, Request, RowResult, SamplingParams, Span, Work
 from tests.trace_checks import check_events
@@ -247,16 +259,19 @@ class Recorded:
     """A profile of an EmptyRunner, and what it reported."""
 
     def __init__(self, window: Window, tracer: Tracer | None = None) -> None:
-        self.spans: list[Span] = []
+        self.marks: list[int] = []
+        self.messages = 0
         self.outcome: Outcome | None = None
         self.ends = 0
         self.behind = EmptyRunner()
         self.profile = StepProfile(window, self.hear, tracer, on_end=self.end)
         self.runner = TimedRunner(self.behind, self.profile)
 
-    def hear(self, spans: list[Span], outcome: Outcome | None) -> None:
+    def hear(self, marks: list[int], outcome: Outcome | None) -> None:
         assert self.outcome is None, "nothing comes after the end"
-        self.spans += spans
+        assert len(marks) < MARKS_A_MESSAGE + 100
+        self.marks += marks
+        self.messages += 1
         self.outcome = outcome
 
     def end(self) -> None:
@@ -411,18 +426,27 @@ def test_the_cache_is_counted_once_for_each_request() -> None:
 
 
 def test_a_device_runs_one_step_at_a_time_and_not_beyond_what_is_known() -> None:
-    ticks = iter(range(0, 10_000, 10))
-    told: list[Span] = []
-    profile = StepProfile(
-        Window(2, None, False), lambda spans, outcome: told.extend(spans), timeline=Timeline(lambda: next(ticks))
-    )
-    first, second = profile.step(batch_of("DECODE")), profile.step(batch_of("DECODE"))
-    assert first is not None
-    assert second is not None
-    first.queued, second.queued, first.done = 0, 5, 7
-    profile.read(first, 0)
-    profile.read(second, 0)
-    assert [(s.start, s.end) for s in told if s.lane == DEVICE] == [(0, 7), (7, 10)]
+    """The second step is queued at 5 and the first is surely done at 7, as its build ahead finds."""
+    noted = [STEP, 0, 0, 0, 1, *Label(1, 0, 1, 0), AHEAD, 1]
+    noted += [STEP, 3, 4, 5, 2, *Label(1, 0, 1, 0), WAIT, 7, AHEAD, 8, READ, 1, 8, 9, READ, 2, 9, 10]
+    spans = replay(noted)
+    assert [(s.step, s.start, s.end) for s in spans if s.lane == DEVICE] == [(1, 0, 7), (2, 7, 10)]
+    assert [(s.step, s.start, s.end) for s in spans if s.lane == SCHEDULER] == [(2, 3, 4)]
+
+
+def test_a_step_that_is_queued_by_the_next_launch_is_said_to_be_that_step() -> None:
+    label = Label(1, 0, 1, 0)
+    noted = [STEP, 0, 0, 0, 1, *label, FORWARD, 1, STEP, 0, 0, 10, 2, *label, QUEUE, 13, FORWARD, 17]
+    noted += [OTHER, 20, QUEUE, 21, FORWARD, 25, READ, 1, 30, 31, DRAW, 32, QUEUE, 33, DRAWN, 2, 36, READ, 2, 40, 41]
+    spans = replay(noted)
+    found = [(s.lane, s.name, s.step, s.start, s.end) for s in spans if s.lane in (BUILDING, QUEUEING, SAMPLING)]
+    assert found == [
+        (BUILDING, "build decode 1", 1, 0, 1),
+        (QUEUEING, "queue", 1, 10, 13),
+        (BUILDING, "build decode 1", 2, 13, 17),
+        (QUEUEING, "queue", 2, 20, 21),
+        (SAMPLING, "masks and draws", 2, 32, 36),
+    ]
 
 
 def test_sums_of_floats_neither_hide_a_span_nor_make_a_gap() -> None:
@@ -456,9 +480,13 @@ def test_long_profiles_are_told_in_parts() -> None:
     recorded = Recorded(Window(None, None, False))
     for _ in range(200):
         recorded.runner.launch(batch_of("DECODE")).read()
-    assert len(recorded.spans) >= 512
+    assert recorded.messages >= 1
     assert recorded.outcome is None
-    assert len(recorded.profile.timeline) < 256
+    recorded.profile.end()
+    assert recorded.messages >= 2
+    numbers = [values[3] for kind, values in each(recorded.marks) if kind == STEP]
+    assert numbers == list(range(1, 201))
+    assert len([s for s in replay(recorded.marks) if s.lane == DEVICE]) == 200
 
 
 # --- joining ---

@@ -18,11 +18,12 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import RequestError
 from pippin.profile.engine import open_profile
+from pippin.profile.replay import replay
 from pippin.profile.stage import profiled
 from pippin.profile.steps import TimedRunner
 from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING
 from pippin.runner import MlxModelRunner
-from pippin.types import Batch, ProfileStarted, SamplingParams, Span, Spans, StartProfile, StopProfile, Submit
+from pippin.types import Batch, Marks, ProfileStarted, SamplingParams, Span, StartProfile, StopProfile, Submit
 from tests.checkpoints import make_checkpoint
 from tests.test_core import FlakyRunner
 from tests.test_profile import RecordedMetal
@@ -46,18 +47,18 @@ class Told:
 
     def __init__(self) -> None:
         self.started: list[ProfileStarted] = []
-        self.spans: list[Span] = []
-        self.ended: list[Spans] = []
+        self.marks: list[int] = []
+        self.ended: list[Marks] = []
 
-    def __call__(self, event: ProfileStarted | Spans) -> None:
+    def __call__(self, event: ProfileStarted | Marks) -> None:
         if isinstance(event, ProfileStarted):
             self.started.append(event)
         else:
-            self.spans += event.spans
+            self.marks += event.marks
             self.ended += [event] if event.ended else []
 
     def steps(self, lane: str = DEVICE) -> list[Span]:
-        return [s for s in self.spans if s.lane == lane]
+        return [s for s in replay(self.marks) if s.lane == lane]
 
 
 def start(core: EngineCore, told: Told, **options: Any) -> None:
@@ -164,7 +165,7 @@ def test_it_ends_by_itself_after_its_steps(checkpoint: Path, by_stage: bool) -> 
     core.step()
     start(core, told, num_steps=2, by_stage=by_stage, start_step=4)
     drain(core)
-    assert [len(e.spans) > 0 for e in told.ended] == [True]
+    assert [len(e.marks) > 0 for e in told.ended] == [True]
     numbers = [s.step for s in told.steps()]
     assert numbers[0] == 4
     stages = [s.args["stage"] for s in told.steps() if s.args]
@@ -182,7 +183,7 @@ def test_a_second_profile_is_refused_and_the_first_goes_on(checkpoint: Path) -> 
     add(core, [[1, 2, 3]])
     drain(core)
     core.profile(StopProfile("p"), told)
-    assert (len(told.ended), len(other.spans)) == (1, 0)
+    assert (len(told.ended), len(other.marks)) == (1, 0)
     start(core, other)
     assert other.started[1].error == ""
 
@@ -283,6 +284,25 @@ def test_without_a_profile_a_step_calls_three_empty_functions_and_allocates_noth
     assert len(calls_into_profile(core)) > 10, "and with one the same count finds it"
     core.profile(StopProfile("p"), told)
     assert set(calls_into_profile(core)) <= {"no_lap"}, "and it leaves nothing behind"
+
+
+def test_a_profiled_step_of_decodes_is_a_few_calls_and_integers_however_many_rows(checkpoint: Path) -> None:
+    """What a profile costs is what it calls: spans, labels and files are made elsewhere."""
+    counts = []
+    for rows in (2, 5):
+        core, told = make_core(checkpoint), Told()
+        add(core, rows_for_tests()[:rows])
+        start(core, told)
+        while core.stats.decode_tokens < 2 * rows:
+            core.step()
+        assert core._profile is not None
+        before = len(core._profile._marks)
+        counts.append((len(calls_into_profile(core)), len(core._profile._marks) - before))
+        core.profile(StopProfile("p"), told)
+    (calls, integers), more_rows = counts
+    assert (calls, integers) == more_rows
+    assert calls <= 20
+    assert integers <= 24
 
 
 # --- one-batch's interface ---

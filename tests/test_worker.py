@@ -33,9 +33,7 @@ from pippin.types import (
     Submit,
 )
 from pippin.worker import Core, run, serve
-from tests.fake_core import RAISE, FakeCore, expected
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.fake_core import PYTHONPATH, RAISE, FakeCore, expected
 
 
 def submit(id: str, prompt: list[int], count: int = 3) -> Submit:
@@ -208,7 +206,7 @@ def test_the_child_dies_with_its_parent(how: str) -> None:
         text=True,
         timeout=30,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     pid, deadline = int(done.stdout), time.monotonic() + 5
     while alive(pid) and time.monotonic() < deadline:

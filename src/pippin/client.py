@@ -27,13 +27,13 @@ from pippin.types import (
     Fatal,
     Flush,
     Flushed,
+    Marks,
     ModelInfo,
     Output,
     ProfileStarted,
     Progress,
     Ready,
     SamplingParams,
-    Spans,
     Stats,
     StepOutput,
     Submit,
@@ -220,7 +220,7 @@ class EngineClient:
             case Flushed(id):
                 if (waiter := self._flushes.pop(id, None)) is not None and not waiter.done():
                     waiter.set_result(event)
-            case ProfileStarted() | Spans():
+            case ProfileStarted() | Marks():
                 self.profiler.hear(event)
             case Progress():
                 self.progress = event

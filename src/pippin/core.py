@@ -45,7 +45,6 @@ from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.profile.engine import Tell, open_profile
 from pippin.profile.steps import StepProfile, TimedRunner
-from pippin.profile.timeline import SCHEDULER
 from pippin.runner import Flight, MlxModelRunner, ModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
@@ -302,7 +301,7 @@ class EngineCore:
             outputs += (
                 self._outputs(flight.batch, results)
                 if profile is None
-                else profile.timeline.timed(SCHEDULER, "finish", self._outputs, flight.batch, results)
+                else profile.finishing(self._outputs, flight.batch, results)
             )
             return
         self._drop(flight.batch, kind, outputs)

@@ -283,7 +283,7 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartProfile(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Records the engine's steps; the answer is a ProfileStarted, then Spans come until one that has ``ended``.
+    """Records the engine's steps; the answer is a ProfileStarted, then Marks come until one that has ``ended``.
 
     ``num_steps`` steps from step ``start_step`` of the engine on, or until stopped; with ``by_stage``, so many that
     compute prompts and so many that only decode. ``gpu``: also what the device's own profiler takes (None: if it can);
@@ -397,11 +397,14 @@ class ProfileStarted(msgspec.Struct, frozen=True, tag=True):
     field: str | None = None
 
 
-class Spans(msgspec.Struct, frozen=True, tag=True):
-    """What a profile recorded since the last of these; with the last, captures that are complete or why they failed."""
+class Marks(msgspec.Struct, frozen=True, tag=True):
+    """What a profile noted since the last of these (see ``profile.marks``).
+
+    The last brings captures that are complete, or why they failed.
+    """
 
     id: str
-    spans: list[Span]
+    marks: list[int]
     ended: bool = False
     files: list[str] = []
     error: str = ""
@@ -453,4 +456,4 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = StepOutput | Flushed | ProfileStarted | Spans | Progress | Ready | Fatal
+Event = StepOutput | Flushed | ProfileStarted | Marks | Progress | Ready | Fatal

@@ -30,13 +30,13 @@ from pippin.types import (
     Finish,
     Flush,
     Flushed,
+    Marks,
     ModelInfo,
     Output,
     ProfileStarted,
     Progress,
     Ready,
     Shutdown,
-    Spans,
     StartProfile,
     Stats,
     StepOutput,
@@ -72,7 +72,7 @@ class Core(Protocol):
     def flush(self) -> None:
         """Empty the prefix cache. Raises RequestError while requests run."""
 
-    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Spans], None]) -> None:
+    def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Begin to record steps, or end it; ``tell`` hears the answer, and spans as they come. Raises nothing."""
 
 

@@ -26,11 +26,10 @@ from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError
 from pippin.server.launch import listen
 from pippin.transport import ProcessTransport
-from tests.fake_core import KILL
+from tests.fake_core import KILL, PYTHONPATH
 from tests.server.conftest import Running, Serve, byte_tokenizer
 from tests.server.test_openai import told
 
-ROOT = Path(__file__).resolve().parents[2]
 LONG: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1000},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "n": 2},
@@ -140,7 +139,7 @@ def test_a_storm_of_clients_that_come_and_go_leaves_nothing_behind(server: Runni
 @pytest.fixture
 def mortal(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A server whose engine is a child process."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     config = EngineConfig(model_path="0.005")
     with serve(make_client=lambda core: EngineClient.spawn(config, "tests.fake_core:load", "critical")) as running:
         yield running
@@ -209,7 +208,7 @@ def program(model: str, port: int) -> Iterator[subprocess.Popen[str]]:
     """The server as `pippin serve` runs it, with a demo model's tokenizer and a FakeCore."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, model, str(port)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -23,13 +23,11 @@ from pippin.engine import Engine
 from pippin.errors import RequestError
 from pippin.profile.timeline import BUILDING, DETOKENIZING, DEVICE, HTTP, SAMPLING, SCHEDULER
 from pippin.profile.trace import ENGINE, HTTP_SIDE
-from tests.fake_core import KILL
+from tests.fake_core import KILL, PYTHONPATH
 from tests.server.conftest import Running, Serve, byte_tokenizer, serving
 from tests.server.test_lifecycle import ask, until
 from tests.tokenizers_for_tests import byte_ids
 from tests.trace_checks import Json, check_events, read_events
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +98,11 @@ def test_both_processes_are_in_one_file_on_one_clock(demo: Running, tmp_path: Pa
     steps = lanes[DEVICE]
     for kind in ("prefill", "decode", "cached"):
         assert sum(e["args"][f"{kind}_tokens"] for e in steps) == after[f"{kind}_tokens"] - before[f"{kind}_tokens"]
-    # One clock: all that the engine did for these requests lies between their first beginning and last end.
+    # One clock: all that the engine began for these requests lies between their first beginning and last end. A step
+    # that was queued before a stop was seen may end later: nobody waits for it.
     assert min(e["ts"] for e in asked) <= min(e["ts"] for e in steps)
     last = max(e["ts"] + e["dur"] for e in asked)
-    assert max(e["ts"] + e["dur"] for e in steps if not e["args"].get("unfinished")) <= last
+    assert max(e["ts"] for e in steps) <= last
     assert min(e["ts"] for e in lanes[DETOKENIZING]) >= min(e["ts"] + e["dur"] for e in steps)
     assert demo.client.timeline is None
 
@@ -197,7 +196,7 @@ def test_requests_that_have_not_ended_are_cut(server: Running, tmp_path: Path) -
 def test_an_engine_that_dies_leaves_what_was_told(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT / "src"), str(ROOT))))  # for tests.fake_core
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     spawn = lambda core: EngineClient.spawn(EngineConfig(), "tests.fake_core:load")  # noqa: E731
     with serve(make_client=spawn, tokenizer=byte_tokenizer()) as running, running.http() as http:
         (file,) = start(http, tmp_path)

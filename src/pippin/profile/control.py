@@ -16,14 +16,18 @@ import msgspec
 
 from pippin.errors import EngineError, PippinError, RequestError
 from pippin.profile.files import STAGES, Stage, default_directory, discard, reserve, trace_path
+from pippin.profile.replay import replay
 from pippin.profile.timeline import Timeline
 from pippin.profile.trace import ENGINE, HTTP_SIDE, write_trace
-from pippin.types import Command, ProfileStarted, Span, Spans, StartProfile, StopProfile
+from pippin.types import Command, Marks, ProfileStarted, Span, StartProfile, StopProfile
 
 log = logging.getLogger(__name__)
 
 MOST_SPANS = 500_000
 """A profile that nobody stops ends with so many; they take about 100 MB."""
+
+MARKS_A_SPAN = 4
+"""Integers that an engine notes for a span, about."""
 
 ACTIVITIES = ("CPU", "GPU")
 
@@ -84,7 +88,7 @@ class Run:
     answer: asyncio.Future[ProfileStarted]
     engine_pid: int = 0
     offset: int = 0
-    spans: list[Span] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
     captures: list[str] = field(default_factory=list)
     error: str = ""
     writing: asyncio.Task[list[Path]] | None = None
@@ -160,7 +164,7 @@ class Profiler:
         assert self._ended is not None
         return await asyncio.shield(self._ended)
 
-    def hear(self, event: ProfileStarted | Spans) -> None:
+    def hear(self, event: ProfileStarted | Marks) -> None:
         """What the engine says of its profile."""
         run = self._run
         if run is None or run.id != event.id or run.writing is not None:
@@ -169,13 +173,13 @@ class Profiler:
             if not run.answer.done():
                 run.answer.set_result(event)
             return
-        run.spans += event.spans
+        run.marks += event.marks
         run.captures += event.files
         run.error = run.error or event.error
         if event.ended:
             self._finish(run)
-        elif len(run.spans) + len(self.timeline or ()) > MOST_SPANS:
-            log.warning("the profile has %d spans and ends", len(run.spans))
+        elif len(run.marks) // MARKS_A_SPAN + len(self.timeline or ()) > MOST_SPANS:
+            log.warning("the profile has more than %d spans and ends", MOST_SPANS)
             self._send(StopProfile(run.id))
 
     def lost(self, why: PippinError) -> None:
@@ -241,7 +245,8 @@ def facts(run: Run) -> dict[str, Any]:
 
 def write_run(run: Run, own: Sequence[Span], about: dict[str, Any]) -> list[Path]:
     """Writes a profile's trace files; returns them and the captures."""
-    moved = [shifted(span, run.offset) for span in run.spans] if run.offset else run.spans
+    played = replay(run.marks)
+    moved = [shifted(span, run.offset) for span in played] if run.offset else played
     names = {HTTP_SIDE: f"HTTP process ({os.getpid()})", ENGINE: f"engine process ({run.engine_pid})"}
     stages: Sequence[Stage | None] = STAGES if run.by_stage else (None,)
     written = []
@@ -258,7 +263,7 @@ def shifted(span: Span, offset: int) -> Span:
 
 
 def of_stage(spans: Sequence[Span], stage: Stage) -> list[Span]:
-    """Spans of the steps of one stage, and all others from the first to the last of these."""
+    """Marks of the steps of one stage, and all others from the first to the last of these."""
     steps = {s.step for s in spans if s.step is not None and s.args is not None and s.args.get("stage") == stage}
     mine = [s for s in spans if s.step in steps and s.step is not None]
     if not mine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -10,10 +11,9 @@ import mlx.core as mx
 from pippin.errors import RequestError
 from pippin.profile.gpu import Metal, Tracer, open_tracer
 from pippin.profile.steps import Outcome, StepProfile, Window
-from pippin.profile.timeline import Timeline
-from pippin.types import ProfileStarted, Span, Spans, StartProfile
+from pippin.types import Marks, ProfileStarted, StartProfile
 
-Tell = Callable[[ProfileStarted | Spans], None]
+Tell = Callable[[ProfileStarted | Marks], None]
 
 METAL: Metal = mx.metal
 
@@ -32,24 +32,23 @@ def open_profile(
 
     ``device`` is ``gpu`` or ``cpu``; ``steps`` counts those launched so far; ``on_end`` is called when it ends.
     """
-    timeline = Timeline()
     try:
         if running:
             raise RequestError("a profile is running; end it with /stop_profile first", status=409)
         tracer = tracer_for(command.gpu, command.stem, command.by_stage, device, metal)
     except RequestError as error:
-        tell(ProfileStarted(command.id, timeline.now(), os.getpid(), error.message, error.field))
+        tell(ProfileStarted(command.id, time.perf_counter_ns(), os.getpid(), error.message, error.field))
         return None
 
-    def report(spans: list[Span], outcome: Outcome | None) -> None:
+    def report(noted: list[int], outcome: Outcome | None) -> None:
         if outcome is None:
-            tell(Spans(command.id, spans))
+            tell(Marks(command.id, noted))
         else:
-            tell(Spans(command.id, spans, True, [str(file) for file in outcome.files], outcome.error))
+            tell(Marks(command.id, noted, True, [str(file) for file in outcome.files], outcome.error))
 
     window = Window(command.num_steps, command.start_step, command.by_stage)
-    tell(ProfileStarted(command.id, timeline.now(), os.getpid()))
-    return StepProfile(window, report, tracer, steps=steps, on_end=on_end, timeline=timeline)
+    tell(ProfileStarted(command.id, time.perf_counter_ns(), os.getpid()))
+    return StepProfile(window, report, tracer, steps=steps, on_end=on_end)
 
 
 def tracer_for(gpu: bool | None, stem: str, by_stage: bool, device: str, metal: Metal = METAL) -> Tracer | None:

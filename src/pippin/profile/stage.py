@@ -18,9 +18,9 @@ from pathlib import Path
 from pippin.profile.engine import METAL, tracer_for
 from pippin.profile.files import default_directory, discard, reserve, trace_path
 from pippin.profile.gpu import Metal
+from pippin.profile.replay import replay
 from pippin.profile.steps import Outcome, Runner, StepProfile, TimedRunner, Window
 from pippin.profile.trace import ENGINE, write_trace
-from pippin.types import Span
 
 
 @dataclass(slots=True)
@@ -53,10 +53,10 @@ def profiled(
     ``StartProfile``. ``about`` goes into the file. Raises RequestError for what can't be captured, or written.
     """
     stem, paths = reserve(Path(directory) if directory is not None else default_directory(), name, False)
-    spans: list[Span] = []
+    marks: list[int] = []
 
-    def report(new: list[Span], outcome: Outcome | None) -> None:
-        spans.extend(new)
+    def report(noted: list[int], outcome: Outcome | None) -> None:
+        marks.extend(noted)
         if outcome is not None:
             found.files, found.error = [trace_path(stem), *outcome.files], outcome.error
 
@@ -67,11 +67,11 @@ def profiled(
         raise
     profile = StepProfile(Window(None, None, False), report, tracer)
     found = StageProfile(TimedRunner(runner, profile))
-    began = profile.timeline.now()
+    began = profile.now()
     try:
         yield found
     finally:
         found.runner.leave()
         profile.end()
         names = {ENGINE: f"engine process ({os.getpid()})"}
-        write_trace(trace_path(stem), spans, began, names, {"profile_id": Path(stem).name, **about})
+        write_trace(trace_path(stem), replay(marks), began, names, {"profile_id": Path(stem).name, **about})
