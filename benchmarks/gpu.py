@@ -19,6 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pippin.backend import prepare
+
+prepare()  # both sides queue whole steps
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ class NoBackendError(EngineError, ImportError):
 def prepare() -> None:
     """Makes ``import mlx.core`` work, and fast. Raises NoBackendError where it can't."""
     preload_openblas()
+    fill_buffers()
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
@@ -40,6 +42,16 @@ def preload_openblas() -> bool:
     except OSError:
         return False
     return True
+
+
+def fill_buffers() -> None:
+    """Lets MLX's CUDA backend queue a whole step at once: by default a buffer ends after so many megabytes of weights.
+
+    Queuing a step then waits for most of it to run, and the token of the step before is read that much later: an 8B
+    model's step of one stream took 4.9 ms in place of 4.7 on an H200. Metal's buffers are left as they are.
+    """
+    if sys.platform == "linux" and "mlx.core" not in sys.modules:
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100000")
 
 
 def leave_torch_out() -> None:
