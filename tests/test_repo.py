@@ -37,10 +37,12 @@ CHAINS = """
 errors <- types <- cache <- scheduler <- core
 errors <- config <- core
 config <- options <- bench
+config <- logs <- worker
 core <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
 cli <- bench_offline_throughput
+interrupts <- launch_server
 cli <- check_env
 kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving

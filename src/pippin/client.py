@@ -102,9 +102,11 @@ class EngineClient:
         self.profiler = Profiler(transport.send, self._about)
 
     @classmethod
-    def spawn(cls, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> EngineClient:
+    def spawn(
+        cls, config: EngineConfig, core: str = CORE, log_level: str = "warning", log_format: str = "text"
+    ) -> EngineClient:
         """A client of a new child process, not started yet."""
-        return cls(ProcessTransport(config, core, log_level), config.random_seed)
+        return cls(ProcessTransport(config, core, log_level, log_format), config.random_seed)
 
     @classmethod
     def in_thread(cls, load: Load, seed: int | None = None) -> EngineClient:

@@ -78,7 +78,7 @@ def check_prompt(
     for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
         if any(not 0 <= t < info.vocab_size for t in ids):
             raise RequestError(f"{name} must name tokens between 0 and {info.vocab_size - 1}", name)
-    most = min(info.context_length, info.max_total_tokens)
+    most = longest_prompt(info) + 1
     room = most - len(tokens)
     if room < 1:
         limit = "the context" if most == info.context_length else "the KV store (--max-total-tokens)"
@@ -88,6 +88,11 @@ def check_prompt(
     if params.max_new_tokens <= room:
         return params
     return msgspec.structs.replace(params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room))
+
+
+def longest_prompt(info: ModelInfo) -> int:
+    """Tokens that a prompt may have at most, so that one of an answer has room."""
+    return min(info.context_length, info.max_total_tokens) - 1
 
 
 def answer_ids(rid: str, n: int) -> list[str]:

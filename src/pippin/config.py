@@ -146,8 +146,31 @@ class ServerConfig:
     api_key: str | None = option(None, "Required as `Authorization: Bearer KEY`, if set.")
     served_model_name: str | None = option(None, "Name in answers and /v1/models; the model's path if left out.")
     strict_model_name: bool = option(False, "Refuse requests whose `model` is another name.")
+    max_queued_requests: int = option(
+        1024, "Most answers that wait beside those that run; more requests get a 503 with Retry-After."
+    )
+    max_connections: int = option(1000, "Most connections; those that say nothing make room for new ones.")
+    max_body_mb: int = option(16, "Largest body of a request, in MiB.")
+    request_timeout: float | None = option(None, "Seconds that an answer may take, waiting included; a 504 then.")
+    drain_timeout: float = option(
+        30.0, "Seconds that requests may go on once the server was told to stop; a second signal ends them at once."
+    )
+    allowed_hosts: list[str] | None = option(  # noqa: RUF009 - the default is None
+        None,
+        "A name that requests may have in Host, beside this machine's own where the address is loopback; "
+        "may be given several times, * is any.",
+    )
+    allowed_origins: list[str] | None = option(  # noqa: RUF009 - the default is None
+        None, "An origin whose pages may use the server from a browser; may be given several times, * is any."
+    )
+    dry_run: bool = option(False, "Load the model, print the memory budget, and exit.")
     log_level: str = option("info", "Least severe messages to log.", choices=("debug", "info", "warning", "error"))
     no_ui: bool = option(False, "Serve no web page at /.")
+    log_format: str = option("text", "Lines for people, or JSON objects.", choices=("text", "json"))
+    log_requests: bool = option(False, "Log what is asked and answered; prompts are in no log otherwise.")
+    log_requests_level: int = option(
+        2, "How much: 0 counts, 1 sampling parameters too, 2 the first 2048 characters of texts, 3 all of them."
+    )
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
 
     tool_call_parser: str = option(
@@ -160,6 +183,17 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")
+        for name, ok, need in (
+            ("max_queued_requests", self.max_queued_requests >= 0, "at least 0"),
+            ("max_connections", self.max_connections >= 1, "at least 1"),
+            ("max_body_mb", self.max_body_mb >= 1, "at least 1"),
+            ("request_timeout", self.request_timeout is None or self.request_timeout > 0, "above 0"),
+            ("drain_timeout", self.drain_timeout >= 0, "at least 0"),
+            ("log_format", self.log_format in ("text", "json"), "text or json"),
+            ("log_requests_level", 0 <= self.log_requests_level <= 3, "between 0 and 3"),
+        ):
+            if not ok:
+                raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))
 
 
 @dataclass(frozen=True, slots=True)

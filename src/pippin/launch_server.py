@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from pippin.cli import serve_from_args
+from pippin.interrupts import silent
 
 if __name__ == "__main__":
+    with silent():
+        from pippin.cli import serve_from_args
+
     sys.exit(serve_from_args(sys.argv[1:]))

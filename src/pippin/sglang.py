@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from pippin.completion import Delta, check_prompt, new_id
+from pippin.completion import Delta, check_prompt, longest_prompt, new_id
 from pippin.errors import RequestError
 from pippin.grammar.fields import grammar_of
 from pippin.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Arguments:
 
     def resolve(self, tokenizer: Tokenizer, info: ModelInfo, prompt_field: str = "prompt") -> tuple[list[Asked], bool]:
         """All prompts, and whether it is a single one (then the answer is no list). Raises RequestError."""
-        prompts, single = self._prompts(tokenizer, prompt_field)
+        prompts, single = self._prompts(tokenizer, prompt_field, longest_prompt(info))
         named = prompt_field if self.prompt is not None else "input_ids"
         count = len(prompts)
         params = _each(self.sampling_params, count, "sampling_params")
@@ -80,8 +80,8 @@ class Arguments:
             asked.append(Asked(str(rids[i] or new_id()), tokens, one, start))
         return asked, single
 
-    def _prompts(self, tokenizer: Tokenizer, prompt_field: str) -> tuple[list[list[int]], bool]:
-        """The token ids of each prompt."""
+    def _prompts(self, tokenizer: Tokenizer, prompt_field: str, most: int) -> tuple[list[list[int]], bool]:
+        """The token ids of each prompt, which can have ``most``."""
         if (self.prompt is None) == (self.input_ids is None):
             raise RequestError(f"give either {prompt_field} or input_ids", prompt_field)
         if self.input_ids is not None:
@@ -89,6 +89,8 @@ class Arguments:
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
             raise RequestError(f"{prompt_field} must be a string or a list of strings", prompt_field)
+        for text in texts:
+            tokenizer.check_length(text, most, prompt_field)
         return [tokenizer.encode(t) for t in texts], isinstance(self.prompt, str)
 
 

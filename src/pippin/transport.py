@@ -89,8 +89,10 @@ class ProcessTransport:
     ``core`` names the engine's loader as ``module:function`` (see ``worker.CORE``).
     """
 
-    def __init__(self, config: EngineConfig, core: str = CORE, log_level: str = "warning") -> None:
-        self._config, self._core, self._log_level = config, core, log_level
+    def __init__(
+        self, config: EngineConfig, core: str = CORE, log_level: str = "warning", log_format: str = "text"
+    ) -> None:
+        self._config, self._core, self._log_level, self._log_format = config, core, log_level, log_format
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Event)
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
@@ -114,7 +116,7 @@ class ProcessTransport:
             sys.executable, "-P", "-m", "pippin.worker", stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin is not None
-        hello = Hello(commands, events, self._config, self._core, self._log_level)
+        hello = Hello(commands, events, self._config, self._core, self._log_level, self._log_format)
         self._process.stdin.write(msgspec.json.encode(hello) + b"\n")
         self._watch = asyncio.create_task(self._wait(self._process, on_end))
 

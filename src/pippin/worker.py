@@ -22,6 +22,7 @@ import zmq
 from pippin.backend import leave_torch_out
 from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
+from pippin.logs import configure
 from pippin.types import (
     Abort,
     Command,
@@ -95,6 +96,7 @@ class Hello(msgspec.Struct, frozen=True):
     config: EngineConfig
     core: str = CORE
     log_level: str = "warning"
+    log_format: str = "text"
 
 
 def run(load: Load, receive: Receive, send: Send) -> bool:
@@ -168,7 +170,7 @@ def main() -> int:
     die_with_parent()
     if not hello.config.device.startswith("torch"):
         leave_torch_out()
-    logging.basicConfig(level=hello.log_level.upper(), format="%(levelname)s: %(name)s: %(message)s", stream=sys.stderr)
+    configure(hello.log_level, hello.log_format, text="%(levelname)s: %(name)s: %(message)s")
     context = zmq.Context()
     commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, address in ((commands, hello.commands), (events, hello.events)):

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.server import create_app
-from pippin.server.launch import HttpServer, listen
+from pippin.server.launch import HttpServer, http_config, listen
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from tests.fake_core import EOS, FakeCore
@@ -88,9 +87,7 @@ def serving(
         await client.start()
         text = tokenizer or byte_tokenizer()
         app = create_app(client, text, ChatTemplate(text), config or ServerConfig())
-        http = HttpServer(
-            uvicorn.Config(app, lifespan="off", ws="none", log_level="critical", timeout_graceful_shutdown=1)
-        )
+        http = HttpServer(http_config(app, config or ServerConfig()))
         parts.append((client, http, asyncio.get_running_loop()))
         started.set()
         await http.serve([listener])

@@ -212,9 +212,13 @@ def test_the_description_holds_every_field(http: httpx.Client) -> None:
         assert body.keys() <= schema["properties"].keys()
 
 
-def test_a_body_that_is_too_long_is_refused(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pippin.server.http.MAX_BODY", 1000)
-    body = json.dumps({"prompt": "a" * 2000}).encode()
+def test_a_body_that_is_too_long_is_refused(serve: Serve) -> None:
+    with serve(ServerConfig(max_body_mb=1)) as running, running.http() as http:
+        refused_if_too_long(http)
+
+
+def refused_if_too_long(http: httpx.Client) -> None:
+    body = json.dumps({"prompt": "a" * 2**20}).encode()
     headers = {"content-type": "application/json"}
 
     def parts() -> Iterator[bytes]:
@@ -223,7 +227,7 @@ def test_a_body_that_is_too_long_is_refused(http: httpx.Client, monkeypatch: pyt
     for content in (body, parts()):
         response = http.post(TEXT, content=content, headers=headers)
         assert response.status_code == 413
-        assert "1000 bytes" in named(response)[1]
+        assert "1048576 bytes (--max-body-mb)" in named(response)[1]
     assert http.post(TEXT, json=GOOD[TEXT]).status_code == 200
 
 

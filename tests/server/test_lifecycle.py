@@ -47,9 +47,8 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 def ask(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
     """A request sent by hand, the answer unread."""
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection(address)
     connection.sendall(head.encode() + content)
     return connection
@@ -81,7 +80,8 @@ def test_a_client_that_goes_away_frees_the_engine_within_a_step(
 def test_a_client_may_go_away_before_it_has_said_all(server: Running) -> None:
     connection = socket.create_connection(server.address)
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99\r\n\r\n{"
     )
     connection.close()
     with server.http() as http:
@@ -189,7 +189,8 @@ from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import PippinError
 from pippin.server.launch import run
 try:
-    run(EngineConfig(model_path=sys.argv[1]), ServerConfig(port=int(sys.argv[2])), core="tests.fake_core:load",
+    server = ServerConfig(port=int(sys.argv[2]), drain_timeout=0.5)
+    run(EngineConfig(model_path=sys.argv[1]), server, core="tests.fake_core:load",
         on_ready=lambda info, url: print("ready", url, flush=True))
 except PippinError as error:
     print(type(error).__name__, error, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Collection
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,7 +22,8 @@ from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
 from pippin.server import anthropic, native, ollama, openai, parsing, profile, responses, ui
 from pippin.server.anthropic import CountRequest, MessagesRequest
-from pippin.server.http import CLIENT_CLOSED, ErrorJson, JsonResponse, error_body, error_response
+from pippin.server.guard import Guard
+from pippin.server.http import CLIENT_CLOSED, ErrorJson, error_body, error_response
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from pippin.server.parsing import ParseRequest, SeparateRequest
 from pippin.server.protocol import (
@@ -69,6 +72,7 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/parse_function_call", parsing.parse_function_call, ParseRequest),
     ("POST", "/separate_reasoning", parsing.separate_reasoning, SeparateRequest),
     ("GET", "/health", native.health, None),
+    ("GET", "/ready", native.ready, None),
     ("GET", "/health_generate", native.health_generate, None),
     ("GET", "/get_model_info", native.model_info, None),
     ("GET", "/model_info", native.model_info, None),
@@ -85,7 +89,10 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("GET", "/pippin/stats", ui.stats, None),
 )
 
-OPEN = ("/health", "/health_generate", "/metrics")
+LAST = ("/health", "/metrics", "/abort_request")
+"""Answered while the server drains."""
+
+OPEN = ("/health", "/ready", "/health_generate", "/metrics")
 """Answered without the API key: they tell no text, and probes have no key."""
 
 
@@ -110,6 +117,9 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
     app.add_middleware(profile.RequestSpans, client=client)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key, open=OPEN if config.no_ui else (*OPEN, *ui.PAGES))
+    if config.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods="*", allow_headers="*")
+    app.add_middleware(Guard, config=config, shape_of=SHAPES)
     return app
 
 
@@ -153,9 +163,10 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 def shape_of(path: str) -> ErrorJson:
     """How errors look there."""
-    if path.startswith("/v1/messages"):
-        return anthropic.error_json
-    return ollama.error_json if path.startswith("/api/") else error_body
+    return next((shape for start, shape in SHAPES.items() if path.startswith(start)), error_body)
+
+
+SHAPES: dict[str, ErrorJson] = {"/v1/messages": anthropic.error_json, "/api/": ollama.error_json}
 
 
 class ApiKey:
@@ -182,25 +193,43 @@ class ApiKey:
 class Gate:
     """What listens from the first moment: 503 with how far loading is, until ``app`` is set.
 
-    The web page, if there is one, is there already, and shows it.
+    The web page, if there is one, is there already, and shows it. While ``draining`` it takes nothing new; ``idle`` is set
+    while no request is being answered.
     """
 
     def __init__(self, client: EngineClient, ui: bool = False) -> None:
         self.app: ASGIApp | None = None
         self._client = client
         self._ui = ui
+        self.draining = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # uvicorn runs without lifespan events; there are no websockets
-            return None
-        if self.app is not None:
-            return await self.app(scope, receive, send)
-        if self._ui and scope["path"] in ui.PAGES and scope["method"] in ("GET", "HEAD"):
-            return await ui.response(scope["path"])(scope, receive, send)
-        error = EngineError(f"the model is still loading{stage(self._client.progress)}", 503)
-        response: JsonResponse = error_response(error)
-        response.headers["retry-after"] = "1"
-        return await response(scope, receive, send)
+            return
+        if self.app is None and self._ui and scope["path"] in ui.PAGES and scope["method"] in ("GET", "HEAD"):
+            await ui.response(scope["path"])(scope, receive, send)
+            return
+        if self.app is None:
+            error = EngineError(f"the model is still loading{stage(self._client.progress)}", 503)
+        elif self.draining and scope["path"] not in LAST:
+            error = EngineError("the server is shutting down and takes no more requests", 503)
+        else:
+            await self._pass(self.app, scope, receive, send)
+            return
+        await error_response(error, shape_of(scope["path"]))(scope, receive, send)
+
+    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        self._answering += 1
+        self.idle.clear()
+        try:
+            await app(scope, receive, send)
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self.idle.set()
 
 
 def stage(progress: Progress | None) -> str:

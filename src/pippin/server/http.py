@@ -16,17 +16,16 @@ from starlette.types import Receive, Scope, Send
 
 from pippin.errors import EngineError, RequestError
 from pippin.server.protocol import Body, read
+from pippin.text.tokenizer import LONG_TEXT
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Body)
 
-MAX_BODY = 64 * 2**20  # bytes; a million token ids are 8 MB
-
-LONG_TEXT = 20_000  # characters; that many take about ten milliseconds to tokenize
-
 encode = msgspec.json.Encoder().encode
+
+RETRY_SECONDS = "1"
 
 CLIENT_CLOSED = 499  # nginx's; nobody will read it
 
@@ -41,21 +40,12 @@ class JsonResponse(Response):
 
 
 async def read_body(request: Request, kind: type[S]) -> S:
-    """The request's JSON as its struct. Raises RequestError: 413 if too long, 415 if not sent as JSON, 400."""
+    """The request's JSON as its struct, as long as ``guard`` lets it be. Raises RequestError (415: not JSON)."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # A web page can send anything but this type to a server of another origin without asking it first.
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise RequestError("send JSON, with the header `Content-Type: application/json`", status=415)
-    too_long = RequestError(f"the body is longer than {MAX_BODY} bytes", status=413)
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > MAX_BODY:
-        raise too_long
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise too_long
-    return read(bytes(body), kind)
+    return read(await request.body(), kind)
 
 
 async def gone(receive: Receive) -> None:
@@ -189,5 +179,5 @@ ErrorJson = Callable[[Exception], tuple[int, dict[str, Any]]]
 def error_response(error: Exception, shape: ErrorJson = error_body) -> JsonResponse:
     """An error as a whole answer, in an API's shape."""
     status, body = shape(error)
-    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": RETRY_SECONDS}}.get(status)
     return JsonResponse(body, status, headers)

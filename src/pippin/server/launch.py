@@ -9,13 +9,18 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
+from pippin.logs import configure
 from pippin.server.app import Gate, create_app
+from pippin.server.connection import Connections
+from pippin.server.guard import HEADER_BYTES, warning_of
 from pippin.text.chat import ChatTemplate, read_template
 from pippin.text.reply import named_formats
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
@@ -24,8 +29,11 @@ from pippin.worker import CORE
 
 log = logging.getLogger("pippin")
 
-GRACE_SECONDS = 3.0
-"""How long requests may go on once the server was told to stop."""
+LAST_SECONDS = 2
+"""How long clients have to read their last words, once the engine is gone."""
+
+BACKLOG = 2048
+"""Connections that the system holds before they are looked at."""
 
 
 def run(
@@ -40,7 +48,7 @@ def run(
     The port answers at once, with 503 until the model is loaded. Raises ConfigError for an option that can't be met
     (an address in use, say), ModelError if the model can't be served, EngineError if the engine died while loading.
     """
-    logging.basicConfig(level=server.log_level.upper(), format="%(levelname)s: %(message)s")
+    configure(server.log_level, server.log_format)
     asyncio.run(Serving(engine, server, on_progress or LoggedProgress(), core).run(on_ready or announce))
 
 
@@ -69,22 +77,16 @@ class Serving:
         self._engine, self._config = engine, server
         named_formats(server.tool_call_parser, server.reasoning_parser)  # raises now rather than after loading
         self._template = read_template(server.chat_template) if server.chat_template else None
-        self._client = EngineClient.spawn(engine, core, server.log_level)
+        self._client = EngineClient.spawn(engine, core, server.log_level, server.log_format)
         self._client.on_progress = on_progress
         self._gate = Gate(self._client, ui=not server.no_ui)
 
     async def run(self, on_ready: Callable[[ModelInfo, str], None]) -> None:
         listener = listen(self._config)
         host, port = listener.getsockname()[:2]
-        http = HttpServer(
-            uvicorn.Config(
-                self._gate,
-                lifespan="off",
-                ws="none",
-                log_level="debug" if self._config.log_level == "debug" else "warning",
-                timeout_graceful_shutdown=round(GRACE_SECONDS) + 2,
-            )
-        )
+        http = HttpServer(http_config(self._gate, self._config))
+        if (warning := warning_of(self._config)) is not None:
+            log.warning(warning)
         stop, stop_now = asyncio.Event(), asyncio.Event()
 
         def on_signal() -> None:
@@ -105,12 +107,21 @@ class Serving:
         finally:
             loading.cancel()
             stopping.cancel()
-            http.should_exit = True
-            hurried = asyncio.create_task(stop_now.wait())
-            await asyncio.wait((serving, hurried), timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            hurried.cancel()
+            await self._drain(serving, stop_now)
             await self._client.close()  # streams that still run end with an error that says so
+            http.should_exit = True
             await serving
+
+    async def _drain(self, serving: asyncio.Task[None], stop_now: asyncio.Event) -> None:
+        """Takes nothing new, and waits for what is being answered, for so long as that may be."""
+        self._gate.draining = True
+        idle, hurried = asyncio.create_task(self._gate.idle.wait()), asyncio.create_task(stop_now.wait())
+        if not self._gate.idle.is_set():
+            log.info("stopping when all requests are answered, at the latest in %g s", self._config.drain_timeout)
+        waits = (idle, hurried, serving)
+        await asyncio.wait(waits, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        hurried.cancel()
 
     async def _load(self) -> ModelInfo:
         path = self._engine.tokenizer_path or self._engine.model_path
@@ -129,6 +140,24 @@ class Serving:
     async def _tokenizer(self, path: str | None) -> Tokenizer:
         revision, trust = self._engine.revision, self._engine.trust_remote_code
         return await asyncio.to_thread(load_tokenizer, path, revision=revision, trust_remote_code=trust)
+
+
+def http_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn, with our limits and without its log, environment and websockets."""
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], Connections(config.max_connections).protocol()),
+        lifespan="off",
+        ws="none",
+        log_level="debug" if config.log_level == "debug" else "critical",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=LAST_SECONDS,
+        backlog=BACKLOG,
+    )
 
 
 class HttpServer(uvicorn.Server):

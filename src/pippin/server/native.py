@@ -23,6 +23,9 @@ from pippin.types import SamplingParams
 
 HEALTH_SECONDS = 20.0
 
+LONGEST_COUNTED = 2**18
+"""Tokens that /tokenize counts of a text at least, whatever the context."""
+
 Deltas = AsyncGenerator[tuple[int, Delta], None]
 
 
@@ -85,7 +88,8 @@ async def tokenize(service: Service, http: Request) -> Response:
     request = await read_body(http, TokenizeRequest)
     service.check_model(request.model)
     texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-    found = [await service.encode(text, request.add_special_tokens) for text in texts]
+    most = max(service.info.context_length, LONGEST_COUNTED)
+    found = [await service.encode(text, request.add_special_tokens, most) for text in texts]
     counts = [len(tokens) for tokens in found]
     single = isinstance(request.prompt, str)
     return JsonResponse(
@@ -105,7 +109,8 @@ async def detokenize(service: Service, http: Request) -> Response:
     lists = [t for t in request.tokens if not isinstance(t, int)]
     if flat and lists:
         raise RequestError("tokens must be token ids, or lists of them, not both", "tokens")
-    texts = [service.tokenizer.decode(ids, request.skip_special_tokens) for ids in (lists or [flat])]
+    decode, skip = service.tokenizer.decode, request.skip_special_tokens
+    texts = [await off_loop(len(ids), decode, ids, skip) for ids in (lists or [flat])]
     return JsonResponse({"text": texts if lists else texts[0]})
 
 
@@ -113,6 +118,13 @@ async def health(service: Service, http: Request) -> Response:
     """/health: 200 while the engine's process lives."""
     if service.client.failure is not None:
         raise EngineError(str(service.client.failure), 503)
+    return Response()
+
+
+async def ready(service: Service, http: Request) -> Response:
+    """/ready: 200 where a request would be taken in now, 503 with the reason where it would not."""
+    if (refusal := service.admission.refusal()) is not None:
+        raise EngineError(str(refusal), 503)
     return Response()
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from pippin.client import EngineClient
-from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, merge
+from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, longest_prompt, merge
 from pippin.config import ServerConfig
 from pippin.errors import RequestError
+from pippin.server.admission import Admission, in_time
 from pippin.server.history import History
 from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
+from pippin.server.request_log import RequestLog
 from pippin.server.store import Store
 from pippin.text.chat import ChatTemplate
 from pippin.text.reply import Speech
@@ -62,6 +64,15 @@ class Service:
         )
 
     @cached_property
+    def admission(self) -> Admission:
+        return Admission(self.client, self.config)
+
+    @cached_property
+    def request_log(self) -> RequestLog | None:
+        config = self.config
+        return RequestLog(self.tokenizer, config.log_requests_level) if config.log_requests else None
+
+    @cached_property
     def metrics(self) -> Metrics:
         return Metrics(self.client, self.model_name)
 
@@ -79,8 +90,9 @@ class Service:
             raise RequestError(f"there is no model {model!r} here; this is {self.model_name!r}", "model", 404)
         return model or self.model_name
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text, which may be long."""
+    async def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """The tokens of a prompt, which may be long. Raises RequestError for one that is too long by far."""
+        await off_loop(len(text), self.tokenizer.check_length, text, most or longest_prompt(self.info))
         return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     def job(self, tokens: list[int], params: SamplingParams, rid: str, priority: int, field: str) -> Job:
@@ -97,15 +109,17 @@ class Service:
             ids[rid] = [id for part in ids.values() for id in part]
         for name in ids.keys() & self.running.keys():
             raise RequestError(f"request id {name!r} is in use by a request that has not ended", "rid")
-        self.running |= ids
-        try:
-            streams = [self._one(i, job) for i, job in enumerate(jobs)]
-            async with aclosing(merge(streams) if len(streams) > 1 else streams[0]) as deltas:
-                async for delta in deltas:
-                    yield delta
-        finally:
-            for name in ids:
-                del self.running[name]
+        with self.admission.admit(sum(job.params.n for job in jobs), [len(job.tokens) for job in jobs]):
+            self.running |= ids
+            try:
+                streams = [self._one(i, job) for i, job in enumerate(jobs)]
+                deltas = merge(streams) if len(streams) > 1 else streams[0]
+                async with aclosing(in_time(deltas, self.config.request_timeout)) as timed:
+                    async for delta in timed:
+                        yield delta
+            finally:
+                for name in ids:
+                    del self.running[name]
 
     async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
         deltas = complete(
@@ -118,6 +132,8 @@ class Service:
             self.client.draw_seed,
             job.shown,
         )
+        if self.request_log is not None:
+            deltas = self.request_log.track(deltas, job.rid, job.tokens, job.params)
         watched = self.history.track(self.metrics.track(deltas, job.params.n), job.rid, len(job.tokens), job.params.n)
         async with aclosing(watched) as tracked:
             async for delta in tracked:

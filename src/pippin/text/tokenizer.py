@@ -18,6 +18,12 @@ from pippin.errors import ModelError, RequestError
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time; its thread pool only costs start-up
 
+CHARACTERS = 4
+"""About how many a token has: where ``check_length`` begins to look."""
+
+LONG_TEXT = 20_000
+"""Characters of a text that is encoded without a look at its length; that many take about ten milliseconds."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
@@ -66,6 +72,20 @@ class Tokenizer:
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"the text is not valid Unicode: {_surrogate(text)}") from error
+
+    def check_length(self, text: str, most: int, field: str = "prompt") -> None:
+        """Raises RequestError for a long text that has more than ``most`` tokens by far, and looks at no more of it
+        than it takes to know: a token takes some 200 bytes while a text is encoded.
+        """
+        size = max(most * CHARACTERS, LONG_TEXT)
+        while size < len(text):
+            if len(self.encode(text[:size], False)) > most + most // 16 + 16:
+                raise RequestError(
+                    f"the text has {len(text)} characters, of which the first {size} are more than the {most} tokens "
+                    "that there is room for; shorten it",
+                    field,
+                )
+            size *= 2
 
     def decode(
         self,
