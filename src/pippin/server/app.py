@@ -193,8 +193,8 @@ class ApiKey:
 class Gate:
     """What listens from the first moment: 503 with how far loading is, until ``app`` is set.
 
-    The web page, if there is one, is there already, and shows it. While ``draining`` it takes nothing new; ``idle`` is set
-    while no request is being answered.
+    The web page, if there is one, is there already, and shows it. While ``draining`` nothing new is taken in; ``idle``
+    is set while no request is being answered.
     """
 
     def __init__(self, client: EngineClient, ui: bool = False) -> None:
