@@ -36,6 +36,7 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
         self._between = self._histogram("inter_token_latency_seconds", "From token to token.", NEXT_TOKEN)
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to its end.", WHOLE_REQUEST)
+        self._queue = self._histogram("queue_time_seconds", "In the engine's queue before it first ran.", FIRST_TOKEN)
         self._generated = Counter(
             PREFIX + "generation_tokens", "Tokens generated.", ("model_name",), registry=self._registry
         ).labels(model_name)
@@ -72,6 +73,7 @@ class Metrics:
         before = latest.get(delta.index)
         if before is None:
             self._first.observe(now - began)
+            self._queue.observe(delta.waited)
         else:
             for _ in range(count):
                 self._between.observe((now - before) / count)
@@ -124,6 +126,8 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_cached_tokens", "KV slots that the prefix cache holds.", stats.slots_cached),
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
         ("num_mamba_snapshots", "Snapshots of recurrent state kept for reuse.", stats.snapshots),
+        ("memory_bytes", "Bytes of MLX's arrays on its device.", stats.memory_bytes),
+        ("memory_peak_bytes", "The most bytes that they had so far.", stats.memory_peak_bytes),
         ("token_usage", "Share of the KV slots in use.", used / total if total else 0.0),
         (
             "cache_hit_rate",
