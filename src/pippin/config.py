@@ -171,6 +171,8 @@ class ServerConfig:
     log_requests_level: int = option(
         2, "How much: 0 counts, 1 sampling parameters too, 2 the first 2048 characters of texts, 3 all of them."
     )
+    enable_trace: bool = option(False, "OpenTelemetry spans of requests, sent by OTLP; needs the extra otel.")
+    otlp_traces_endpoint: str = option("localhost:4318", "Who takes OTLP over HTTP: host:port, or a URL.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
 
     tool_call_parser: str = option(

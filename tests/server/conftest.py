@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,7 @@ def serving(
     seconds: float = 0.001,
     make_client: Callable[[FakeCore], EngineClient] | None = None,
     tokenizer: Tokenizer | None = None,
+    provider: TracerProvider | None = None,
 ) -> Iterator[Running]:
     """A server in a thread until the block ends."""
     core = FakeCore(seconds)
@@ -86,7 +88,7 @@ def serving(
         client = make(core)
         await client.start()
         text = tokenizer or byte_tokenizer()
-        app = create_app(client, text, ChatTemplate(text), config or ServerConfig())
+        app = create_app(client, text, ChatTemplate(text), config or ServerConfig(), provider)
         http = HttpServer(http_config(app, config or ServerConfig()))
         parts.append((client, http, asyncio.get_running_loop()))
         started.set()

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import FastAPI
@@ -37,9 +37,13 @@ from pippin.server.protocol import (
 )
 from pippin.server.responses import ResponsesRequest
 from pippin.server.service import Service
+from pippin.server.traces import TraceParent, Traces
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Progress
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +100,20 @@ OPEN = ("/health", "/ready", "/health_generate", "/metrics")
 """Answered without the API key: they tell no text, and probes have no key."""
 
 
-def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, config: ServerConfig) -> FastAPI:
-    """The server's app, of ready parts: ``client`` has started. It holds no state but theirs."""
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate,
+    config: ServerConfig,
+    provider: TracerProvider | None = None,
+) -> FastAPI:
+    """The server's app, of ready parts: ``client`` has started. It holds no state but theirs.
+
+    ``provider`` hears of requests that have ended.
+    """
     service = Service(client, tokenizer, chat, config)
+    if provider is not None:
+        service.history.on_end = Traces(provider, service.model_name).tell
     log.info("tool calls: %s; reasoning: %s", *(f.name if f else "none" for f in service.speech.formats))
     app = Described(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
     for method, path, route, body in ROUTES:
@@ -115,6 +130,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, chat: ChatTemplate, c
     for kind in (PippinError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_middleware(profile.RequestSpans, client=client)
+    if provider is not None:
+        app.add_middleware(TraceParent)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key, open=OPEN if config.no_ui else (*OPEN, *ui.PAGES))
     if config.allowed_origins:

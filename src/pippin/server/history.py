@@ -48,6 +48,7 @@ class History:
     running: dict[int, Entry] = field(default_factory=dict)
     ended: deque[Entry] = field(default_factory=lambda: deque(maxlen=KEPT))
     generated: int = 0
+    on_end: Callable[[Entry], None] = lambda entry: None
     _count: int = 0
 
     async def track(
@@ -71,6 +72,7 @@ class History:
                 entry.outcome = "disconnect"
             entry.end = self.clock() - began
             self.ended.append(self.running.pop(number))
+            self.on_end(entry)
 
     def _note(self, entry: Entry, delta: Delta, now: float) -> None:
         entry.cached = max(entry.cached, delta.num_cached)

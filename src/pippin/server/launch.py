@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,11 +21,15 @@ from pippin.logs import configure
 from pippin.server.app import Gate, create_app
 from pippin.server.connection import Connections
 from pippin.server.guard import HEADER_BYTES, warning_of
+from pippin.server.traces import otlp_provider
 from pippin.text.chat import ChatTemplate, read_template
 from pippin.text.reply import named_formats
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger("pippin")
 
@@ -75,6 +79,9 @@ class Serving:
         self, engine: EngineConfig, server: ServerConfig, on_progress: Callable[[Progress], None], core: str
     ) -> None:
         self._engine, self._config = engine, server
+        self._provider: TracerProvider | None = None
+        if server.enable_trace:
+            self._provider = otlp_provider(server.otlp_traces_endpoint)  # raises now, as the next
         named_formats(server.tool_call_parser, server.reasoning_parser)  # raises now rather than after loading
         self._template = read_template(server.chat_template) if server.chat_template else None
         self._client = EngineClient.spawn(engine, core, server.log_level, server.log_format)
@@ -111,6 +118,8 @@ class Serving:
             await self._client.close()  # streams that still run end with an error that says so
             http.should_exit = True
             await serving
+            if self._provider is not None:
+                await asyncio.to_thread(self._provider.shutdown)  # which sends the last spans
 
     async def _drain(self, serving: asyncio.Task[None], stop_now: asyncio.Event) -> None:
         """Takes nothing new, and waits for what is being answered, for so long as that may be."""
@@ -134,7 +143,8 @@ class Serving:
                 reading.cancel()
             raise
         tokenizer = await (reading or self._tokenizer(info.tokenizer_path))
-        self._gate.app = create_app(self._client, tokenizer, ChatTemplate(tokenizer, self._template), self._config)
+        chat = ChatTemplate(tokenizer, self._template)
+        self._gate.app = create_app(self._client, tokenizer, chat, self._config, self._provider)
         return info
 
     async def _tokenizer(self, path: str | None) -> Tokenizer:
