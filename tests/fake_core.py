@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from pippin.types import (
     Marks,
     ModelInfo,
     Output,
+    Pooling,
     ProfileStarted,
     Progress,
     StartProfile,
@@ -74,7 +76,15 @@ def fake_info(model: str = "fake") -> ModelInfo:
         weight_bytes=0,
         pool_bytes=0,
         device="none",
+        pooling="last",
     )
+
+
+def fake_vector(tokens: list[int], pooling: Pooling) -> list[float]:
+    """A vector that depends on the whole prompt: of 8 numbers, or a log probability for each label."""
+    if pooling.kind == "labels":
+        return [-1.0 - (sum(tokens) + label) % 5 for label in pooling.labels]
+    return [float((sum(tokens) * (i + 3) + len(tokens)) % 17 - 8) for i in range(8)]
 
 
 class FakeCore:
@@ -159,6 +169,10 @@ class FakeCore:
 
     def _advance(self, submit: Submit, tokens: list[int]) -> Output:
         params = submit.params
+        if submit.pooling is not None:
+            del self.running[submit.id]
+            values = fake_vector(submit.tokens, submit.pooling)
+            return Output(submit.id, finish=Finish("stop"), pooled=struct.pack(f"<{len(values)}f", *values))
         first = len(tokens) == submit.num_prompt
         cached = self._num_cached(submit)
         token = self.draw(submit, tokens)

@@ -425,6 +425,6 @@ def test_options_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="page_size"):
         Engine(page_size="big")
     with pytest.raises(ConfigError, match="--page-size"):
-        Engine(page_size=0)
+        Engine(page_size=-1)
     with pytest.raises(ConfigError, match="--chat-template"):
         Engine(chat_template="nowhere.jinja")

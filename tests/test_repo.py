@@ -56,6 +56,10 @@ errors <- kernels <- cache
 kernels <- models
 config <- models <- attention
 types <- penalties <- sampler <- graph <- runner
+inputs <- pooling <- runner
+client <- embedding <- server
+embedding <- engine
+text <- embedding
 inputs <- attention <- graph
 demo <- models
 demo <- text

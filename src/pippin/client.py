@@ -30,6 +30,7 @@ from pippin.types import (
     Marks,
     ModelInfo,
     Output,
+    Pooling,
     ProfileStarted,
     Progress,
     Ready,
@@ -141,14 +142,16 @@ class EngineClient:
         priority: int = 0,
         id: str | None = None,
         num_prompt: int | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Yield a request's Outputs as steps produce them, or several steps' as one; the last has ``finish``.
 
-        ``tokens`` is the prompt, of which all after ``num_prompt`` were generated before. Closing the iterator
+        ``tokens`` is the prompt, of which all after ``num_prompt`` were generated before. With ``pooling``, the one
+        Output has a vector, and ``params`` mean nothing. Closing the iterator
         aborts the request. Raises RequestError if it can't be served as asked, EngineError if the engine failed.
         """
         id = id or uuid.uuid4().hex
-        live = self._begin(id, Submit("", list(tokens), num_prompt or len(tokens), params, priority))
+        live = self._begin(id, Submit("", list(tokens), num_prompt or len(tokens), params, priority, pooling))
         try:
             while True:
                 output = await live.read()
@@ -271,6 +274,7 @@ def joined(outputs: Sequence[Output]) -> Output:
         outputs[-1].finish,
         outputs[-1].miss,
         max(output.waited for output in outputs),
+        outputs[-1].pooled,
     )
 
 

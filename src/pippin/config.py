@@ -14,6 +14,7 @@ from pippin.errors import ConfigError
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 QUANTIZATIONS = ("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
 KV_CANARIES = ("none", "raise")
+POOLINGS = ("auto", "last", "mean")
 DEVICES = ("auto", "cpu", "gpu", "torch", "torch:cpu", "torch:cuda", "torch:mps")
 
 
@@ -87,6 +88,15 @@ class EngineConfig:
     constrained_json_disable_any_whitespace: bool = option(
         False, "Structured output has JSON on one line, with one space after each comma and colon."
     )
+    is_embedding: bool = option(
+        False, "Serve vectors of texts only; so do checkpoints of sentence-transformers and without a head, unasked."
+    )
+    pooling: str = option(
+        "auto",
+        "What a text's vector is made of: the hidden state of its last token, or the mean of all; auto: as the "
+        "checkpoint says, or else the last.",
+        choices=POOLINGS,
+    )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
 
     def with_pages(self, size: int) -> EngineConfig:
@@ -128,6 +138,7 @@ class EngineConfig:
             ("schedule_policy", ("fcfs", "lpm")),
             ("device", DEVICES),
             ("kv_canary", KV_CANARIES),
+            ("pooling", POOLINGS),
             ("grammar_backend", ("llguidance", "none")),
         ):
             if getattr(self, name) not in options:

@@ -53,6 +53,7 @@ from pippin.types import (
     Finish,
     ModelInfo,
     Output,
+    Pooling,
     Progress,
     Request,
     RowResult,
@@ -145,7 +146,9 @@ class EngineCore:
             priority=submit.priority,
             arrival=time.monotonic(),
             eos=self._eos,
+            pooling=submit.pooling,
         )
+        self._check_pooling(request.pooling)
         grammar = request.params.grammar
         if grammar is None:
             self._begin(request)
@@ -157,6 +160,16 @@ class EngineCore:
             generated = request.tokens[request.num_prompt :]
             future = self._grammars.submit(grammar, generated, request.params.ignore_eos)
             self._compiling[request.id] = request, future
+
+    def _check_pooling(self, pooling: Pooling | None) -> None:
+        if pooling is None:
+            if self.info.is_embedding:
+                raise RequestError("this model makes vectors of texts, and generates none; see /v1/embeddings", "model")
+            return
+        if not self.info.pooling:
+            raise RequestError("vectors of prompts are computed on MLX only; leave --device torch out")
+        if any(not 0 <= t < self.info.vocab_size for t in pooling.labels):
+            raise RequestError(f"label token ids must be between 0 and {self.info.vocab_size - 1}", "label_token_ids")
 
     def _begin(self, request: Request) -> None:
         """Hands a request to the scheduler. Raises RequestError if it can't be served."""
@@ -389,6 +402,7 @@ class EngineCore:
                     finish=request.finish,
                     miss=request.miss,
                     waited=request.waited,
+                    pooled=vector_of(request),
                 )
             )
         return found
@@ -407,6 +421,14 @@ class EngineCore:
         self._runner.reset()
         if self._canary is not None:
             self._canary.reset()
+
+
+def vector_of(request: Request) -> bytes:
+    """What a request with ``pooling`` asked for, as ``Output.pooled`` has it."""
+    if request.pooling is None or request.pooled is None:
+        return b""
+    mean = request.pooling.kind == "mean"
+    return (request.pooled / request.num_prompt if mean else request.pooled).astype("<f4").tobytes()
 
 
 def failed(error: RequestError) -> Finish:
@@ -544,5 +566,8 @@ def _info(
         pool_bytes=plan.pool_bytes,
         max_mamba_cache_size=plan.snapshots,
         state_bytes=plan.state_bytes + plan.snapshot_bytes,
+        is_embedding=loaded.vectors.only,
+        pooling=loaded.vectors.pooling,
+        normalizes=loaded.vectors.normalizes,
         device="gpu" if on_gpu() else "cpu",
     )

@@ -23,6 +23,7 @@ import msgspec
 from pippin.client import EngineClient
 from pippin.completion import Delta, complete, merge
 from pippin.config import EngineConfig
+from pippin.embedding import Prompt, check_tokens, encoded, longest_text, text_pooling, vectors_of
 from pippin.errors import ConfigError, EngineError
 from pippin.profile.control import ProfileOptions
 from pippin.sglang import Answers, Arguments, Asked
@@ -200,6 +201,32 @@ class Engine:
             asked.id,
             lambda: self._seeds.getrandbits(63),
         )
+
+    # --- encode ---
+
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        rid: str | Sequence[str] | None = None,
+        dimensions: int | None = None,
+        priority: int = 0,
+    ) -> Any:
+        """The vector of a text, as ``{"embedding": [...], "meta_info": {...}}``; a list of these for several.
+
+        Raises RequestError that names the argument.
+        """
+        arguments = Arguments(prompt, input_ids, rid=rid)
+        tokens, single = arguments.prompts(self.tokenizer, "prompt", longest_text(self.info))
+        for one in tokens:
+            check_tokens(one, self.info, "prompt" if prompt is not None else "input_ids")
+        asked = [
+            Prompt(one, text_pooling(self.info), id)
+            for one, id in zip(tokens, arguments.rids(len(tokens)), strict=True)
+        ]
+        found = self._wait(vectors_of(self._client, asked, priority))
+        answers = [encoded(v, one.id, self.info, dimensions) for v, one in zip(found, asked, strict=True)]
+        return answers[0] if single else answers
 
     # --- the rest ---
 

@@ -20,6 +20,7 @@ from pippin.inputs import Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
+from pippin.pooling import PooledRows, Vectors, pool, pooled_rows, read_vectors, rows_of_tokens
 from pippin.profile.timeline import Lap, no_lap
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, prompt_logprobs, sample, sampling_inputs
 from pippin.types import Batch, Request, RowResult, SamplingParams, TokenLogprob, Work
@@ -85,6 +86,7 @@ class InFlight:
     prompts: tuple[PromptRows, ...]
     prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
     draws: Callable[[Masks], Sampled] | None = None
+    vectors: Vectors | None = None
 
     def draw(self, masks: Masks) -> None:
         if self.draws is not None:
@@ -96,6 +98,8 @@ class InFlight:
             self._read_samples(self.sampled, [i for i, w in enumerate(self.works) if w.samples], results)
         if self.prompt_values is not None:
             self._read_prompts(self.prompt_values, results)
+        if self.vectors is not None:
+            read_vectors(self.vectors, results)
         for work, result in zip(self.works, results, strict=True):
             if work.logprobs_from is not None and work.start == 0 and work.logprobs_from <= 1:
                 nothing_before = TokenLogprob(work.request.tokens[0], None)
@@ -216,8 +220,8 @@ class MlxModelRunner:
         forwards = self.backend.forwards(works)
         ordered = tuple(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(ordered) if w.samples]
-        prompts = tuple(prompt_rows(ordered))
-        logits, step_tokens = self._forward(forwards, samples, prompts)
+        prompts, pools = tuple(prompt_rows(ordered)), tuple(pooled_rows(ordered))
+        logits, step_tokens, hidden = self._forward(forwards, samples, prompts, pools)
         self.lap("forward")
         sampled, values, draws = None, None, None
         if samples:
@@ -228,14 +232,17 @@ class MlxModelRunner:
                 sampled, draws = draws(None), None
         elif self.pool.in_place:
             self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
+        scored = len(samples) + sum(p.count for p in prompts)
         if prompts:
-            values = score_prompts(ordered, prompts, logits[len(samples) :], self._vocab_size)
+            values = score_prompts(ordered, prompts, logits[len(samples) : scored], self._vocab_size)
+        vectors = pool(pools, hidden, logits[scored:], self._vocab_size) if pools else None
         self.lap("sampling")
         self._unqueued = [*_arrays(sampled), *_arrays(values), *([logits] if draws else [])]
+        self._unqueued += vectors.arrays if vectors else []
         if self.pool.in_place:
             self._queue()
         asked = {id(work): whole for work, whole in zip(works, batch.works, strict=True)}
-        return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values, draws)
+        return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values, draws, vectors)
 
     def _draw(
         self,
@@ -276,7 +283,7 @@ class MlxModelRunner:
         late = {w.request.slots[w.end - 1] for w, c in zip(works, cut, strict=True) if c}
         if any(not late.isdisjoint(w.request.slots[: w.start]) for w in works):
             return works
-        self._forward(self.backend.forwards(ahead), (), ())
+        self._forward(self.backend.forwards(ahead), (), (), ())
         self.lap("build ahead")
         mx.synchronize()
         self.lap("wait")
@@ -319,7 +326,7 @@ class MlxModelRunner:
         forwards = self.backend.forwards(batch.works)
         works = list(chain.from_iterable(forwards))
         samples = [i for i, w in enumerate(works) if w.samples]
-        logits, _ = self._forward(forwards, samples, ())
+        logits, _, _ = self._forward(forwards, samples, (), ())
         at = {id(works[i]): row for row, i in enumerate(samples)}
         logits = logits[mx.array([at[id(w)] for w in batch.works if w.samples], mx.int32)].astype(mx.float32)
         mx.eval(logits, self._written())
@@ -340,9 +347,14 @@ class MlxModelRunner:
         self.graphs = self._make_graphs()
 
     def _forward(
-        self, forwards: Sequence[Sequence[Work]], samples: Sequence[int], prompts: Sequence[PromptRows]
-    ) -> tuple[mx.array, mx.array]:
-        """Lazy: logits [samples + prompt rows, vocab] and the input token [samples] int32 of each sampling row.
+        self,
+        forwards: Sequence[Sequence[Work]],
+        samples: Sequence[int],
+        prompts: Sequence[PromptRows],
+        pools: Sequence[PooledRows],
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Lazy: logits [samples + prompt rows + labelled rows, vocab], the input token [samples] int32 of each sampling
+        row, and the hidden states [n, hidden] of the tokens that go into vectors as they are.
 
         At least one row of logits comes back, whether anyone wants it or not: the step's outcome hangs on it.
         """
@@ -350,6 +362,8 @@ class MlxModelRunner:
             check_slots(work, self.pool.num_slots)
         heads: list[mx.array] = []
         tails: list[mx.array] = []
+        labelled: list[mx.array] = []
+        states: list[mx.array] = []
         tokens: list[mx.array] = []
         first, after = 0, self._last_token
         for part in forwards:
@@ -357,9 +371,12 @@ class MlxModelRunner:
             mine = [i - first for i in samples if first <= i < first + len(part)]
             rows = [step.lasts[i] for i in mine]
             more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
-            logits = self._run(step, rows + more)
+            last, kept = rows_of_tokens(step, part, pools, first)
+            logits, hidden = self._run(step, rows + more + last, kept)
             heads.append(logits[: len(rows)])
             tails.append(logits[len(rows) : len(rows) + len(more)])
+            labelled.append(logits[len(rows) + len(more) :][: len(last)])
+            states += [hidden] if hidden is not None else []
             tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
             first += len(part)
             if len(forwards) > 1 and self.pool.in_place:
@@ -368,17 +385,20 @@ class MlxModelRunner:
             elif len(forwards) > 1:
                 # A pool array that is written twice in one graph would be copied, or while a step in flight holds it.
                 mx.synchronize()
-                mx.eval([logits] if rows or more else [], self._written())
-        return mx.concatenate([*heads, *tails] if samples or prompts else [logits]), mx.concatenate(tokens)
+                mx.eval([logits] if rows or more or last else [], states, self._written())
+        wanted = [*heads, *tails, *labelled]
+        found = mx.concatenate(wanted if any(map(len, wanted)) else [logits])
+        return found, mx.concatenate(tokens), mx.concatenate(states) if states else None
 
-    def _run(self, step: Step, rows: Sequence[int]) -> mx.array:
-        """Logits [rows, vocab] of the flattened rows, or of the first one if there are none."""
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions)
+    def _run(self, step: Step, rows: Sequence[int], kept: Sequence[int] = ()) -> tuple[mx.array, mx.array | None]:
+        """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows."""
+        pooled = mx.array([*kept], dtype=mx.int32) if kept else None
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         if step.states is not None and self.pool.states is not None:
             self.pool.states.close(step.states)
-        return logits.reshape(-1, logits.shape[-1])
+        return logits.reshape(-1, logits.shape[-1]), seam.hidden
 
     def _written(self) -> list[mx.array]:
         """What steps leave behind, to be queued with them."""

@@ -165,6 +165,11 @@ class Scheduler:
             request = work.request
             if request.finish is not None:
                 continue
+            if request.pooling is not None:
+                self._pool(work, result)
+                if request.finish is not None:
+                    updates.append(Update(request, result))
+                continue
             drawn = work.samples and work.end == len(request.tokens)  # else it was forced meanwhile
             if drawn:
                 result = self._take(request, result)
@@ -243,7 +248,7 @@ class Scheduler:
             raise RequestError(f"a request with id {request.id!r} is running already", "rid")
         if not 1 <= request.num_prompt <= len(request.tokens):
             raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        if request.num_prompt >= self._context_length:
+        if request.num_prompt >= self._context_length + (request.pooling is not None):
             raise RequestError(
                 f"the prompt has {request.num_prompt} tokens, and the context length is {self._context_length}, "
                 "with at least one for the answer; shorten the prompt",
@@ -258,6 +263,8 @@ class Scheduler:
 
     def _limit(self, request: Request) -> int:
         """Tokens at which a request ends. The last one needs no slot: nothing is drawn from it."""
+        if request.pooling is not None:
+            return request.num_prompt + 1
         asked = request.num_prompt + request.params.max_new_tokens
         return min(asked, self._context_length, self._allocator.capacity + 1)
 
@@ -290,7 +297,8 @@ class Scheduler:
         Returns what it cost of the budget: a decode costs nothing, and one that was retracted on the way has no row.
         """
         prefill = _is_prefill(request)
-        if not (budget if prefill else request.length < self._limit(request)):
+        draws = request.pooling is None and request.length < self._limit(request)
+        if not (budget if prefill else draws):
             return 0
         while request.row >= 0:
             taken = self._compute(request, budget if prefill else 1, plan)
@@ -383,7 +391,8 @@ class Scheduler:
         return Batch(tuple(works))
 
     def _work(self, request: Request, start: int) -> Work:
-        end, samples, scores = request.computed, request.computed == request.length, None
+        end, scores = request.computed, None
+        samples = end == request.length and request.pooling is None
         if start < request.num_prompt or end - start > 1:
             self._prefilled += end - start
         else:
@@ -396,14 +405,14 @@ class Scheduler:
         self._restore(request, None)
         if save not in self._snapshots:
             save = None  # it was given up meanwhile
-        return Work(request, start, end, samples, scores, restore, save)
+        return Work(request, start, end, samples, scores, restore, save, _pools_from(request, end))
 
     # --- the tree ---
 
     def _reusable(self, request: Request) -> int:
         """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs."""
-        limit = request.length - 1
-        return min(limit, request.scored) if request.params.prompt_logprobs else limit
+        limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
+        return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
 
     def _explain(self, request: Request) -> None:
         """Notes why a newcomer finds no more of its prompt."""
@@ -515,6 +524,18 @@ class Scheduler:
             self._end(request, finish)
         return result
 
+    def _pool(self, work: Work, result: RowResult) -> None:
+        """Adds what a step gave to a request's vector, and ends the request if that was the last."""
+        request = work.request
+        if not result.finite:
+            self._end(request, Finish("error", message="the model's hidden states hold numbers that are not finite"))
+            self._radix.flush()  # what was computed on the way may be the cause
+            return
+        if result.pooled is not None:
+            request.pooled = result.pooled if request.pooled is None else request.pooled + result.pooled
+        if work.end == request.num_prompt:
+            self._end(request, Finish("stop"))
+
     def _stop(self, request: Request, token: int, ended: Finish | None) -> Finish | None:
         params, generated = request.params, len(request.tokens) - request.num_prompt
         stops = token in params.stop_token_ids or (token in request.eos and not params.ignore_eos)
@@ -568,6 +589,16 @@ def _rank(request: Request) -> tuple[int, int]:
 
 def _queue_rank(request: Request) -> tuple[int, bool, int]:
     return -request.priority, not request.retractions, request.seq
+
+
+def _pools_from(request: Request, end: int) -> int | None:
+    """From which token on a Work up to ``end`` gives hidden states to the request's vector; None if it gives none."""
+    if request.pooling is None:
+        return None
+    if request.pooling.kind != "mean":
+        return end - 1 if end == request.num_prompt else None
+    begin, request.scored = request.scored, max(request.scored, end)
+    return begin if begin < end else None
 
 
 def _is_prefill(request: Request) -> bool:

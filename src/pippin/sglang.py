@@ -55,18 +55,14 @@ class Arguments:
 
     def resolve(self, tokenizer: Tokenizer, info: ModelInfo, prompt_field: str = "prompt") -> tuple[list[Asked], bool]:
         """All prompts, and whether it is a single one (then the answer is no list). Raises RequestError."""
-        prompts, single = self._prompts(tokenizer, prompt_field, longest_prompt(info))
+        prompts, single = self.prompts(tokenizer, prompt_field, longest_prompt(info))
         named = prompt_field if self.prompt is not None else "input_ids"
         count = len(prompts)
         params = _each(self.sampling_params, count, "sampling_params")
         wanted = _each(self.return_logprob, count, "return_logprob")
         starts = _each(self.logprob_start_len, count, "logprob_start_len")
         tops = _each(self.top_logprobs_num, count, "top_logprobs_num")
-        rids = _each(self.rid, count, "rid")
-        if not all(rid is None or isinstance(rid, str) for rid in rids):
-            raise RequestError("rid must be a string, or a list of strings", "rid")
-        if self.rid is not None and len(set(rids)) < count:
-            raise RequestError("each prompt needs an rid of its own", "rid")
+        rids = self.rids(count)
         asked = []
         for i, tokens in enumerate(prompts):
             start = -1 if starts[i] is None or not wanted[i] else _integer(starts[i], "logprob_start_len")
@@ -77,11 +73,11 @@ class Arguments:
                 prompt_logprobs=start >= 0,
             )
             one = check_prompt(tokens, one, info, named)
-            asked.append(Asked(str(rids[i] or new_id()), tokens, one, start))
+            asked.append(Asked(rids[i], tokens, one, start))
         return asked, single
 
-    def _prompts(self, tokenizer: Tokenizer, prompt_field: str, most: int) -> tuple[list[list[int]], bool]:
-        """The token ids of each prompt, which can have ``most``."""
+    def prompts(self, tokenizer: Tokenizer, prompt_field: str, most: int) -> tuple[list[list[int]], bool]:
+        """The token ids of each prompt, which can have ``most``, and whether it is one alone. Raises RequestError."""
         if (self.prompt is None) == (self.input_ids is None):
             raise RequestError(f"give either {prompt_field} or input_ids", prompt_field)
         if self.input_ids is not None:
@@ -92,6 +88,15 @@ class Arguments:
         for text in texts:
             tokenizer.check_length(text, most, prompt_field)
         return [tokenizer.encode(t) for t in texts], isinstance(self.prompt, str)
+
+    def rids(self, count: int) -> list[str]:
+        """An id for each of so many prompts. Raises RequestError if those given won't do."""
+        rids = _each(self.rid, count, "rid")
+        if not all(rid is None or isinstance(rid, str) for rid in rids):
+            raise RequestError("rid must be a string, or a list of strings", "rid")
+        if self.rid is not None and len(set(rids)) < count:
+            raise RequestError("each prompt needs an rid of its own", "rid")
+        return [rid or new_id() for rid in rids]
 
 
 def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingParams:

@@ -9,11 +9,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
 from pippin.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Token = int
 Slot = int
@@ -100,6 +104,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise RequestError(f"{name} must be {need}, not {getattr(self, name)!r}", name)
 
 
+class Pooling(msgspec.Struct, frozen=True):
+    """What is asked of a prompt in place of an answer: one vector.
+
+    ``last``: the model's hidden state (before its head) at the last token; ``mean``: the mean over all tokens.
+    ``labels``: the log probabilities of these tokens as the next one.
+    """
+
+    kind: Literal["last", "mean", "labels"]
+    labels: tuple[int, ...] = ()
+
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -172,6 +187,8 @@ class Request:
     ``restore`` is the snapshot of recurrent state that its next Work begins with, ``saved`` the latest made for it.
     ``miss`` says why no more of the prompt came from the cache. ``arrival`` and ``entered`` are seconds of
     time.monotonic: when it came, and when it first left the queue (None before).
+    ``pooling`` asks for a vector and no tokens; ``pooled`` float32 [n] is the sum of what the steps read so far gave,
+    and ``scored`` counts the tokens that are in it (``mean``).
     """
 
     id: str
@@ -197,6 +214,8 @@ class Request:
     saved: int = 0
     miss: CacheMiss | None = None
     entered: float | None = None
+    pooling: Pooling | None = None
+    pooled: npt.NDArray[np.float32] | None = None
 
     @property
     def waited(self) -> float:
@@ -215,6 +234,7 @@ class Work:
     ``logprobs_from``: also report the logprobs of prompt tokens from this index (<= end) on; None for none.
     ``restore``: begin with this snapshot of recurrent state, which may be one that another work of the step makes; None
     goes on with the row's own. ``save``: keep the state after ``end`` under this id.
+    ``pools_from``: tokens from this index on go into the request's vector (``Request.pooling``); None for none.
     """
 
     request: Request
@@ -224,6 +244,7 @@ class Work:
     logprobs_from: int | None = None
     restore: int | None = None
     save: int | None = None
+    pools_from: int | None = None
 
     @property
     def decodes(self) -> bool:
@@ -248,6 +269,7 @@ class RowResult:
 
     ``finite`` is False where the logits held no finite maximum: the token means nothing then.
     ``finish`` is set where the request's grammar ended with this token, or can't go on.
+    ``pooled`` float32 [n] is what the step adds to the request's vector.
     """
 
     token: Token | None = None
@@ -255,19 +277,24 @@ class RowResult:
     prompt_logprobs: Sequence[TokenLogprob] = ()
     finite: bool = True
     finish: Finish | None = None
+    pooled: npt.NDArray[np.float32] | None = None
 
 
 # --- between the HTTP process and the engine process ---
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """A request. ``tokens`` may already hold generated ones (a resumed stream): ``num_prompt`` says which."""
+    """A request. ``tokens`` may already hold generated ones (a resumed stream): ``num_prompt`` says which.
+
+    With ``pooling``, ``params`` mean nothing: the answer is one Output with a vector.
+    """
 
     id: str
     tokens: list[int]
     num_prompt: int
     params: SamplingParams
     priority: int = 0
+    pooling: Pooling | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -330,6 +357,7 @@ class Output(msgspec.Struct, frozen=True):
     """What a step added to one request. ``tokens`` are new ones only; the last Output has ``finish``.
 
     ``waited`` is how many seconds the request was queued in the engine before it first ran.
+    ``pooled`` is the vector that a request with ``pooling`` asked for: float32, little-endian.
     """
 
     id: str
@@ -340,6 +368,7 @@ class Output(msgspec.Struct, frozen=True):
     finish: Finish | None = None
     miss: CacheMiss | None = None
     waited: float = 0.0
+    pooled: bytes = b""
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -422,6 +451,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is served, for /get_model_info, /get_server_info and the text layer.
 
     ``vocab_size`` counts ids that are tokens; the model's own may be padded beyond.
+    ``is_embedding``: it is there for its vectors alone. ``pooling`` is how a text's vector is made (``Pooling.kind``;
+    empty: not at all), ``normalizes`` whether it is then scaled to length 1.
     """
 
     model_path: str
@@ -443,6 +474,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     max_mamba_cache_size: int = 0
     state_bytes: int = 0
+    is_embedding: bool = False
+    pooling: str = ""
+    normalizes: bool = True
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

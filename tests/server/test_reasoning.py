@@ -14,7 +14,7 @@ from pippin.errors import ConfigError
 from pippin.server import create_app
 from pippin.server.launch import run
 from pippin.text.chat import ChatTemplate
-from pippin.types import Finish, Output, SamplingParams
+from pippin.types import Finish, Output, Pooling, SamplingParams
 from tests.fake_core import EOS, FakeCore
 from tests.server.conftest import Running, byte_tokenizer, serving
 
@@ -42,6 +42,7 @@ class Thinker(EngineClient):
         priority: int = 0,
         id: str | None = None,
         num_prompt: int | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[Output, None]:
         prompt = bytes(t for t in tokens if t < 256)
         self.prompts.append((prompt, num_prompt))

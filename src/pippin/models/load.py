@@ -7,7 +7,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from pippin.errors import ConfigError, ModelError
 from pippin.models.corrections import correct, older_names
 from pippin.models.download import find_checkpoint, one_line
 from pippin.models.quantize import BITS, Form, materialize, quantization_of, weight_bytes
+from pippin.models.vectors import VectorForm, bare_classes, is_bare, read_vector_form
 from pippin.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model*.pt", "model*.bin", "model*.pt")
 READER = "pippin.torch.checkpoints:write_safetensors"
 """What reads those: found by name, since it stands above this module, and only where torch is."""
 
+HEADLESS = "pippin_headless"
+"""Noted in the configuration of a checkpoint that has no head, nor takes its embedding for one."""
+
 DEFAULT_CONTEXT_LENGTH = 32768
 """For models that name none, as recurrent ones."""
 
@@ -52,7 +56,8 @@ class LoadedModel:
     ``config`` is config.json as mlx-lm reads it (eos ids of generation_config.json included), ``path`` the
     directory, also of a hub id. ``dtype`` is that of activations, K and V; ``quantization`` says how most
     weights are quantized (None: not). ``eos_token_ids`` may be empty: then only the tokenizer knows.
-    ``context_length`` is the most tokens of a request, ``weight_bytes`` the parameters' size in memory.
+    ``context_length`` is the most tokens of a request, ``weight_bytes`` the parameters' size in memory, ``vectors`` how
+    it makes a vector of a text.
     """
 
     model: nn.Module
@@ -65,6 +70,7 @@ class LoadedModel:
     vocab_size: int
     context_length: int
     weight_bytes: int
+    vectors: VectorForm = field(default_factory=VectorForm)
 
 
 def load_mlx_model(
@@ -152,9 +158,13 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
         raise ModelError(
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
         )
+    settings, options = older_names(facts), dict[str, Any]()
     try:
+        if is_bare(readable):
+            headless, options = not facts.get("tie_word_embeddings"), {"get_model_classes": bare_classes}
+            settings |= {"tie_word_embeddings": True, HEADLESS: headless}
         model, facts = mlx_lm.utils.load_model(
-            readable, lazy=True, model_config=older_names(facts), trust_remote_code=trusted
+            readable, lazy=True, model_config=settings, trust_remote_code=trusted, **options
         )
         correct(model, facts)
     except Exception as error:
@@ -197,6 +207,7 @@ def _described(model: nn.Module, facts: dict[str, Any], path: Path, config: Engi
         vocab_size=vocab_size_of(model, facts, path),
         context_length=context_length_of(model, facts, config.context_length),
         weight_bytes=weight_bytes(model),
+        vectors=read_vector_form(path, facts, config.pooling, config.is_embedding or facts.get(HEADLESS) is True),
     )
 
 

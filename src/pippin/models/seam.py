@@ -38,13 +38,18 @@ class Seam:
 
     ``owners`` maps the identity of a keys array to the layer that stored it: layers that share another's K and V pass
     that layer's arrays and, some of them, no cache. ``selected`` [n] int32 are the flattened rows for the head.
-    ``fusions`` says which values are deferred.
+    ``fusions`` says which values are deferred. ``pooled`` [m] int32 are flattened rows whose hidden states, as the head
+    would get them, are to be kept in ``hidden`` [m, n].
     """
 
-    def __init__(self, selected: mx.array | None, fusions: Fusions = NO_FUSIONS) -> None:
+    def __init__(
+        self, selected: mx.array | None, fusions: Fusions = NO_FUSIONS, pooled: mx.array | None = None
+    ) -> None:
         self.owners: dict[int, tuple[mx.array | Part, LayerAttention]] = {}
         self.selected = selected
         self.fusions = fusions
+        self.pooled = pooled
+        self.hidden: mx.array | None = None
 
     def own(self, keys: mx.array | Part, layer: LayerAttention) -> None:
         """Claims ``keys``; holds the array too, so that its identity stays its own."""
@@ -54,7 +59,10 @@ class Seam:
         """Rows that the head is to see: [.., hidden] to [n, 1, hidden]."""
         if self.selected is None:
             return x
-        return x.reshape(-1, 1, x.shape[-1])[self.selected]
+        rows = x.reshape(-1, 1, x.shape[-1])
+        if self.pooled is not None:
+            self.hidden = rows[self.pooled, 0]
+        return rows[self.selected]
 
 
 _active: ContextVar[Seam | None] = ContextVar("pippin_seam", default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
 
@@ -90,6 +90,17 @@ async def in_time(items: AsyncGenerator[T, None], seconds: float | None) -> Asyn
             except StopAsyncIteration:
                 return
             except TimeoutError as error:
-                reason = f"the answer took longer than {seconds:g} seconds (--request-timeout)"
-                raise EngineError(reason, 504) from error
+                raise too_late(seconds) from error
             yield item
+
+
+async def in_seconds(work: Awaitable[T], seconds: float | None) -> T:
+    """What ``work`` gives, which may take so many seconds. Raises EngineError (504) where it takes longer."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError as error:
+        raise too_late(seconds) from error
+
+
+def too_late(seconds: float | None) -> EngineError:
+    return EngineError(f"the answer took longer than {seconds:g} seconds (--request-timeout)", 504)

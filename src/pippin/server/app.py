@@ -20,8 +20,9 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import anthropic, native, ollama, openai, parsing, profile, responses, ui
+from pippin.server import anthropic, embeddings, native, ollama, openai, parsing, profile, rerank, responses, ui
 from pippin.server.anthropic import CountRequest, MessagesRequest
+from pippin.server.embeddings import EmbeddingRequest, EncodeRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from pippin.server.guard import Guard
 from pippin.server.http import CLIENT_CLOSED, ErrorJson, error_body, error_response
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
@@ -35,6 +36,7 @@ from pippin.server.protocol import (
     GenerateRequest,
     TokenizeRequest,
 )
+from pippin.server.rerank import RerankRequest, ScoreRequest
 from pippin.server.responses import ResponsesRequest
 from pippin.server.service import Service
 from pippin.server.traces import TraceParent, Traces
@@ -52,6 +54,12 @@ Route = Callable[[Service, Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/chat/completions", openai.chat, ChatRequest),
     ("POST", "/v1/completions", openai.completions, CompletionRequest),
+    ("POST", "/v1/embeddings", embeddings.embeddings, EmbeddingRequest),
+    ("POST", "/v1/rerank", rerank.rerank, RerankRequest),
+    ("POST", "/v2/rerank", rerank.rerank, RerankRequest),
+    ("POST", "/rerank", rerank.rerank, RerankRequest),
+    ("POST", "/v1/score", rerank.score, ScoreRequest),
+    ("POST", "/score", rerank.score, ScoreRequest),
     ("POST", "/v1/responses", responses.responses, ResponsesRequest),
     ("GET", "/v1/responses/{id}", responses.retrieve, None),
     ("DELETE", "/v1/responses/{id}", responses.delete, None),
@@ -60,6 +68,8 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens, CountRequest),
     ("POST", "/api/chat", ollama.chat, OllamaChatRequest),
     ("POST", "/api/generate", ollama.generate, OllamaGenerateRequest),
+    ("POST", "/api/embed", embeddings.ollama_embed, OllamaEmbedRequest),
+    ("POST", "/api/embeddings", embeddings.ollama_embeddings, OllamaEmbeddingsRequest),
     ("POST", "/api/show", ollama.show, ShowRequest),
     ("GET", "/api/tags", ollama.tags, None),
     ("GET", "/api/ps", ollama.ps, None),
@@ -69,6 +79,7 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/generate", native.generate, GenerateRequest),
     ("PUT", "/generate", native.generate, GenerateRequest),
     ("GET", "/generate", native.generate, GenerateRequest),
+    ("POST", "/encode", embeddings.encode, EncodeRequest),
     ("POST", "/tokenize", native.tokenize, TokenizeRequest),
     ("POST", "/v1/tokenize", native.tokenize, TokenizeRequest),
     ("POST", "/detokenize", native.detokenize, DetokenizeRequest),

@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import pippin
 from pippin.completion import Delta, new_id
+from pippin.embedding import text_pooling
 from pippin.errors import EngineError, RequestError
 from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, off_loop, read_body, unless_gone
 from pippin.server.protocol import AbortRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -131,7 +132,8 @@ async def ready(service: Service, http: Request) -> Response:
 async def health_generate(service: Service, http: Request) -> Response:
     """/health_generate: 200 if the engine really generates a token, 503 if it doesn't in time."""
     params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-    outputs = service.client.submit([0], params, id=f"health-{new_id()}")
+    pooling = text_pooling(service.info) if service.info.is_embedding else None
+    outputs = service.client.submit([0], params, id=f"health-{new_id()}", pooling=pooling)
 
     async def one_token() -> None:
         async with aclosing(outputs):
@@ -152,7 +154,7 @@ async def model_info(service: Service, http: Request) -> Response:
         {
             "model_path": info.model_path,
             "tokenizer_path": info.tokenizer_path,
-            "is_generation": True,
+            "is_generation": not info.is_embedding,
             "model_type": info.model_type,
             "served_model_name": service.model_name,
             "context_length": info.context_length,
@@ -199,10 +201,7 @@ async def abort_request(service: Service, http: Request) -> Response:
 
 # What SGLang, OpenAI and Ollama have and Pippin has not, and why.
 NOT_HERE = {
-    "this server generates text; it computes no embeddings, scores or classes": (
-        "/encode", "/classify", "/score", "/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/v1/classify",
-        "/api/embed", "/api/embeddings",
-    ),
+    "this server knows no classes": ("/classify", "/v1/classify"),
     "this server generates text; it reads and makes no sound or pictures": (
         "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
     ),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from pippin.client import EngineClient
 from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, longest_prompt, merge
 from pippin.config import ServerConfig
+from pippin.embedding import Prompt, Vector, at_most, check_tokens, vectors_of
 from pippin.errors import RequestError
-from pippin.server.admission import Admission, in_time
+from pippin.server.admission import Admission, in_seconds, in_time
 from pippin.server.history import History
 from pippin.server.http import off_loop
 from pippin.server.metrics import Metrics
@@ -21,7 +22,7 @@ from pippin.server.store import Store
 from pippin.text.chat import ChatTemplate
 from pippin.text.reply import Speech
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import ModelInfo, SamplingParams
+from pippin.types import ModelInfo, Pooling, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,11 @@ class Service:
             raise RequestError(f"there is no model {model!r} here; this is {self.model_name!r}", "model", 404)
         return model or self.model_name
 
-    async def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None, field: str = "prompt"
+    ) -> list[int]:
         """The tokens of a prompt, which may be long. Raises RequestError for one that is too long by far."""
-        await off_loop(len(text), self.tokenizer.check_length, text, most or longest_prompt(self.info))
+        await off_loop(len(text), self.tokenizer.check_length, text, most or longest_prompt(self.info), field)
         return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     def job(self, tokens: list[int], params: SamplingParams, rid: str, priority: int, field: str) -> Job:
@@ -107,19 +110,44 @@ class Service:
         ids = {job.rid: answer_ids(job.rid, job.params.n) for job in jobs}
         if rid is not None:
             ids[rid] = [id for part in ids.values() for id in part]
+        with (
+            self.admission.admit(sum(job.params.n for job in jobs), [len(job.tokens) for job in jobs]),
+            self._named(ids),
+        ):
+            streams = [self._one(i, job) for i, job in enumerate(jobs)]
+            deltas = merge(streams) if len(streams) > 1 else streams[0]
+            async with aclosing(in_time(deltas, self.config.request_timeout)) as timed:
+                async for delta in timed:
+                    yield delta
+
+    async def vectors(
+        self, prompts: Sequence[list[int]], pooling: Pooling, rid: str | Sequence[str], priority: int, field: str
+    ) -> list[Vector]:
+        """A vector for each prompt; ``rid`` names them all, or each. Raises RequestError for one that won't do."""
+        for tokens in prompts:
+            check_tokens(tokens, self.info, field)
+        if isinstance(rid, str):
+            ids = answer_ids(rid, len(prompts))
+            names = {rid: ids}
+        else:
+            ids = list(rid)
+            names = {id: [id] for id in ids}
+        at_once, sizes = at_most(len(prompts), self.info), [len(tokens) for tokens in prompts]
+        with self.admission.admit(at_once, sizes), self._named(names):
+            asked = [Prompt(tokens, pooling, id) for tokens, id in zip(prompts, ids, strict=True)]
+            return await in_seconds(vectors_of(self.client, asked, priority), self.config.request_timeout)
+
+    @contextmanager
+    def _named(self, ids: dict[str, list[str]]) -> Iterator[None]:
+        """While this lasts, requests can be aborted by name. Raises RequestError if a name is in use."""
         for name in ids.keys() & self.running.keys():
             raise RequestError(f"request id {name!r} is in use by a request that has not ended", "rid")
-        with self.admission.admit(sum(job.params.n for job in jobs), [len(job.tokens) for job in jobs]):
-            self.running |= ids
-            try:
-                streams = [self._one(i, job) for i, job in enumerate(jobs)]
-                deltas = merge(streams) if len(streams) > 1 else streams[0]
-                async with aclosing(in_time(deltas, self.config.request_timeout)) as timed:
-                    async for delta in timed:
-                        yield delta
-            finally:
-                for name in ids:
-                    del self.running[name]
+        self.running |= ids
+        try:
+            yield
+        finally:
+            for name in ids:
+                del self.running[name]
 
     async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
         deltas = complete(
