@@ -12,6 +12,7 @@ from typing import Any
 from pippin.errors import ConfigError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3", "int4")
 QUANTIZATIONS = ("mlx_q4", "mlx_q8", "mlx_4bit", "mlx_8bit")
 KV_CANARIES = ("none", "raise")
 POOLINGS = ("auto", "last", "mean")
@@ -39,6 +40,11 @@ class EngineConfig:
         choices=DTYPES,
     )
     quantization: str | None = option(None, "Quantize while loading.", choices=QUANTIZATIONS)
+    kv_cache_dtype: str = option(
+        "auto",
+        "How K and V are stored: auto: as they are computed; int8 and fp8 (e4m3) take half of 16 bits, int4 a third.",
+        choices=KV_CACHE_DTYPES,
+    )
     context_length: int | None = option(None, "Most tokens a request may have; the model's own maximum if left out.")
     attention_backend: str = option("mlx", "mlx chooses at load what is exact for the model; or a backend's name.")
     device: str = option(
@@ -135,6 +141,7 @@ class EngineConfig:
         for name, options in (
             ("dtype", DTYPES),
             ("quantization", (None, *QUANTIZATIONS)),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("schedule_policy", ("fcfs", "lpm")),
             ("device", DEVICES),
             ("kv_canary", KV_CANARIES),

@@ -26,7 +26,7 @@ from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
 from pippin.config import EngineConfig
-from pippin.errors import RequestError
+from pippin.errors import ConfigError, RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
 from pippin.grammar.matcher import GrammarMatcher
 from pippin.memory import (
@@ -454,6 +454,8 @@ def load_runner(
     """Loads a model and makes what runs its steps, pool included; raises as ``load_core`` does."""
     if config.device.startswith("torch"):
         require_torch("--device")
+        if config.kv_cache_dtype != "auto":
+            raise ConfigError("K and V are quantized on MLX's devices alone; leave it out", "--kv-cache-dtype")
         from pippin.torch.load import load_torch_runner
 
         return load_torch_runner(config, progress or (lambda _: None))
@@ -472,6 +474,7 @@ def build_runner(
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
+    choice = choice.with_kv_cache_dtype(config.kv_cache_dtype)
     # A recurrent state can be reused where a page ends: with pages of one slot, that is wherever it was kept.
     config = config.with_pages(PAGE if kernels.backend() and not choice.layout.states else 1)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)

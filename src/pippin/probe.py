@@ -18,7 +18,7 @@ from pippin import kernels
 from pippin.attention import AttentionBackend, backends_to_try
 from pippin.cache.layout import CacheLayout, LayerShape, Leaf, StateShape
 from pippin.cache.pool import KVPool
-from pippin.errors import ModelError
+from pippin.errors import ConfigError, ModelError
 from pippin.models.deferred import Fusions
 from pippin.models.joined import join
 from pippin.models.seam import NO_FUSIONS, install
@@ -51,6 +51,16 @@ class Choice:
     def shapes(self) -> tuple[LayerShape | None, ...]:
         """What each K and V stores; None: nothing."""
         return self.layout.shapes
+
+    def with_kv_cache_dtype(self, name: str) -> Choice:
+        """This with K and V stored as ``--kv-cache-dtype`` says. Raises ConfigError where none can be."""
+        if name == "auto":
+            return self
+        packing = next(p for p in kernels.PACKINGS if name.startswith(p))
+        layout = self.layout.quantized(packing)
+        if layout == self.layout:
+            raise ConfigError("this model keeps no K and V that can be quantized; leave it out", "--kv-cache-dtype")
+        return replace(self, layout=layout)
 
     def pool(self, num_slots: int, page_size: int = 1) -> KVPool:
         """A store for the model: ``num_slots`` slots, the scratch page included."""
@@ -231,7 +241,8 @@ def measure_activations(
             works = [Work(r, chunk, chunk + 1, True, restore=1) for r in _copies(whole, count)]
             runner.logits(Batch(tuple(works)))
     measured = mx.get_peak_memory() - before
-    layer = max((s.bytes_per_slot for s in choice.shapes if s), default=0)
+    # Plain MLX reads quantized slots through arrays of codes and of scaled numbers.
+    layer = max((s.bytes_in_full * (2 if s.packing else 1) for s in choice.shapes if s), default=0)
     return int(measured + 2 * layer * context_length)
 
 

@@ -23,7 +23,8 @@ def fetch(pool: KVPool, layer: int, group: Group, after: mx.array, rows: Callabl
     ``rows`` makes ``Group.head_rows`` for this layer, where MLX's own indexing reads the pool.
     """
     if group.pages is None:
-        return pool.gather_rows(layer, rows())
+        assert group.slots is not None
+        return pool.gather_slots(layer, group.slots, rows)
     keys, values = pool.gather_pages(layer, group.pages, after)
     return keys[:, :, : group.context], values[:, :, : group.context]
 

@@ -57,7 +57,7 @@ class RowLayer:
             keys, values = settled(keys), settled(values)
         self._stored = keys, values
         self._seam.own(keys, self)
-        if not waits and not self._step.stores_as_it_attends:
+        if not waits and not (self._step.stores_as_it_attends and self._pool.stores_as_it_attends(self._layer)):
             self._written = self._write()
         return self._stored
 

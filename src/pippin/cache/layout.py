@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
 from pippin.errors import ModelError
+from pippin.kernels.packing import Line, Packing, line
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class LayerShape:
     """What one cache of the model stores for a token, and how far back its layer looks.
 
     ``window`` is the number of latest tokens attended to (the token itself included), None for all of them.
+    ``dtype`` is what K and V are computed in; ``packing`` says how their slots are quantized, None: they are not.
     """
 
     kv_heads: int
@@ -24,10 +26,25 @@ class LayerShape:
     value_dim: int
     dtype: mx.Dtype
     window: int | None = None
+    packing: Packing | None = None
 
     @property
     def bytes_per_slot(self) -> int:
+        return self.bytes_in_full if self.packing is None else sum(part.nbytes for part in self.lines(self.packing))
+
+    @property
+    def bytes_in_full(self) -> int:
+        """Of a token's K and V as they are computed, whatever its slot takes."""
         return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.size)
+
+    def lines(self, packing: Packing) -> tuple[Line, Line]:
+        """How a slot's K and its V lie when quantized."""
+        return line(packing, self.kv_heads, self.key_dim), line(packing, self.kv_heads, self.value_dim)
+
+    def quantized(self, packing: Packing) -> LayerShape:
+        """This with quantized slots; as it is, if its numbers are no fractions or heads no multiple of 8 wide."""
+        fits = all(dim and dim % 8 == 0 for dim in (self.key_dim, self.value_dim))
+        return replace(self, packing=packing) if fits and mx.issubdtype(self.dtype, mx.floating) else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +92,10 @@ class CacheLayout:
         """The floating dtypes of all that is kept."""
         states = [a[1] for s in self.states for a in s.arrays if a]
         return [d for d in (*(s.dtype for s in self.shapes if s), *states) if mx.issubdtype(d, mx.floating)]
+
+    def quantized(self, packing: Packing) -> CacheLayout:
+        """This with quantized slots, in each layer where that is possible; states stay what they are."""
+        return replace(self, shapes=tuple(s and s.quantized(packing) for s in self.shapes))
 
     def nest(self, layers: Sequence[object], states: Sequence[object] = ()) -> list[object]:
         """The caches in the model's own arrangement. Raises ModelError if it has states and none are given."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from pippin import kernels
 from pippin.cache.layout import CacheLayout, LayerShape, bytes_per_slot
 from pippin.cache.state import StateStore
+from pippin.kernels import PackedPool, Pool, storage
 
 
 class KVPool:
     """K [slots, kv_heads, key_dim] and V [slots, kv_heads, value_dim] for each layer; slot 0 is scratch.
+
+    Where a layer's shape says so they are quantized: lines of words that read as such arrays (``kernels.packing``).
 
     ``in_place``: a kernel of ours writes, behind MLX's back: whoever reads must take what ``write`` returned, and the
     next step's ``write`` something that this step computed from its reads. Otherwise MLX's own indexed update does, in
@@ -42,18 +45,22 @@ class KVPool:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array, to hand to ``mx.async_eval`` with a step: a write that nobody evaluates piles up."""
-        return [a for layer in self._layers if layer for a in layer]
+        return [storage(pool) for layer in self._layers if layer for pool in layer]
 
     @property
     def nbytes(self) -> int:
         return self.num_slots * bytes_per_slot(self.shapes)
 
-    def layer(self, index: int) -> tuple[mx.array, mx.array]:
+    def layer(self, index: int) -> tuple[Pool, Pool]:
         """K and V of the model's cache ``index``; LookupError if the model stored nothing there when measured."""
         layer = self._layers[index]
         if layer is None:
             raise LookupError(f"layer {index} stored nothing when the model was measured")
         return layer
+
+    def stores_as_it_attends(self, index: int) -> bool:
+        """Whether attention may store the newest K and V itself: quantizing them takes a launch of its own."""
+        return not isinstance(self.layer(index)[0], PackedPool)
 
     def write(self, index: int, slots: mx.array, k: mx.array, v: mx.array, after: mx.array | None) -> mx.array:
         """Stores k [n, kv_heads, key_dim] and v [n, kv_heads, value_dim] at ``slots`` [n] int32.
@@ -70,15 +77,22 @@ class KVPool:
         """
         return kernels.kv_gather(*self.layer(index), pages, page_size=self.page_size, after=after)
 
-    def gather_rows(self, index: int, rows: mx.array) -> tuple[mx.array, mx.array]:
-        """K and V as attention wants them, [b, kv_heads, n, key_dim or value_dim], without a transposition.
+    def gather_slots(self, index: int, slots: mx.array, rows: Callable[[], mx.array]) -> tuple[mx.array, mx.array]:
+        """K and V of ``slots`` [b, n] int32 as attention wants them, [b, kv_heads, n, key_dim or value_dim].
 
-        ``rows`` [b, kv_heads, n] int32 are lines of an array of one head each: ``slot * kv_heads + head``.
+        ``rows`` gives lines of an array of one head each, ``slot * kv_heads + head`` [b, kv_heads, n] int32: those come
+        out in their places. Quantized slots are read whole, and turned.
         """
         keys, values = self.layer(index)
-        return keys.reshape(-1, keys.shape[-1])[rows], values.reshape(-1, values.shape[-1])[rows]
+        if isinstance(keys, PackedPool) or isinstance(values, PackedPool):
+            return keys[slots].transpose(0, 2, 1, 3), values[slots].transpose(0, 2, 1, 3)
+        lines = rows()
+        return keys.reshape(-1, keys.shape[-1])[lines], values.reshape(-1, values.shape[-1])[lines]
 
 
-def _arrays_of(shape: LayerShape, num_slots: int) -> tuple[mx.array, mx.array]:
+def _arrays_of(shape: LayerShape, num_slots: int) -> tuple[Pool, Pool]:
+    if shape.packing is not None:
+        keys, values = (PackedPool.zeros(num_slots, part, shape.dtype) for part in shape.lines(shape.packing))
+        return keys, values
     rows = num_slots, shape.kv_heads
     return mx.zeros((*rows, shape.key_dim), shape.dtype), mx.zeros((*rows, shape.value_dim), shape.dtype)

@@ -24,12 +24,17 @@ from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, verdicts
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
+from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packing_of, storage
 from pippin.kernels.paged import tile_rows
 from pippin.kernels.products import Weights
 
 __all__ = [
+    "PACKINGS",
     "Heads",
     "Norm",
+    "PackedPool",
+    "Packing",
+    "Pool",
     "Rope",
     "Weights",
     "add_rms_norm",
@@ -42,6 +47,7 @@ __all__ = [
     "quantized_product",
     "rope_kv_write",
     "rows_per_tile",
+    "storage",
     "swiglu",
     "tile_rows",
     "verify",
@@ -62,18 +68,20 @@ def backend() -> Platform | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def verify(dtype: mx.Dtype = mx.bfloat16) -> dict[KernelName, bool]:
+def verify(dtype: mx.Dtype = mx.bfloat16, packing: Packing | None = None) -> dict[KernelName, bool]:
     """Which kernels compute what ``reference`` does here, for pools of ``dtype``; those that fail are logged.
+
+    ``packing`` asks for those of quantized pools that are read as ``dtype``.
 
     The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
     """
     platform = backend()
-    return {} if platform is None else _verdicts(platform, dtype)
+    return {} if platform is None else _verdicts(platform, dtype, packing)
 
 
 def kv_write(
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     k: mx.array,
     v: mx.array,
     slots: mx.array,
@@ -92,15 +100,15 @@ def kv_write(
     return slots
 
 
-def writes_in_place(k_pool: mx.array, v_pool: mx.array) -> bool:
+def writes_in_place(k_pool: Pool, v_pool: Pool) -> bool:
     """Whether ``kv_write`` is a kernel for these pools here, and so ``after`` the only thing that orders accesses."""
     return _launcher("kv_write", k_pool, v_pool) is not None
 
 
 def rope_kv_write(
     y: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     heads: Heads,
     rope: Rope,
     *,
@@ -175,7 +183,7 @@ def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -
 
 
 def kv_gather(
-    k_pool: mx.array, v_pool: mx.array, table: mx.array, *, page_size: int, after: mx.array | None = None
+    k_pool: Pool, v_pool: Pool, table: mx.array, *, page_size: int, after: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """K [R, kv_heads, context, dim] and V [R, kv_heads, context, value_dim] of the tokens in ``table`` [R, pages].
 
@@ -189,8 +197,8 @@ def kv_gather(
 
 def paged_decode(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     *,
@@ -252,8 +260,8 @@ def paged_decode(
 
 def paged_extend(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     tiles: mx.array,
@@ -294,7 +302,7 @@ def paged_extend(
     return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, cut, sinks, after)
 
 
-def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher | None:
+def _launcher(name: KernelName, k_pool: Pool, v_pool: Pool) -> Launcher | None:
     """What runs this kernel for these pools, None for plain MLX.
 
     Plain MLX can't be told to read after a kernel has written in place, so pools are written in place only where
@@ -303,7 +311,9 @@ def _launcher(name: KernelName, k_pool: mx.array, v_pool: mx.array) -> Launcher 
     platform = backend()
     if platform is None or not paged.supported(k_pool, v_pool):
         return None
-    right = _verdicts(platform, k_pool.dtype)
+    right = _verdicts(platform, k_pool.dtype, packing_of(k_pool))
+    if name not in right:
+        return None
     needed: tuple[KernelName, ...] = (name, "kv_gather", "paged_decode") if name in _IN_PLACE else (name,)
     return _gpu(platform) if all(right[n] for n in needed) else None
 
@@ -317,7 +327,7 @@ def _row_launcher(name: KernelName, width: int, dtype: mx.Dtype) -> Launcher | N
 
 
 def tuning_for(
-    units: int, q: mx.array, k_pool: mx.array, longest: int, window: int | None, kernel: tuning.Kernel = "decode"
+    units: int, q: mx.array, k_pool: Pool, longest: int, window: int | None, kernel: tuning.Kernel = "decode"
 ) -> paged.Tuning:
     """How to cut a launch over ``units`` rows or tiles of rows whose longest context is ``longest``."""
     seen = longest if window is None else min(window, longest)
@@ -349,11 +359,11 @@ def _gpu(platform: Platform) -> Launcher:
 
 
 @cache
-def _verdicts(platform: Platform, dtype: mx.Dtype) -> dict[KernelName, bool]:
-    log.info("checking the %s kernels for %s, once on this machine", platform, dtype)
+def _verdicts(platform: Platform, dtype: mx.Dtype, packing: Packing | None = None) -> dict[KernelName, bool]:
+    log.info("checking the %s kernels for %s, once on this machine", platform, packing or dtype)
     gpu = mx.Device(mx.gpu)
     launcher = prefer_built(platform, gpu_launcher(platform, gpu), gpu)
-    found = verdicts(platform, launcher, dtype, tuning.table(platform).base)
+    found = verdicts(platform, launcher, dtype, tuning.table(platform).base, packing)
     if isinstance(launcher, BuiltCuda) and launcher.refused is not None:
         _gpu.cache_clear()
     for name, ok in found.items():

@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from pippin.kernels.launch import Launch, Launcher, Source, nothing, params, ready
+from pippin.kernels.packing import Packing, Pool, packing_of, storage
+from pippin.kernels.paged import packed_constants, packed_source
 
 ROPE_KV_WRITE = Source(
     "rope_kv_write",
@@ -100,8 +102,8 @@ class Heads:
 def rope_kv_write(
     launch: Launcher,
     y: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     heads: Heads,
     rope: Rope,
     positions: mx.array,
@@ -119,11 +121,12 @@ def rope_kv_write(
         tuple(y.shape),
         y.dtype,
         k_pool.dtype,
+        packing_of(k_pool),
     )
     inputs = [
         y,
-        k_pool,
-        v_pool,
+        storage(k_pool),
+        storage(v_pool),
         q_norm.weight if q_norm else none,
         k_norm.weight if k_norm else none,
         rope.frequencies,
@@ -144,12 +147,13 @@ def _rope_launch(
     shape: tuple[int, ...],
     dtype: mx.Dtype,
     kv_dtype: mx.Dtype,
+    packing: Packing | None,
 ) -> Launch:
     rows, width = math.prod(shape[:-1]), shape[-1]
     warps = 4
     parts = -(-(heads.heads + 2 * heads.kv_heads) // warps)
     return Launch(
-        ROPE_KV_WRITE,
+        packed_source(ROPE_KV_WRITE, packing),
         (
             ("T", dtype),
             ("KT", kv_dtype),
@@ -166,6 +170,7 @@ def _rope_launch(
             ("QNORM", norms[0]),
             ("KNORM", norms[1]),
             ("WARPS", warps),
+            *packed_constants(packing),
         ),
         (rows, parts),
         32 * warps,

@@ -30,7 +30,7 @@ class Source:
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""
-        known = ("FUSED", "SPLIT", "TILED", "EXPERTS")
+        known = ("FUSED", "SPLIT", "TILED", "EXPERTS", "PACKED")
         macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
         more = "".join(_text(f"bodies/{name}.h") for name in self.headers)
         return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h") + more
@@ -122,7 +122,7 @@ def dialect_digest(dialect: str) -> str:
         (
             *_HERE.glob("bodies/*.h"),
             *_HERE.glob(f"dialects/{dialect}*.h"),
-            *(_HERE / f for f in ("paged.py", "fused.py", "products.py")),
+            *(_HERE / f for f in ("paged.py", "fused.py", "products.py", "packing.py")),
         )
     )
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.kernels.launch import Launch, Launcher, Source, nothing, params
+from pippin.kernels.packing import Packing, Pool, packing_of, storage
 
 Constant = tuple[str, int | bool | mx.Dtype]
 
@@ -63,7 +64,24 @@ class Tuning:
         return _QUERIES if self.matrix and dtype != mx.float32 else self.heads
 
 
-def supported(k_pool: mx.array, v_pool: mx.array) -> bool:
+# What bodies/packed.h calls the packings.
+_KINDS = {"int8": 8, "int4": 4, "fp8": 43}
+
+
+def packed_constants(packing: Packing | None) -> tuple[Constant, ...]:
+    """What a body must know of quantized slots; nothing for others."""
+    return (("KIND", _KINDS[packing]),) if packing else ()
+
+
+def packed_source(source: Source, packing: Packing | None, *headers: str) -> Source:
+    """The variant of a body for quantized slots."""
+    if packing is None:
+        return source
+    macros = (*source.macros, "PACKED")
+    return replace(source, name=f"{source.name}_packed", macros=macros, headers=("packed", *headers))
+
+
+def supported(k_pool: Pool, v_pool: Pool) -> bool:
     """Whether the kernels take these pools: 16-byte rows, at most 256 wide, of a float type."""
     dims = (k_pool.shape[2], v_pool.shape[2])
     return k_pool.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(d % 8 == 0 and 8 <= d <= 256 for d in dims)
@@ -86,8 +104,8 @@ def choose_cut(tuning: Tuning, blocks: int, longest: int, cores: int) -> Tuning:
 
 def kv_write(
     launch: Launcher,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     k: mx.array,
     v: mx.array,
     slots: mx.array,
@@ -95,22 +113,25 @@ def kv_write(
 ) -> mx.array:
     """See ``kernels.kv_write``."""
     rows, kv_heads, dim = k.shape
-    parts, threads = _copy_parts(k_pool, v_pool)
+    packing = packing_of(k_pool)
+    parts, threads = _copy_parts(k_pool, v_pool) if packing is None else (-(-2 * kv_heads // 4), 128)
+    shape = (("HKV", kv_heads), ("D", dim), ("DV", v.shape[2]), ("THREADS", threads))
     what = Launch(
-        KV_WRITE,
-        (("T", k_pool.dtype), ("HKV", kv_heads), ("D", dim), ("DV", v.shape[2]), ("THREADS", threads)),
+        packed_source(KV_WRITE, packing),
+        (("T", k_pool.dtype), *shape, *packed_constants(packing)),
         (rows, parts),
         threads,
         (((8,), mx.int32),),
     )
-    inputs = [k.astype(k_pool.dtype), v.astype(v_pool.dtype), k_pool, v_pool, slots, _token(after)]
+    pools = storage(k_pool), storage(v_pool)
+    inputs = [k.astype(k_pool.dtype), v.astype(v_pool.dtype), *pools, slots, _token(after)]
     return launch(what, inputs)[0]
 
 
 def kv_gather(
     launch: Launcher,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     page_size: int,
     after: mx.array | None = None,
@@ -119,21 +140,23 @@ def kv_gather(
     rows, context = table.shape[0], table.shape[1] * page_size
     kv_heads, dim, value_dim = k_pool.shape[1], k_pool.shape[2], v_pool.shape[2]
     parts, threads = _copy_parts(k_pool, v_pool)
+    packing = packing_of(k_pool)
     shape = (("HKV", kv_heads), ("D", dim), ("DV", value_dim), ("PAGE", page_size), ("THREADS", threads))
     what = Launch(
-        KV_GATHER,
-        (("T", k_pool.dtype), *shape),
+        packed_source(KV_GATHER, packing),
+        (("T", k_pool.dtype), *shape, *packed_constants(packing)),
         (rows * context, parts),
         threads,
         tuple(((rows, kv_heads, context, d), k_pool.dtype) for d in (dim, value_dim)),
     )
-    k, v = launch(what, [k_pool, v_pool, table, _token(after)])
+    k, v = launch(what, [storage(k_pool), storage(v_pool), table, _token(after)])
     return k, v
 
 
-def _copy_parts(k_pool: mx.array, v_pool: mx.array) -> tuple[int, int]:
-    """(blocks, threads of each) for one token's K and V, a pack of 16 bytes a thread."""
-    packs = k_pool.shape[1] * max(k_pool.shape[2], v_pool.shape[2]) * k_pool.dtype.size // 16
+def _copy_parts(k_pool: Pool, v_pool: Pool) -> tuple[int, int]:
+    """(blocks, threads of each) for one token's K and V, a pack of 16 bytes (8 quantized numbers) a thread."""
+    width = 16 // k_pool.dtype.size if packing_of(k_pool) is None else 8
+    packs = k_pool.shape[1] * max(k_pool.shape[2], v_pool.shape[2]) // width
     threads = min(256, -(-packs // 32) * 32)
     return -(-packs // threads), threads
 
@@ -141,8 +164,8 @@ def _copy_parts(k_pool: mx.array, v_pool: mx.array) -> tuple[int, int]:
 def paged_decode(
     launch: Launcher,
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     form: Form,
@@ -152,10 +175,10 @@ def paged_decode(
     new: tuple[mx.array, mx.array] | None = None,
     joined: bool = False,
 ) -> mx.array:
-    """See ``kernels.paged_decode``; with ``new`` (k, v) it stores each row's newest K and V too."""
+    """See ``kernels.paged_decode``; with ``new`` (k, v) it stores each row's newest K and V too: in full slots only."""
     shape = Shape.of(q, k_pool, v_pool, joined)
     first, second = _decode_launches(shape, form, tuning, sinks is not None, new is not None)
-    inputs = [q, k_pool, v_pool, table, lengths, *_rest(q, sinks, form, after)]
+    inputs = [q, storage(k_pool), storage(v_pool), table, lengths, *_rest(q, sinks, form, after)]
     if new is not None:
         inputs += [a.astype(k_pool.dtype) for a in new]
     return _attend(launch, first, second, inputs)
@@ -164,8 +187,8 @@ def paged_decode(
 def paged_extend(
     launch: Launcher,
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     tiles: mx.array,
@@ -177,7 +200,7 @@ def paged_extend(
     """See ``kernels.paged_extend``; ``tiles`` have at most ``rows_per_tile`` rows each."""
     shape = Shape.of(q, k_pool, v_pool)
     first, second = _extend_launches(shape, tiles.shape[0], form, tuning, sinks is not None)
-    inputs = [q, k_pool, v_pool, table, lengths, *_rest(q, sinks, form, after), tiles]
+    inputs = [q, storage(k_pool), storage(v_pool), table, lengths, *_rest(q, sinks, form, after), tiles]
     return _attend(launch, first, second, inputs)
 
 
@@ -217,11 +240,13 @@ class Shape:
     dtype: mx.Dtype
     kv_dtype: mx.Dtype
     joined: bool = False
+    packing: Packing | None = None
 
     @staticmethod
-    def of(q: mx.array, k_pool: mx.array, v_pool: mx.array, joined: bool = False) -> Shape:
+    def of(q: mx.array, k_pool: Pool, v_pool: Pool, joined: bool = False) -> Shape:
         rows, heads, dim = q.shape
-        return Shape(rows, heads, dim, v_pool.shape[2], k_pool.shape[1], q.dtype, k_pool.dtype, joined)
+        packing = packing_of(k_pool)
+        return Shape(rows, heads, dim, v_pool.shape[2], k_pool.shape[1], q.dtype, k_pool.dtype, joined, packing)
 
     @property
     def out(self) -> tuple[int, ...]:
@@ -262,7 +287,8 @@ def _extend_launches(
     if matrix:
         cut = (("ROWS", rows), ("AT_ONCE", _at_once(tile * rows, shape, tuning)))
     else:
-        size, dims = shape.kv_dtype.size, (shape.dim, shape.value_dim)
+        # Eight quantized numbers with their scale take up to 16 bytes, as eight of 16 bits do.
+        size, dims = shape.kv_dtype.size if shape.packing is None else 2, (shape.dim, shape.value_dim)
         at_once = tuning.unroll * 32 // _lanes(max(dims) * size // 16)
         tokens = max(at_once, min(64, _SHARED_BYTES // (sum(dims) * size)) // at_once * at_once)
         cut = (("U", tuning.unroll), ("ROWS", rows), ("TOKENS", tokens))
@@ -304,7 +330,8 @@ def _launches(
     macros = (*macros, *("SPLIT",) * split)
     suffix = "".join(f"_{m.lower()}" for m in (*("MMA",) * (body == "paged_mma"), *macros) if m != "TILED")
     given = (*inputs, "k", "v") if "FUSED" in macros else inputs
-    source = Source(name + suffix, body, given, _PARTS if split else ("out",), macros)
+    plain = Source(name + suffix, body, given, _PARTS if split else ("out",), macros)
+    source = packed_source(plain, shape.packing, *("packed_words",) * (body == "paged_mma"))
     constants: tuple[Constant, ...] = (
         ("T", shape.dtype),
         ("KT", shape.kv_dtype),
@@ -321,6 +348,7 @@ def _launches(
         ("WARPS", tuning.warps),
         ("LEAST", LEAST_SPLIT if split else 1),
         *cut,
+        *packed_constants(shape.packing),
     )
     queries = shape.rows * shape.heads
     whole = ((shape.out, shape.dtype),)

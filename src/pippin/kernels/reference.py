@@ -1,6 +1,7 @@
 """What each kernel computes, in plain MLX: the truth that every kernel is compared with, and what runs without a GPU.
 
-Everywhere: ``k_pool`` [slots, kv_heads, dim] and ``v_pool`` [slots, kv_heads, value_dim] share a dtype; token ``t`` of
+Everywhere: ``k_pool`` [slots, kv_heads, dim] and ``v_pool`` [slots, kv_heads, value_dim] share a dtype, and may both be
+quantized (``packing.PackedPool``); token ``t`` of
 a sequence lies in slot ``table[s, t // page_size] * page_size + t % page_size``; a row of length 0 is padding and
 gives zeros. ``window`` counts the latest tokens attended to, the row's own included. ``sinks`` [heads] are logits that
 take part in the softmax and add nothing. ``softcap`` bounds logits: ``softcap * tanh(logit / softcap)``. Sums are in
@@ -12,9 +13,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pippin.kernels.fused import Heads
+from pippin.kernels.packing import Pool
 
 
-def kv_write(k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slots: mx.array) -> None:
+def kv_write(k_pool: Pool, v_pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> None:
     """Stores rows k [R, kv_heads, dim] and v [R, kv_heads, value_dim] at ``slots`` [R] int32 of the pools given.
 
     Rebinds the two pool objects to the updated arrays, in the same buffers where nothing else holds those.
@@ -23,7 +25,7 @@ def kv_write(k_pool: mx.array, v_pool: mx.array, k: mx.array, v: mx.array, slots
     v_pool[slots] = v.astype(v_pool.dtype)
 
 
-def kv_gather(k_pool: mx.array, v_pool: mx.array, table: mx.array, *, page_size: int) -> tuple[mx.array, mx.array]:
+def kv_gather(k_pool: Pool, v_pool: Pool, table: mx.array, *, page_size: int) -> tuple[mx.array, mx.array]:
     """K [R, kv_heads, context, dim] and V of the tokens in ``table`` [R, pages]; context is pages * page_size."""
     slots = slots_of(table, page_size)
     return k_pool[slots].transpose(0, 2, 1, 3), v_pool[slots].transpose(0, 2, 1, 3)
@@ -46,8 +48,8 @@ def newest_slots(table: mx.array, lengths: mx.array, page_size: int) -> mx.array
 
 def paged_decode(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     *,
@@ -79,8 +81,8 @@ def paged_decode(
 
 def paged_extend(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
     tiles: mx.array,

@@ -49,23 +49,28 @@ INLINE float within_a_turn(float angle) {
 // tanh as 1 - 2 / (e^2x + 1); beyond 15 it is 1 in float32, and e^2x could overflow.
 INLINE float tanh_of(float x) { return 1.0f - 2.0f / (exp2_of(2.0f * LOG2E * (x < 15.0f ? x : 15.0f)) + 1.0f); }
 
-// A lane's share of q . k, where lane l of LANES has packs l, l + LANES, …
-template <typename T, int N, int E>
-INLINE float dot(const THREAD float (&q)[E], const THREAD Pack<T> (&k)[N]) {
+template <typename T>
+INLINE float number(const THREAD Pack<T>& p, int e) {
+  return float(p.v[e]);
+}
+
+// A lane's share of q . k, where lane l of LANES has packs l, l + LANES, …; a pack is a Pack or quantized (packed.h).
+template <typename P, int N, int E>
+INLINE float dot(const THREAD float (&q)[E], const THREAD P (&k)[N]) {
   float x = 0.0f;
   UNROLL
   for (int n = 0; n < N; n++) {
     UNROLL
-    for (int e = 0; e < E / N; e++) x += q[n * (E / N) + e] * float(k[n].v[e]);
+    for (int e = 0; e < E / N; e++) x += q[n * (E / N) + e] * number(k[n], e);
   }
   return x;
 }
 
 // Online softmax in base 2: takes U logits s with their values v into top, total and acc. NOTHING counts for nothing.
-template <int U, typename T, int N, int E>
+template <int U, typename P, int N, int E>
 INLINE void absorb(
     THREAD float& top, THREAD float& total, THREAD float (&acc)[E], const THREAD float (&s)[U],
-    const THREAD Pack<T> (&v)[U][N]) {
+    const THREAD P (&v)[U][N]) {
   float next = top;
   UNROLL
   for (int u = 0; u < U; u++) next = larger(next, s[u]);
@@ -80,7 +85,7 @@ INLINE void absorb(
     UNROLL
     for (int n = 0; n < N; n++) {
       UNROLL
-      for (int e = 0; e < E / N; e++) acc[n * (E / N) + e] += p * float(v[u][n].v[e]);
+      for (int e = 0; e < E / N; e++) acc[n * (E / N) + e] += p * number(v[u][n], e);
     }
   }
   top = next;

@@ -1,7 +1,14 @@
 // One query per row. Block (x, y): row, KV head and tile of GT query heads in x; split y of the row's tokens.
 // LANES lanes share a token, so a warp reads 32 / LANES tokens at once, U times before it computes.
   using namespace pippin;
-  constexpr int VEC = 16 / int(sizeof(KT)), KEY = D / VEC, VALUE = DV / VEC;
+#if PACKED
+  constexpr int VEC = 8;
+  typedef Coded<KIND> Piece;
+#else
+  constexpr int VEC = 16 / int(sizeof(KT));
+  typedef Pack<KT> Piece;
+#endif
+  constexpr int KEY = D / VEC, VALUE = DV / VEC;
   constexpr int LANES = lanes_for(KEY > VALUE ? KEY : VALUE), SUB = 32 / LANES;
   constexpr int NK = (KEY + LANES - 1) / LANES, NV = (VALUE + LANES - 1) / LANES;
   const int tile = block_x % TILES, head = block_x / TILES % HKV, row = block_x / (TILES * HKV);
@@ -39,17 +46,28 @@
   const int old = end;
 #endif
   for (int base = first + warp * SUB * U; base < old; base += WARPS * SUB * U) {
-    Pack<KT> keys[U][NK], values[U][NV];
+    Piece keys[U][NK], values[U][NV];
     UNROLL
     for (int u = 0; u < U; u++) {
       const int t = smaller(base + u * SUB + sub, old - 1);
       const size_t slot = size_t(table[line + t / PAGE]) * PAGE + t % PAGE;
+#if PACKED
+      UNROLL
+      for (int n = 0; n < NK; n++) {
+        keys[u][n] = load_coded<KIND, HKV, D>(k_pool, slot, head, smaller(part + n * LANES, KEY - 1));
+      }
+      UNROLL
+      for (int n = 0; n < NV; n++) {
+        values[u][n] = load_coded<KIND, HKV, DV>(v_pool, slot, head, smaller(part + n * LANES, VALUE - 1));
+      }
+#else
       const DEVICE Pack<KT>* key = (const DEVICE Pack<KT>*)(k_pool) + (slot * HKV + head) * KEY;
       const DEVICE Pack<KT>* value = (const DEVICE Pack<KT>*)(v_pool) + (slot * HKV + head) * VALUE;
       UNROLL
       for (int n = 0; n < NK; n++) keys[u][n] = key[smaller(part + n * LANES, KEY - 1)];
       UNROLL
       for (int n = 0; n < NV; n++) values[u][n] = value[smaller(part + n * LANES, VALUE - 1)];
+#endif
     }
     UNROLL
     for (int g = 0; g < GT; g++) {

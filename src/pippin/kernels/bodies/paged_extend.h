@@ -2,7 +2,14 @@
 // of the tokens. The block brings TOKENS tokens to shared memory at a time; each warp attends with its QUERIES of the
 // ROWS * GT queries, so K and V are read once for all of them.
   using namespace pippin;
-  constexpr int VEC = 16 / int(sizeof(KT)), KEY = D / VEC, VALUE = DV / VEC;
+#if PACKED
+  constexpr int VEC = 8;
+  typedef Coded<KIND> Piece;
+#else
+  constexpr int VEC = 16 / int(sizeof(KT));
+  typedef Pack<KT> Piece;
+#endif
+  constexpr int KEY = D / VEC, VALUE = DV / VEC;
   constexpr int LANES = lanes_for(KEY > VALUE ? KEY : VALUE), SUB = 32 / LANES;
   constexpr int NK = (KEY + LANES - 1) / LANES, NV = (VALUE + LANES - 1) / LANES, QUERIES = ROWS * GT / WARPS;
   const int tile = block_x % TILES, head = block_x / TILES % HKV, group = block_x / (TILES * HKV);
@@ -43,22 +50,31 @@
     }
   }
 
-  SHARED(Pack<KT>, all_keys, TOKENS * KEY);
-  SHARED(Pack<KT>, all_values, TOKENS * VALUE);
+  SHARED(Piece, all_keys, TOKENS * KEY);
+  SHARED(Piece, all_values, TOKENS * VALUE);
   for (int base = first; base < end; base += TOKENS) {
     if (base > first) BARRIER();
     for (int i = tid; i < TOKENS * (KEY + VALUE); i += WARPS * 32) {
       const int j = i / (KEY + VALUE), pack = i % (KEY + VALUE), t = smaller(base + j, end - 1);
-      const size_t place = (size_t(table[line + t / PAGE]) * PAGE + t % PAGE) * HKV + head;
+      const size_t slot = size_t(table[line + t / PAGE]) * PAGE + t % PAGE;
+#if PACKED
+      if (pack < KEY) {
+        all_keys[j * KEY + pack] = load_coded<KIND, HKV, D>(k_pool, slot, head, pack);
+      } else {
+        all_values[j * VALUE + pack - KEY] = load_coded<KIND, HKV, DV>(v_pool, slot, head, pack - KEY);
+      }
+#else
+      const size_t place = slot * HKV + head;
       if (pack < KEY) {
         all_keys[j * KEY + pack] = ((const DEVICE Pack<KT>*)k_pool)[place * KEY + pack];
       } else {
         all_values[j * VALUE + pack - KEY] = ((const DEVICE Pack<KT>*)v_pool)[place * VALUE + pack - KEY];
       }
+#endif
     }
     BARRIER();
     for (int from = 0; from < TOKENS && base + from < end; from += SUB * U) {
-      Pack<KT> keys[U][NK], values[U][NV];
+      Piece keys[U][NK], values[U][NV];
       UNROLL
       for (int u = 0; u < U; u++) {
         const int j = from + u * SUB + sub;

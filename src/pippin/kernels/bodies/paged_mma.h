@@ -71,6 +71,9 @@
       UNROLL
       for (int n = 0; n < NK; n++) {
         const int pack = n * 4 + column;
+#if PACKED
+        keys[j][n] = pack < KEY ? words_of<KT>(load_coded<KIND, HKV, D>(k_pool, key_slots[j], head, pack)) : no_words();
+#else
 #if FUSED
         if (t == stop - 1) {
           keys[j][n] = pack < KEY ? load_words(k, (size_t(first_row) * HKV + head) * KEY + pack) : no_words();
@@ -78,6 +81,7 @@
         }
 #endif
         keys[j][n] = pack < KEY ? load_words(k_pool, place * KEY + pack) : no_words();
+#endif
       }
     }
     UNROLL
@@ -87,6 +91,10 @@
       UNROLL
       for (int n = 0; n < NV; n++) {
         const int pack = n * 8 + line;
+#if PACKED
+        values[j][n] =
+            pack < VALUE ? words_of<KT>(load_coded<KIND, HKV, DV>(v_pool, value_slots[j], head, pack)) : no_words();
+#else
 #if FUSED
         if (t == stop - 1) {
           values[j][n] = pack < VALUE ? load_words(v, (size_t(first_row) * HKV + head) * VALUE + pack) : no_words();
@@ -94,6 +102,7 @@
         }
 #endif
         values[j][n] = pack < VALUE ? load_words(v_pool, place * VALUE + pack) : no_words();
+#endif
       }
     }
 

@@ -10,6 +10,9 @@
 
   // All that is read from memory is asked for before anything is computed.
   SHARED(float, heads, WARPS * WIDEST);
+#if PACKED
+  SHARED(float, turned, WARPS * WIDEST);
+#endif
   float values[EACH], weights[EACH], turns[EACH], sum = 0.0f;
   const size_t slot = size_t(slots[row]);
   const float position = float(positions[row]);
@@ -47,10 +50,28 @@
     }
     if (is_q) {
       q[(size_t(row) * HQ + h) * D + e] = T(x);
+#if PACKED
+    } else {
+      turned[warp * WIDEST + e] = float(T(x));
+    }
+  }
+  BARRIER();
+  if (at < HEADS && !is_q) {
+    float x[8];
+    UNROLL
+    for (int e = 0; e < 8; e++) x[e] = lane * 8 < width ? turned[warp * WIDEST + lane * 8 + e] : 0.0f;
+    if (is_k) {
+      store_coded<KIND, HKV, D>(const_cast<DEVICE unsigned*>(k_pool), slot, h, lane, x);
+    } else {
+      store_coded<KIND, HKV, DV>(const_cast<DEVICE unsigned*>(v_pool), slot, h, lane, x);
+    }
+  }
+#else
     } else if (is_k) {
       const_cast<DEVICE KT*>(k_pool)[(slot * HKV + h) * D + e] = KT(float(T(x)));
     } else {
       const_cast<DEVICE KT*>(v_pool)[(slot * HKV + h) * DV + e] = KT(x);
     }
   }
+#endif
   if (block_x == 0 && block_y == 0 && tid < 8) token[tid] = 0;

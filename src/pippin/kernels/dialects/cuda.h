@@ -21,6 +21,8 @@ INLINE float sin_of(float x) { return __sinf(x); }
 INLINE float cos_of(float x) { return __cosf(x); }
 INLINE float floor_of(float x) { return floorf(x); }
 INLINE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
+INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }
+INLINE unsigned bits_of(float x) { return __float_as_uint(x); }
 // c [16, 8] += a [16, 16] b [16, 8] over a warp. Of lane 4 * line + column, a0 and a2 are row `line`, a1 and a3 row
 // line + 8, at k = 2 * column (+ 1, and + 8 for a2, a3); b0, b1 column `line` of b at the same k; c as a, 8 wide.
 template <typename T>

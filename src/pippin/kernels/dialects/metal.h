@@ -16,6 +16,8 @@ INLINE float sin_of(float x) { return metal::fast::sin(x); }
 INLINE float cos_of(float x) { return metal::fast::cos(x); }
 INLINE float floor_of(float x) { return metal::floor(x); }
 INLINE float fma_of(float a, float b, float c) { return metal::fma(a, b, c); }
+INLINE float float_of(uint bits) { return as_type<float>(bits); }
+INLINE uint bits_of(float x) { return as_type<uint>(x); }
 INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
 
 }  // namespace pippin
