@@ -401,8 +401,9 @@ COMPILERS = [
 def test_the_cuda_compilers_take_our_sources(
     tmp_path: Path, compile_source: Callable[[CudaSource, Path], bytes]
 ) -> None:
-    kinds = {what.source.name: (what, inputs) for what, inputs in checks.recorded(mx.bfloat16, MATRIX)}
-    for name in ("kv_gather", "paged_decode_mma_fused"):
+    launches = [*checks.recorded(mx.bfloat16, MATRIX), *checks.recorded(mx.bfloat16, MATRIX, "int8")]
+    kinds = {what.source.name: (what, inputs) for what, inputs in launches}
+    for name in ("kv_gather", "paged_decode_mma_fused", "paged_decode_mma_packed", "rope_kv_write_packed"):
         source = cuda_source(*kinds[name])
         cubin = compile_source(source, tmp_path)
         assert cubin[:4] == b"\x7fELF"

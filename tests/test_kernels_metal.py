@@ -16,6 +16,8 @@ import pytest
 
 from pippin.kernels import fused, paged
 from pippin.kernels.launch import Launch, small_inputs
+from pippin.kernels.packing import PACKINGS, PackedPool, Pool
+from pippin.kernels.packing import line as line_of
 
 METAL = """
 #include <stddef.h>
@@ -40,10 +42,17 @@ enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
 }
 using namespace metal;
+template <typename T, typename F> T as_type(F);
 typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
-TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.int32: "int"}
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.int32: "int",
+    mx.uint32: "uint",
+}
 ATTRIBUTES = {
     "thread_index_in_simdgroup": "uint",
     "thread_index_in_threadgroup": "uint",
@@ -81,13 +90,13 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
     found: dict[str, tuple[Launch, list[mx.array]]] = {}
 
     def record(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
-        dtype = inputs[0].dtype if what.source.name != "paged_reduce" else what.outputs[0][1]
-        found[f"{what.source.name}-{str(dtype).split('.')[-1]}"] = (what, list(inputs))
+        dtype = dict(what.constants).get("T", what.outputs[0][1])
+        kind = dict(what.constants).get("KIND", "")
+        found[f"{what.source.name}{kind}-{str(dtype).split('.')[-1]}"] = (what, list(inputs))
         return [mx.zeros(shape, dtype=dtype) for shape, dtype in what.outputs]
 
-    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+    def record_pools(dtype: mx.Dtype, pool: Pool) -> None:
         q, k = mx.zeros((3, 8, 128), dtype=dtype), mx.zeros((3, 2, 128), dtype=dtype)
-        pool = mx.zeros((9, 2, 128), dtype=dtype)
         table, lengths = mx.zeros((3, 4), dtype=mx.int32), mx.zeros(3, dtype=mx.int32)
         form = paged.Form(1, 0.1, window=5, softcap=2.0)
         paged.kv_write(record, pool, pool, k, k, lengths)
@@ -96,13 +105,19 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
             tuning = paged.Tuning(splits, unroll=2, heads=4)
             rest = (pool, pool, table, lengths)
             paged.paged_decode(record, q, *rest, form, tuning, sinks=q[0, :, 0])
-            paged.paged_decode(record, q, *rest, form, tuning, new=(k, k))
+            if isinstance(pool, mx.array):
+                paged.paged_decode(record, q, *rest, form, tuning, new=(k, k))
             paged.paged_extend(record, q, *rest, mx.zeros((1, 3), dtype=mx.int32), form, tuning)
         norm, heads = fused.Norm(q[0, 0], 1e-6), fused.Heads(8, 2, 128, 128, 0, 1024, 1280)
         y, rope = mx.zeros((3, 1536), dtype=dtype), fused.Rope(128, False, 1e4, 1.0)
         fused.rope_kv_write(record, y, pool, pool, heads, rope, lengths, lengths, (norm, norm), None)
         fused.add_rms_norm(record, y, y, fused.Norm(y[0], 1e-6))
         fused.swiglu(record, y)
+
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        record_pools(dtype, mx.zeros((9, 2, 128), dtype=dtype))
+    for packing in PACKINGS:
+        record_pools(mx.bfloat16, PackedPool.zeros(9, line_of(packing, 2, 128), mx.bfloat16))
     return found
 
 
@@ -114,6 +129,12 @@ def test_every_variant_is_here() -> None:
     suffixes = ("", "_split")
     decodes = {f"paged_decode{fused}{split}" for split in suffixes for fused in ("", "_fused")}
     rows = {"rope_kv_write", "add_rms_norm", "swiglu"}
+    over_pools = {
+        "kv_write",
+        "kv_gather",
+        "rope_kv_write",
+        *(f"{n}{s}" for n in ("paged_decode", "paged_extend") for s in suffixes),
+    }
     assert kernels == {
         "kv_write",
         "kv_gather",
@@ -121,6 +142,7 @@ def test_every_variant_is_here() -> None:
         *rows,
         *decodes,
         *(f"paged_extend{s}" for s in suffixes),
+        *(f"{name}_packed{kind}" for name in over_pools for kind in (4, 8, 43)),
     }
 
 

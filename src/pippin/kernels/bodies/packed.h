@@ -102,7 +102,7 @@ INLINE void store_coded(DEVICE unsigned* pool, size_t slot, int head, int lane, 
   }
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   Codes<KIND> codes;
-  codes.w[0] = codes.w[KIND == INT4 ? 0 : 1] = 0;
+  for (int i = 0; i < (KIND == INT4 ? 1 : 2); i++) codes.w[i] = 0;
   UNROLL
   for (int e = 0; e < 8; e++) {
     if (KIND == INT4) {
