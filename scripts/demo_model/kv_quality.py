@@ -3,7 +3,8 @@
     python scripts/demo_model/kv_quality.py [--count 30] [--kinds auto int8 fp8 int4] [--dtype float32]
 
 Answers are greedy and Pippin's own, over the same held-out questions for each kind. Distances are between logits after
-the same prefixes, cut anywhere in conversations: of probabilities (KL divergence, in bits), and of the likeliest token.
+the same prefixes, cut anywhere in conversations: of probabilities (KL divergence, in bits), and of the likeliest token;
+``bfloat16`` among them is full slots of that type, whatever the model computes in.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo_model.chat import render
 from demo_model.evaluate import TASKS, Question, matches, questions
 from pippin.backend import preload_openblas
+
+if TYPE_CHECKING:
+    from pippin.probe import Choice
 
 DEMO = Path(__file__).parents[2] / "src/pippin/demo/pippin-demo"
 SLOTS = 16384
@@ -72,7 +76,7 @@ def logits_of(kinds: Sequence[str], dtype: str, asked: Sequence[Question], cuts:
     prefixes = [row[: rng.randint(len(row) // 3, len(row) - 1)] for row in rows for _ in range(cuts)]
     found: dict[str, Any] = {}
     for kind in kinds:
-        pool = choice.with_kv_cache_dtype(kind).pool(4096)
+        pool = _slots(choice, kind).pool(4096)
         runner = MlxModelRunner(loaded.model, choice.backend, pool, max_running=2, vocab_size=loaded.vocab_size)
         parts = []
         for prefix in prefixes:
@@ -82,6 +86,15 @@ def logits_of(kinds: Sequence[str], dtype: str, asked: Sequence[Question], cuts:
         found[kind] = np.concatenate(parts)
         mx.clear_cache()
     return found
+
+
+def _slots(choice: Choice, kind: str) -> Choice:
+    import mlx.core as mx
+
+    if kind != "bfloat16":
+        return choice.with_kv_cache_dtype(kind)
+    shapes = tuple(shape and replace(shape, dtype=mx.bfloat16) for shape in choice.shapes)
+    return replace(choice, layout=replace(choice.layout, shapes=shapes))
 
 
 def distance(mine: Any, full: Any) -> Distance:
@@ -116,13 +129,13 @@ def main() -> None:
         at = [i for i, q in enumerate(asked) if q.task == task]
         print(f"| {task} | {len(at)} |", " | ".join(str(sum(right[k][i] for i in at)) for k in arguments.kinds), "|")
     print(f"| all | {len(asked)} |", " | ".join(str(sum(right[k])) for k in arguments.kinds), "|")
-    whole = ["auto", *(k for k in arguments.kinds if k != "auto")]
-    logits = logits_of(whole, arguments.dtype, asked, arguments.cuts)
+    quantized = [k for k in arguments.kinds if k != "auto"]
+    logits = logits_of(["auto", "bfloat16", *quantized], arguments.dtype, asked, arguments.cuts)
     print("\n| slots | bytes a slot | KL, mean | KL, largest | same likeliest token |\n|---|---:|---:|---:|---:|")
-    for kind in arguments.kinds:
+    for kind in ("bfloat16", *quantized):
         d = distance(logits[kind], logits["auto"])
-        each = sizes[kind] / (SLOTS + 1)
-        print(f"| {kind} | {each:.0f} | {d.mean:.2g} bits | {d.largest:.2g} bits | {d.agreement:.2%} |")
+        each = f"{sizes[kind] / (SLOTS + 1):.0f}" if kind in sizes else ""
+        print(f"| {kind} | {each} | {d.mean:.2g} bits | {d.largest:.2g} bits | {d.agreement:.2%} |")
 
 
 if __name__ == "__main__":
