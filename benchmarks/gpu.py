@@ -221,7 +221,7 @@ def make_core_for(model: nn.Module, streams: Sequence[int], graph_rows: int, cas
         max_total_tokens=max(slots, 33 * 8500) if {"long", "waits"} & set(cases) else slots,
         max_running_requests=max(32, *streams),
         context_length=None if {"long", "waits"} & set(cases) else 1024,
-        chunked_prefill_size=8192,
+        chunked_prefill_size=16384 if "long" in cases else 8192,
         disable_radix_cache=True,
         disable_graph=not graph_rows,
         graph_max_rows=graph_rows or 1,
