@@ -9,7 +9,7 @@ import difflib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -30,12 +30,17 @@ _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One prompt of a ``generate`` call, ready for ``complete``."""
+    """One prompt of a ``generate`` call, ready for ``complete``.
+
+    ``unanswered``: only the prompt is computed (``max_new_tokens`` 0, as SGLang's frontend scores choices); the one
+    token that the engine draws all the same is told to nobody.
+    """
 
     id: str
     tokens: list[int]
     params: SamplingParams
     logprob_start: int = -1
+    unanswered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +71,16 @@ class Arguments:
         asked = []
         for i, tokens in enumerate(prompts):
             start = -1 if starts[i] is None or not wanted[i] else _integer(starts[i], "logprob_start_len")
+            given = params[i]
+            unanswered = isinstance(given, Mapping) and given.get("max_new_tokens") == 0
             one = sampling_params(
-                params[i],
+                {**given, "max_new_tokens": 1} if unanswered else given,
                 logprobs=bool(wanted[i]),
                 top_logprobs=_integer(tops[i] or 0, "top_logprobs_num") if wanted[i] else 0,
                 prompt_logprobs=start >= 0,
             )
             one = check_prompt(tokens, one, info, named)
-            asked.append(Asked(rids[i], tokens, one, start))
+            asked.append(Asked(rids[i], tokens, one, start, unanswered))
         return asked, single
 
     def prompts(self, tokenizer: Tokenizer, prompt_field: str, most: int) -> tuple[list[list[int]], bool]:
@@ -147,6 +154,9 @@ class Answer:
         self.finish: Finish | None = None
 
     def add(self, delta: Delta) -> None:
+        if self._asked.unanswered:
+            ended = delta.finish is not None and delta.finish.reason == "stop"
+            delta = replace(delta, text="", tokens=[], logprobs=[], finish=Finish("length") if ended else delta.finish)
         self._texts.append(delta.text)
         self.tokens += delta.tokens
         self._logprobs += delta.logprobs

@@ -470,7 +470,7 @@ def test_the_dashboard_moves(slow: Running, open_page: Open) -> None:
     until(lambda: here.tile("Running") == "0")
     with several(slow, 3):
         until(lambda: here.tile("Running") == "3")
-        until(lambda: int(here.tile("Tokens per second").replace(",", "")) > 20)
+        until(lambda: int(here.tile("Tokens/s").replace(",", "")) > 20)
         live = here.page.locator("#requests tr.live")
         expect(live).to_have_count(3)
         longer = here.page.evaluate("document.querySelector('#requests .live .decode').getBoundingClientRect().width")

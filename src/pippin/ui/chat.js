@@ -146,7 +146,7 @@ class AnswerView {
     this.node.removeAttribute("aria-busy");
     this.reasoning.open = false;
     this.draw();
-    if (follow) toEnd();
+    if (follow) toEnd(true);
   }
 
   draw() {

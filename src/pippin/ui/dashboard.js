@@ -58,7 +58,7 @@ function drawTiles(now) {
   }
   $("tiles").replaceChildren(
     tile("Running", count(stats.num_running), `${count(stats.num_waiting)} waiting`),
-    tile("Tokens per second", count(lately("generated")), `${count(lately("prompt"))} of prompts`),
+    tile("Tokens/s", count(lately("generated")), `${count(lately("prompt"))} of prompts`),
     tile("Slots", percent(held / stats.slots_total), `${count(stats.slots_cached)} cached of ${count(stats.slots_total)}`, graphic),
     tile("Cache hit rate", hit === null ? "–" : percent(hit), `${count(stats.cached_tokens)} of ${count(stats.prompt_tokens)} prompt tokens`),
     tile("First token", time(latency.first_token.p50), `95 %: ${time(latency.first_token.p95)}`),
@@ -75,7 +75,7 @@ function tile(name, value, more, graphic = null) {
 
 function drawCharts() {
   $("charts").replaceChildren(
-    chart("Tokens per second", [["generated", "generated"], ["prompt", "prompts"]], count),
+    chart("Tokens/s", [["generated", "generated"], ["prompt", "prompts"]], count),
     chart("Requests", [["running", "running"], ["waiting", "waiting"]], count),
     chart("Slots in use", [["used", "used"]], percent, 1),
   );
