@@ -342,8 +342,15 @@ def test_where_metal_cannot_capture_the_error_names_the_mend() -> None:
     assert isinstance(found, MetalCapture)
     assert found.alone
     for environ in ({}, on):
-        assert open_tracer(None, "x", False, metal=RecordedMetal(), cuda=False, environ=environ) is None
         assert open_tracer(False, "x", False, metal=RecordedMetal(), cuda=False, environ=environ) is None
+
+
+def test_a_mac_that_may_capture_does_and_one_that_may_not_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    on = {"MTL_CAPTURE_ENABLED": "1"}
+    assert isinstance(open_tracer(None, "x", False, metal=RecordedMetal(), cuda=False, environ=on), MetalCapture)
+    assert not caplog.records
+    assert open_tracer(None, "x", False, metal=RecordedMetal(), cuda=False, environ={}) is None
+    assert "MTL_CAPTURE_ENABLED=1 pippin" in caplog.text
 
 
 class RecordedRanges:

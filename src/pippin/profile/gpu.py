@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Protocol
 
 from pippin.errors import RequestError
 from pippin.profile.files import Stage, capture_path, trace_path
+
+log = logging.getLogger(__name__)
 
 CAPTURE_VARIABLE = "MTL_CAPTURE_ENABLED"
 INJECTION_VARIABLE = "NVTX_INJECTION64_PATH"
@@ -138,12 +141,13 @@ def open_tracer(
         return StepRanges(ranges) if ranges is not None else None
     try:
         check_metal(metal, environ)
-    except RequestError:
+    except RequestError as error:
         if gpu:
             raise
+        log.warning("no GPU capture beside the timeline: %s", error.message)
         return None
-    # Not asked for by name, a capture is too much: it slows every step, and its file may have gigabytes.
-    return MetalCapture(metal, stem, by_stage) if gpu else None
+    # SGLang's activities are CPU and GPU where none are named, and who sets the variable wants captures.
+    return MetalCapture(metal, stem, by_stage)
 
 
 # --- NVTX ---
