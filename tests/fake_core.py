@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pippin.config import EngineConfig
@@ -40,6 +40,7 @@ VOCAB = 300
 EOS = 256
 CONTEXT = 1024
 KILL = 299  # a prompt of this token kills the process, as a GPU out of memory does
+HANG = 297  # a prompt of this token makes steps that never end
 RAISE = 298  # a prompt of this token breaks `add` in a way that nobody foresaw
 STEP_SECONDS = 0.001
 
@@ -100,6 +101,7 @@ class FakeCore:
         self.cached_tokens = 0
         self.prompt_tokens = 0
         self.marks: list[int] | None = None
+        self.note: Callable[[Sequence[str]], None] = lambda ids: None
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +142,9 @@ class FakeCore:
             raise RequestError("the cache can't be flushed while requests run", status=409)
         self.seen.clear()
 
+    def watch(self, note: Callable[[Sequence[str]], None]) -> None:
+        self.note = note
+
     def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Marks of its steps, as far as a core without a device has any."""
         if isinstance(command, StopProfile):
@@ -154,6 +159,9 @@ class FakeCore:
         if not self.has_work:
             return None
         began = time.perf_counter_ns()
+        self.note([*self.running])
+        if any(HANG in submit.tokens for submit, _ in self.running.values()):
+            time.sleep(1000)
         time.sleep(self.seconds)
         self.steps += 1
         if self.marks is not None:
@@ -208,8 +216,18 @@ class FakeCore:
         return [TokenLogprob(submit.tokens[0], None), *found[1:]]
 
 
+class PoisonedCore(FakeCore):
+    """Fails for good in its thirtieth step."""
+
+    def step(self) -> StepOutput | None:
+        if self.steps == 30:
+            raise RuntimeError("the device is lost")
+        return super().step()
+
+
 def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore:
-    """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, else a number of seconds a step.
+    """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, ``fragile`` fails once its file
+    is gone, ``poisoned`` does after a while, else a number of seconds a step.
 
     Of a path, the last part counts.
     """
@@ -225,4 +243,8 @@ def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore
     progress(Progress("load", 1, 2))
     if what == "slow":
         time.sleep(1.5)
+    if what == "fragile" and not Path(config.model_path or "").exists():
+        raise ModelError("the model is gone")
+    if what == "poisoned":
+        return PoisonedCore(STEP_SECONDS)
     return FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, config.model_path or "")

@@ -17,6 +17,8 @@ import pytest
 from pippin.client import EngineClient, failure_of
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
+from pippin.restarts import Supervision
+from pippin.supervisor import Supervisor
 from pippin.transport import ProcessTransport, describe_exit
 from pippin.types import SamplingParams, Stats
 from tests.fake_core import KILL, PYTHONPATH, FakeCore, expected, load
@@ -31,8 +33,15 @@ def in_thread(model: str) -> EngineClient:
     return EngineClient.in_thread(lambda progress: load(EngineConfig(model_path=model), progress), seed=0)
 
 
-def spawned(model: str) -> EngineClient:
-    return EngineClient.spawn(EngineConfig(model_path=model, random_seed=0), "tests.fake_core:load", "critical")
+def spawned(model: str, supervision: Supervision | None = None) -> EngineClient:
+    config = EngineConfig(model_path=model, random_seed=0)
+    return EngineClient.spawn(config, "tests.fake_core:load", "critical", supervision)
+
+
+def child_of(client: EngineClient) -> ProcessTransport | None:
+    """What reaches the child process that lives now, if there is one."""
+    child = client.transport._child if isinstance(client.transport, Supervisor) else None
+    return child if isinstance(child, ProcessTransport) else None
 
 
 @pytest.fixture(params=[in_thread, spawned])
@@ -190,22 +199,17 @@ def test_flush_answers(make: Make) -> None:
     finish(main())
 
 
-def test_sampled_requests_get_seeds_and_the_journal_keeps_what_came() -> None:
+def test_sampled_requests_get_seeds() -> None:
     async def main() -> None:
         async with started(in_thread("fast")) as client:
             params = SamplingParams(max_new_tokens=50)
             streams = [client.submit([1], params, id=id) for id in "ab"]
-            for stream in streams:
-                await anext(stream)
-            a, b = client._journal["a"], client._journal["b"]
-            assert None not in (a.submit.params.seed, b.submit.params.seed)
-            assert a.submit.params.seed != b.submit.params.seed
-            await until(lambda: len(a.tokens) == 50)
-            seed = a.submit.params.seed
-            assert seed is not None
-            assert a.tokens == expected([1], 50, seed)
-            for stream in streams:
-                await stream.aclose()
+            firsts = [await anext(stream) for stream in streams]
+            seeds = [client._journal[id].submit.params.seed for id in "ab"]
+            assert len({None, *seeds}) == 3
+            for first, stream, seed in zip(firsts, streams, seeds, strict=True):
+                tokens = first.tokens + [token async for output in stream for token in output.tokens]
+                assert tokens == expected([1], 50, seed or 0)
             async with aclosing(client.submit([1], GREEDY, id="c")) as stream:
                 await anext(stream)
                 assert client._journal["c"].submit.params.seed is None
@@ -252,11 +256,13 @@ def test_a_child_killed_while_loading_fails_the_start(monkeypatch: pytest.Monkey
     finish(main())
 
 
-def test_a_dead_child_fails_every_stream_and_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_child_that_is_not_replaced_fails_every_stream_and_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     async def main() -> None:
-        async with started(spawned("fast")) as client:
+        async with started(spawned("fast", Supervision(max_restarts=0))) as client:
             streams = [client.submit([i], LONG) for i in range(4)]
             for stream in streams:
                 await anext(stream)
@@ -281,11 +287,11 @@ def test_closing_fails_live_streams_and_leaves_nothing_behind(make: Make) -> Non
         async with started(client):
             stream = client.submit([1], LONG)
             await anext(stream)
-            transport = client.transport
+            transport = child_of(client)
         with pytest.raises(EngineError, match="shutting down"):
             async for _ in stream:
                 pass
-        if isinstance(transport, ProcessTransport):
+        if transport is not None:
             assert transport.pid is not None
             with pytest.raises(ProcessLookupError):
                 os.kill(transport.pid, 0)
@@ -300,10 +306,11 @@ def test_the_sockets_are_private_and_gone_once_both_ends_have_them(monkeypatch: 
 
     async def main() -> None:
         client = spawned("slow")
-        assert isinstance(client.transport, ProcessTransport)
         start = asyncio.create_task(client.start())
         await until(lambda: client.progress is not None)
-        directory = client.transport._directory
+        child = child_of(client)
+        assert child is not None
+        directory = child._directory
         assert directory is not None
         assert directory.stat().st_mode & 0o777 == 0o700
         await start
@@ -347,7 +354,7 @@ def test_the_child_ignores_an_interrupt_and_idles_without_turning(monkeypatch: p
 
     async def main() -> None:
         async with started(spawned("fast")) as client:
-            assert isinstance(client.transport, ProcessTransport)
+            assert isinstance(client.transport, Supervisor)
             pid = client.transport.pid
             assert pid is not None
             os.kill(pid, signal.SIGINT)

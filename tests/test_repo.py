@@ -63,8 +63,11 @@ text <- embedding
 inputs <- attention <- graph
 demo <- models
 demo <- text
-config <- worker <- transport <- client <- completion <- server <- cli <- launch_server
+config <- worker <- transport <- supervisor <- client <- completion <- server <- cli <- launch_server
 types <- worker
+recorder <- worker
+restarts <- supervisor
+restarts <- server
 types <- profile <- runner
 profile <- worker
 types <- models
@@ -81,7 +84,7 @@ types <- text <- grammar <- sglang
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.radix", "cache.slots", "cache.snapshots",
-    "client", "completion", "engine", "cli", "server", "grammar", "text", "transport",
+    "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "profile.control", "profile.summary",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The asking side of the queue: submit token ids, get token ids back, in one event loop.
 
-Keeps a journal of what every live request asked and has received, so that nothing is lost with a worker.
+A child that dies is the supervisor's affair: what is asked here goes on in the next one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -20,6 +21,8 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
 from pippin.profile.control import Profiler
 from pippin.profile.timeline import Timeline
+from pippin.restarts import Supervision
+from pippin.supervisor import Supervisor
 from pippin.transport import ProcessTransport, ThreadTransport, Transport
 from pippin.types import (
     Abort,
@@ -47,10 +50,9 @@ CLOSE_SECONDS = 5.0
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """A request in flight: what was asked, the tokens received since, and what nobody has read yet."""
+    """A request in flight: what was asked, and what has come and nobody has read yet."""
 
     submit: Submit
-    tokens: list[int] = field(default_factory=list)
     unread: list[Output] = field(default_factory=list)
     failure: PippinError | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,7 +74,6 @@ class Live:
         if (failure := error_of(output)) is not None:
             self.fail(failure)
             return
-        self.tokens += output.tokens
         self.unread.append(output)
         self.news.set()
 
@@ -104,10 +105,16 @@ class EngineClient:
 
     @classmethod
     def spawn(
-        cls, config: EngineConfig, core: str = CORE, log_level: str = "warning", log_format: str = "text"
+        cls,
+        config: EngineConfig,
+        core: str = CORE,
+        log_level: str = "warning",
+        supervision: Supervision | None = None,
+        log_format: str = "text",
     ) -> EngineClient:
-        """A client of a new child process, not started yet."""
-        return cls(ProcessTransport(config, core, log_level, log_format), config.random_seed)
+        """A client of a child process, not started yet, which is watched and replaced as ``supervision`` says."""
+        make = partial(ProcessTransport, config, core, log_level, log_format)
+        return cls(Supervisor(make, supervision), config.random_seed)
 
     @classmethod
     def in_thread(cls, load: Load, seed: int | None = None) -> EngineClient:
@@ -167,9 +174,14 @@ class EngineClient:
         """A seed for a request that brings none, so that its stream can be resumed; 63 bits."""
         return self._random.getrandbits(63)
 
+    @property
+    def trouble(self) -> PippinError | None:
+        """Why requests are refused now; None if they are not."""
+        return self.failure or self.transport.trouble()
+
     def _begin(self, id: str, submit: Submit) -> Live:
-        if self.failure is not None:
-            raise self.failure
+        if (trouble := self.trouble) is not None:
+            raise trouble
         if id in self._journal:
             raise RequestError(f"request id {id!r} is in use by a request that has not ended", "rid")
         params = submit.params
@@ -193,8 +205,8 @@ class EngineClient:
 
     async def flush(self) -> Flushed:
         """Empty the prefix cache; the answer is not ``ok`` while requests run."""
-        if self.failure is not None:
-            raise self.failure
+        if (trouble := self.trouble) is not None:
+            raise trouble
         id = uuid.uuid4().hex
         self._flushes[id] = asyncio.get_running_loop().create_future()
         self.transport.send(Flush(id))

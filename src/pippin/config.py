@@ -200,10 +200,17 @@ class ServerConfig:
         "auto", "How the model tells its reasoning apart: SGLang's name of a format, auto (by the template) or none."
     )
 
+    watchdog_timeout: float = option(
+        300.0, "Seconds without a step while requests wait, after which the engine counts as hung and is restarted."
+    )
+    max_restarts: int = option(
+        5, "Restarts of the engine within --restart-window; after more, requests get 503 until the window has passed."
+    )
+    restart_window: float = option(600.0, "Seconds for which a restart of the engine counts.")
+
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"must be between 0 and 65535, not {self.port}", "--port")
         for name, ok, need in (
+            ("port", 0 <= self.port <= 65535, "between 0 and 65535"),
             ("max_queued_requests", self.max_queued_requests >= 0, "at least 0"),
             ("max_connections", self.max_connections >= 1, "at least 1"),
             ("max_body_mb", self.max_body_mb >= 1, "at least 1"),
@@ -211,6 +218,9 @@ class ServerConfig:
             ("drain_timeout", self.drain_timeout >= 0, "at least 0"),
             ("log_format", self.log_format in ("text", "json"), "text or json"),
             ("log_requests_level", 0 <= self.log_requests_level <= 3, "between 0 and 3"),
+            ("watchdog_timeout", self.watchdog_timeout > 0, "above 0"),
+            ("max_restarts", self.max_restarts >= 0, "at least 0"),
+            ("restart_window", self.restart_window > 0, "above 0"),
         ):
             if not ok:
                 raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))

@@ -109,6 +109,7 @@ class EngineCore:
         self._in_flight: Flight | None = None
         self._profile: StepProfile | None = None
         self._notices: list[Output] = []
+        self._note: Callable[[Sequence[str]], None] = lambda ids: None
         self._steps = 0
         self._overlapped = 0
         self._seconds = 0.0
@@ -231,6 +232,10 @@ class EngineCore:
             self._profile, self._runner = profile, TimedRunner(self._runner, profile)
             self._overlap = self._may_overlap and not profile.alone
 
+    def watch(self, note: Callable[[Sequence[str]], None]) -> None:
+        """From here on ``note`` is told the ids of each step's requests before it is queued."""
+        self._note = note
+
     def _unprofile(self) -> None:
         if isinstance(self._runner, TimedRunner):
             self._runner = self._runner.leave()
@@ -295,6 +300,7 @@ class EngineCore:
 
     def _launch(self, batch: Batch, outputs: list[Output]) -> Flight | None:
         self._steps += 1
+        self._note([work.request.id for work in batch.works])
         try:
             return self._runner.launch(batch)
         except Exception as error:

@@ -42,9 +42,13 @@ class ModelError(PippinError):
 
 
 class EngineError(PippinError):
-    """The engine failed, through no fault of the request; ``status`` is the HTTP status."""
+    """The engine failed, through no fault of the request; ``status`` is the HTTP status.
 
-    def __init__(self, message: str, status: int = 500) -> None:
+    ``retry_after``: after so many seconds it may be worth another try.
+    """
+
+    def __init__(self, message: str, status: int = 500, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
+        self.retry_after = retry_after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import shutil
 import signal
@@ -19,6 +20,8 @@ import zmq
 
 from pippin.backend import leave_thread
 from pippin.config import EngineConfig
+from pippin.errors import EngineError
+from pippin.recorder import Record
 from pippin.types import Command, Event, Ready, Shutdown
 from pippin.worker import CORE, Hello, Load, run
 
@@ -34,6 +37,9 @@ class Transport(Protocol):
 
     def send(self, command: Command) -> None:
         """Hand over a command without waiting; dropped if the worker has ended."""
+
+    def trouble(self) -> EngineError | None:
+        """Why requests are refused now, though the worker may come back; None if they are not."""
 
     async def close(self, patience: float) -> None:
         """Ask the worker to end; one that can be made to end is, after ``patience`` seconds. No more is heard of it."""
@@ -76,6 +82,9 @@ class ThreadTransport:
     def send(self, command: Command) -> None:
         self._commands.put(command)
 
+    def trouble(self) -> EngineError | None:
+        return None
+
     async def close(self, patience: float) -> None:
         if self._thread is not None:
             self.send(Shutdown())
@@ -101,6 +110,7 @@ class ProcessTransport:
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._on_event: OnEvent = lambda event: None
+        self._record: Record | None = None
 
     @property
     def pid(self) -> int | None:
@@ -110,13 +120,14 @@ class ProcessTransport:
     async def open(self, on_event: OnEvent, on_end: OnEnd) -> None:
         self._on_event = on_event
         commands, events = self._bind()
-        asyncio.get_running_loop().add_reader(self._events.fileno(), self._drain)
+        asyncio.get_running_loop().add_reader(self._events.fileno(), self.drain)
         # -P: a `random.py` in the user's directory must not shadow the library's.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "pippin.worker", stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin is not None
         hello = Hello(commands, events, self._config, self._core, self._log_level, self._log_format)
+        hello = msgspec.structs.replace(hello, record=self._new_record(), parent=os.getpid())
         self._process.stdin.write(msgspec.json.encode(hello) + b"\n")
         self._watch = asyncio.create_task(self._wait(self._process, on_end))
 
@@ -132,7 +143,13 @@ class ProcessTransport:
             socket.bind(address)
         return addresses
 
-    def _drain(self) -> None:
+    def _new_record(self) -> str:
+        assert self._directory is not None
+        path = self._directory / "record"
+        self._record = Record(path)
+        return str(path)
+
+    def drain(self) -> None:
         """Read all there is: the descriptor only wakes us when the queue was empty before."""
         while True:
             try:
@@ -152,13 +169,26 @@ class ProcessTransport:
     async def _wait(self, process: asyncio.subprocess.Process, on_end: OnEnd) -> None:
         code = await process.wait()
         await asyncio.sleep(0.05)  # its last words may still be between the kernel and our socket
-        self._drain()
+        self.drain()
         on_end(describe_exit(code))
 
     def send(self, command: Command) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(zmq.Again):  # no one is connected: it ends, or is too young to listen
                 self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+
+    def trouble(self) -> EngineError | None:
+        return None
+
+    def worked_on(self) -> frozenset[str] | None:
+        """The requests of the steps that the child works on, or worked on when it died; None if that is not known."""
+        return self._record.read() if self._record is not None else None
+
+    def kill(self) -> None:
+        """End a child that doesn't answer; it ends as any that dies."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def close(self, patience: float) -> None:
         if self._watch is not None and self._process is not None:
@@ -170,13 +200,15 @@ class ProcessTransport:
         self._events.close(linger=0)
         self._context.term()
         self._forget()
+        if self._record is not None:
+            self._record.close()
+            self._record = None
 
     async def _end(self, process: asyncio.subprocess.Process, patience: float) -> None:
         try:
             await asyncio.wait_for(process.wait(), patience)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            self.kill()
             await process.wait()
 
 

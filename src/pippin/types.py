@@ -331,11 +331,15 @@ class StopProfile(msgspec.Struct, frozen=True, tag=True):
     id: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a Pong, which comes between two steps: the engine's loop turns."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine process after the step in flight."""
 
 
-Command = Submit | Abort | Flush | StartProfile | StopProfile | Shutdown
+Command = Submit | Abort | Flush | StartProfile | StopProfile | Ping | Shutdown
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -375,6 +379,7 @@ class Stats(msgspec.Struct, frozen=True):
     """Counts of the engine now (first four lines) and since its start (the rest).
 
     ``memory_bytes`` is what MLX's arrays hold now on its device, ``memory_peak_bytes`` the most they held.
+    ``restarts`` of its process and ``resumed`` requests are the server's own counts.
     """
 
     num_running: int = 0
@@ -398,6 +403,8 @@ class Stats(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     memory_peak_bytes: int = 0
     kv_canary_mismatches: int = 0
+    restarts: int = 0
+    resumed: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -413,10 +420,14 @@ class Flushed(msgspec.Struct, frozen=True, tag=True):
     message: str = ""
 
 
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a Ping."""
+
+
 class ProfileStarted(msgspec.Struct, frozen=True, tag=True):
     """A profile runs now, or not: ``error`` says why, ``field`` at what.
 
-    ``clock`` is the engine's perf_counter_ns as it was sent, ``pid`` its process.
+    ``clock`` is the engine's perf_counter_ns as it was sent, ``pid`` its process; 0 if there is none.
     """
 
     id: str
@@ -490,4 +501,4 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = StepOutput | Flushed | ProfileStarted | Marks | Progress | Ready | Fatal
+Event = StepOutput | Flushed | Pong | ProfileStarted | Marks | Progress | Ready | Fatal

@@ -6,14 +6,17 @@ touches MLX, loading too, happens in the thread that calls ``run``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import pkgutil
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -23,6 +26,7 @@ from pippin.backend import leave_torch_out
 from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
 from pippin.logs import configure
+from pippin.recorder import Recorder
 from pippin.types import (
     Abort,
     Command,
@@ -34,6 +38,8 @@ from pippin.types import (
     Marks,
     ModelInfo,
     Output,
+    Ping,
+    Pong,
     ProfileStarted,
     Progress,
     Ready,
@@ -73,6 +79,9 @@ class Core(Protocol):
     def flush(self) -> None:
         """Empty the prefix cache. Raises RequestError while requests run."""
 
+    def watch(self, note: Callable[[Sequence[str]], None]) -> None:
+        """From here on ``note`` is told the ids of each step's requests before it is queued."""
+
     def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Begin to record steps, or end it; ``tell`` hears the answer, and spans as they come. Raises nothing."""
 
@@ -97,15 +106,19 @@ class Hello(msgspec.Struct, frozen=True):
     core: str = CORE
     log_level: str = "warning"
     log_format: str = "text"
+    record: str | None = None
+    parent: int | None = None
 
 
-def run(load: Load, receive: Receive, send: Send) -> bool:
+def run(load: Load, receive: Receive, send: Send, recorder: Recorder | None = None) -> bool:
     """Load, say Ready, and serve until Shutdown. False, after a Fatal, if the engine could not start or go on."""
     try:
         core = load(send)
+        if recorder is not None:
+            core.watch(recorder.step)
         send(StepOutput([], core.stats))  # so that the pool's size is known before the first step
         send(Ready(core.info))
-        serve(core, receive, send)
+        serve(core, receive, send, recorder)
     except Exception as error:
         if not isinstance(error, PippinError):
             log.exception("the engine stopped")
@@ -114,7 +127,7 @@ def run(load: Load, receive: Receive, send: Send) -> bool:
     return True
 
 
-def serve(core: Core, receive: Receive, send: Send) -> None:
+def serve(core: Core, receive: Receive, send: Send, recorder: Recorder | None = None) -> None:
     """Obey commands and step while there is work; sleep in ``receive`` while there is none."""
     while True:
         while (command := receive(not core.has_work)) is not None:
@@ -123,13 +136,17 @@ def serve(core: Core, receive: Receive, send: Send) -> None:
             if isinstance(command, StartProfile | StopProfile):
                 core.profile(command, send)
                 continue
+            if recorder is not None and isinstance(command, Submit):
+                recorder.take_in(command.id)
             for event in obey(core, command):
                 send(event)
+            if recorder is not None and isinstance(command, Submit):
+                recorder.take_in()
         if (output := core.step()) is not None:
             send(output)
 
 
-def obey(core: Core, command: Submit | Abort | Flush) -> Iterator[Event]:
+def obey(core: Core, command: Submit | Abort | Flush | Ping) -> Iterator[Event]:
     """Carry out one command; yields what can't wait for the next step."""
     match command:
         case Submit():
@@ -137,6 +154,8 @@ def obey(core: Core, command: Submit | Abort | Flush) -> Iterator[Event]:
                 yield StepOutput([Output(command.id, finish=finish)], core.stats)
         case Abort(id):
             core.abort(id)
+        case Ping():
+            yield Pong()
         case Flush(id):
             try:
                 core.flush()
@@ -167,7 +186,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     with open(0, "rb", buffering=0, closefd=False) as pipe:
         hello = msgspec.json.decode(pipe.readline(), type=Hello)
-    die_with_parent()
+    die_with_parent(hello.parent)
+    recorder = Recorder(Path(hello.record)) if hello.record is not None else None
     if not hello.config.device.startswith("torch"):
         leave_torch_out()
     configure(hello.log_level, hello.log_format, text="%(levelname)s: %(name)s: %(message)s")
@@ -193,17 +213,18 @@ def main() -> int:
         make: Callable[[EngineConfig, Callable[[Progress], None]], Core] = pkgutil.resolve_name(hello.core)
         return make(hello.config, progress)
 
-    ok = run(load, receive, send)
+    ok = run(load, receive, send, recorder)
     commands.close(linger=0)
     events.close(linger=2000)
     context.term()
     return 0 if ok else 1
 
 
-def die_with_parent() -> None:
-    """Leave no engine behind: the parent holds our standard input open for as long as it lives.
+def die_with_parent(parent: int | None = None) -> None:
+    """Leave no engine behind: the parent, process ``parent``, holds our standard input open for as long as it lives.
 
-    Linux also kills us if the parent dies while native code keeps the watching thread from running.
+    Linux also kills us while native code keeps the watching thread from running; on macOS the kernel also tells of the
+    parent's end if another process has inherited the pipe.
     """
 
     def watch() -> None:
@@ -211,10 +232,27 @@ def die_with_parent() -> None:
             pass
         os._exit(1)
 
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    if parent is None:
+        return
+    if sys.platform == "darwin":
+        threading.Thread(target=exit_after, args=(parent,), name="parent-exit", daemon=True).start()
+    if os.getppid() != parent:  # it ended before we asked to be told
+        os._exit(1)
+
+
+if sys.platform == "darwin":
+
+    def exit_after(parent: int) -> None:
+        """Wait for the end of a process, and end."""
+        queue = select.kqueue()
+        end = select.kevent(parent, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            queue.control([end], 1)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError
+from pippin.restarts import Supervision
 from pippin.server.launch import listen
-from pippin.transport import ProcessTransport
+from pippin.supervisor import Supervisor
 from tests.fake_core import KILL, PYTHONPATH
 from tests.server.conftest import Running, Serve, byte_tokenizer
 from tests.server.test_openai import told
@@ -136,49 +136,79 @@ def test_a_storm_of_clients_that_come_and_go_leaves_nothing_behind(server: Runni
 # --- the engine dies ---
 
 
+def child_pid(running: Running) -> int | None:
+    assert isinstance(running.client.transport, Supervisor)
+    return running.client.transport.pid
+
+
+Mortal = Callable[..., AbstractContextManager[Running]]
+
+
 @pytest.fixture
-def mortal(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    """A server whose engine is a child process."""
+def mortal(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Mortal:
+    """A server whose engine is a child process that is replaced at most so many times."""
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     config = EngineConfig(model_path="0.005")
-    with serve(make_client=lambda core: EngineClient.spawn(config, "tests.fake_core:load", "critical")) as running:
-        yield running
+
+    def make(max_restarts: int = 5) -> AbstractContextManager[Running]:
+        watched = Supervision(max_restarts=max_restarts, restart_window=1000.0)
+        return serve(make_client=lambda core: EngineClient.spawn(config, "tests.fake_core:load", "critical", watched))
+
+    return make
 
 
-def test_the_server_outlives_its_engine(mortal: Running) -> None:
-    body = {"prompt": "a", "max_tokens": 1000}
-    with (
-        mortal.http() as http,
-        http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream,
-        mortal.http() as other,
-    ):
-        lines = stream.iter_lines()
-        assert "choices" in next(lines)
-        killer = other.post("/v1/completions", json={"prompt": [KILL]})
-        assert killer.status_code == 503
-        assert "SIGKILL" in killer.json()["error"]["message"]
-        *_, last = (line for line in lines if line)
+def test_a_stream_outlives_its_engine_and_the_request_that_kills_it_is_failed_alone(mortal: Mortal) -> None:
+    body = {"prompt": "a", "max_tokens": 400, "temperature": 0}
+    with mortal() as running, running.http() as http, running.http() as other:
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            texts = [json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]]
+            killer = other.post("/v1/completions", json={"prompt": [KILL]})
+            assert killer.status_code == 500
+            assert "died on this request" in killer.json()["error"]["message"]
+            assert other.get("/health").status_code == 200
+            for line in lines:
+                if line != "data: [DONE]":
+                    texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+        assert "".join(texts) == told("a", 400)
+        page = other.get("/metrics").text
+        assert re.search(r"pippin:engine_restarts_total{[^}]*} 2.0", page)
+        assert re.search(r"pippin:num_resumed_reqs_total{[^}]*} [23].0", page)
+
+
+def test_after_too_many_deaths_it_says_so_and_when_to_come_back(mortal: Mortal) -> None:
+    body = {"prompt": "a", "max_tokens": 1000, "stream": True}
+    with mortal(1) as running, running.http() as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        for _ in range(2):
+            for _ in range(10):  # it proves that it is not what kills
+                assert "choices" in next(lines)
+            pid = child_pid(running)
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        *_, last = lines
         error = json.loads(last.removeprefix("data: "))["error"]
         assert (error["type"], error["code"]) == ("server_error", None)
-        assert "SIGKILL" in error["message"]
-        for path in ("/health", "/health_generate", "/flush_cache"):
-            response = other.get(path)
-            assert response.status_code == 503
-            assert "SIGKILL" in response.json()["error"]["message"]
-        assert other.get("/v1/models").status_code == 200
-        assert other.get("/metrics").status_code == 200
+        assert "restarted 1 times within 1000 s" in error["message"]
+        with running.http() as other:
+            for path in ("/health", "/health_generate", "/flush_cache"):
+                response = other.get(path)
+                assert response.status_code == 503
+                assert "SIGKILL" in response.json()["error"]["message"]
+                assert 900 < int(response.headers["retry-after"]) <= 1000
+            assert other.get("/v1/models").status_code == 200
+            assert other.get("/metrics").status_code == 200
 
 
-def test_the_official_client_sees_an_engines_death_in_mid_stream(mortal: Running) -> None:
-    with mortal.openai() as ai:
-        stream = ai.completions.create(model="m", prompt="a", max_tokens=1000, stream=True)
-        next(iter(stream))
-        assert isinstance(mortal.client.transport, ProcessTransport)
-        assert mortal.client.transport.pid is not None
-        os.kill(mortal.client.transport.pid, signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="SIGKILL"):
-            for _ in stream:
-                pass
+def test_the_official_client_sees_nothing_of_an_engines_death(mortal: Mortal) -> None:
+    with mortal() as running, running.openai() as ai:
+        stream = ai.completions.create(model="m", prompt="a", max_tokens=300, stream=True, temperature=0)
+        texts = [next(iter(stream)).choices[0].text]
+        pid = child_pid(running)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        texts += [event.choices[0].text for event in stream]
+        assert "".join(texts) == told("a", 300)
 
 
 # --- the whole program ---

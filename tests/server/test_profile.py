@@ -200,12 +200,14 @@ def test_an_engine_that_dies_leaves_what_was_told(
     spawn = lambda core: EngineClient.spawn(EngineConfig(), "tests.fake_core:load")  # noqa: E731
     with serve(make_client=spawn, tokenizer=byte_tokenizer()) as running, running.http() as http:
         (file,) = start(http, tmp_path)
-        assert http.post("/generate", json={"input_ids": [KILL]}).status_code == 503
+        assert http.post("/generate", json={"input_ids": [KILL]}).status_code == 500
         until(lambda: file.stat().st_size > 0)
         events = read_events(file)
         check_events(events)
         assert "POST /generate" in {e["name"] for e in events}
-        assert http.post("/start_profile", json={"output_dir": str(tmp_path)}).status_code == 503
+        response = http.post("/start_profile", json={"output_dir": str(tmp_path)})
+        assert response.status_code == 503
+        assert "restarting" in response.json()["error"]["message"]
 
 
 def test_an_engine_that_ends_a_profile_it_never_began_is_no_trouble(serve: Serve, tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ class Profiler:
 
     async def _begin(self, run: Run, timeline: Timeline) -> None:
         answer = await run.answer
+        if answer.error and not answer.pid:
+            raise EngineError(answer.error, 503)
         if answer.error:
             raise RequestError(answer.error, answer.field)
         received, run.engine_pid = timeline.now(), answer.pid

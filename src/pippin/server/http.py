@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -180,4 +181,6 @@ def error_response(error: Exception, shape: ErrorJson = error_body) -> JsonRespo
     """An error as a whole answer, in an API's shape."""
     status, body = shape(error)
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": RETRY_SECONDS}}.get(status)
+    if isinstance(error, EngineError) and error.retry_after is not None:
+        headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     return JsonResponse(body, status, headers)

@@ -18,6 +18,7 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
 from pippin.logs import configure
+from pippin.restarts import Supervision
 from pippin.server.app import Gate, create_app
 from pippin.server.connection import Connections
 from pippin.server.guard import HEADER_BYTES, warning_of
@@ -84,7 +85,8 @@ class Serving:
             self._provider = otlp_provider(server.otlp_traces_endpoint)  # raises now, as the next
         named_formats(server.tool_call_parser, server.reasoning_parser)  # raises now rather than after loading
         self._template = read_template(server.chat_template) if server.chat_template else None
-        self._client = EngineClient.spawn(engine, core, server.log_level, server.log_format)
+        watched = Supervision(server.watchdog_timeout, server.max_restarts, server.restart_window)
+        self._client = EngineClient.spawn(engine, core, server.log_level, watched, server.log_format)
         self._client.on_progress = on_progress
         self._gate = Gate(self._client, ui=not server.no_ui)
 

@@ -154,5 +154,7 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
             "Requests ended since a KV slot was not what it should be.",
             stats.kv_canary_mismatches,
         ),
+        ("engine_restarts", "Times that the engine's process was restarted.", stats.restarts),
+        ("num_resumed_reqs", "Requests that went on in another engine process.", stats.resumed),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
     ]

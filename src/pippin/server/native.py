@@ -116,9 +116,9 @@ async def detokenize(service: Service, http: Request) -> Response:
 
 
 async def health(service: Service, http: Request) -> Response:
-    """/health: 200 while the engine's process lives."""
-    if service.client.failure is not None:
-        raise EngineError(str(service.client.failure), 503)
+    """/health: 200 while requests are taken, also while the engine restarts and they wait; else 503 with the reason."""
+    if (trouble := service.client.trouble) is not None:
+        raise trouble
     return Response()
 
 
