@@ -49,7 +49,7 @@ class Restarts:
         self._forget(now)
         if len(self._times) < self._limit:
             return 0.0
-        return self._times[0] + self._window - now if self._limit else self._window
+        return self._window - (now - self._times[0]) if self._limit else self._window
 
     def _forget(self, now: float) -> None:
         while self._times and now - self._times[0] >= self._window:

@@ -230,7 +230,7 @@ def test_a_server_that_is_told_to_end_writes_first(tmp_path: Path) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as http:
             until(lambda: answers(http), 60)
             (file,) = start(http, tmp_path)
-            body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True}
+            body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
             with ask(("127.0.0.1", port), "/v1/completions", body):
                 until(lambda: http.get("/get_server_info").json()["internal_states"][0]["steps"] > 3)
                 server.send_signal(signal.SIGTERM)

@@ -28,7 +28,7 @@ class Client(Protocol):
     def stats(self) -> Stats: ...
 
     @property
-    def failure(self) -> PippinError | None: ...
+    def trouble(self) -> PippinError | None: ...
 
 
 class Admission:
@@ -45,8 +45,8 @@ class Admission:
 
     def refusal(self) -> PippinError | None:
         """Why nothing is taken in now; None if something is."""
-        if self._client.failure is not None:
-            return self._client.failure
+        if (trouble := self._client.trouble) is not None:
+            return trouble
         waiting, most = self._client.stats.num_waiting, self._config.max_queued_requests
         if self.answers >= self.most_answers or waiting > most:
             return EngineError(f"{waiting} requests wait already, and {most} may (--max-queued-requests)", 503)

@@ -125,7 +125,7 @@ async def health(service: Service, http: Request) -> Response:
 async def ready(service: Service, http: Request) -> Response:
     """/ready: 200 where a request would be taken in now, 503 with the reason where it would not."""
     if (refusal := service.admission.refusal()) is not None:
-        raise EngineError(str(refusal), 503)
+        raise refusal
     return Response()
 
 

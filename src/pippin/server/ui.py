@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pippin
-from pippin.errors import EngineError
 from pippin.server.history import Entry, quantiles
 from pippin.server.http import JsonResponse
 from pippin.server.service import Service
@@ -93,8 +92,8 @@ def add_pages(app: FastAPI) -> None:
 
 async def stats(service: Service, http: Request) -> Response:
     """/pippin/stats: what is served, the engine's counts now, latencies and the latest requests; no text of anybody."""
-    if service.client.failure is not None:
-        raise EngineError(str(service.client.failure), 503)
+    if (trouble := service.client.trouble) is not None:
+        raise trouble
     info, history = service.info, service.history
     latest = history.latest()
     return JsonResponse(
