@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,10 +41,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "/api/embeddings": {"model": "m", "prompt": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [97]},
+    "/start_profile": {"num_steps": 1},
 }
-BODIES = sorted(
-    {path for method, path, _, body in ROUTES if method == "POST" and body is not None and "profile" not in path}
-)
+BODIES = sorted({(method, path) for method, path, _, body in ROUTES if body is not None})
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def fuzzed() -> Iterator[tuple[Running, httpx.Client, dict[str, Any]]]:
         yield running, http, http.get("/openapi.json").json()
 
 
-def schema_of(page: dict[str, Any], path: str) -> dict[str, Any]:
+def schema_of(page: dict[str, Any], method: str, path: str) -> dict[str, Any]:
     """The schema of a path's body."""
-    reference = page["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    reference = page["paths"][path][method.lower()]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     found: dict[str, Any] = page["components"]["schemas"][reference.rpartition("/")[2]]
     return found
 
@@ -64,16 +64,16 @@ def check(response: httpx.Response, path: str) -> None:
     assert response.status_code < 500, f"{path}: {response.text}"
     assert "Traceback" not in response.text
     if response.status_code != 200:
-        assert response.status_code in (400, 404), response.text
+        assert response.status_code in (400, 404, 409), response.text
         assert response.json()
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(("method", "path"), BODIES)
 def test_bodies_of_the_description_are_answered(
-    fuzzed: tuple[Running, httpx.Client, dict[str, Any]], path: str
+    fuzzed: tuple[Running, httpx.Client, dict[str, Any]], method: str, path: str, tmp_path: Path
 ) -> None:
     _, http, page = fuzzed
-    strategy = Drawn(page["components"]["schemas"]).objects(schema_of(page, path))
+    strategy = Drawn(page["components"]["schemas"]).objects(schema_of(page, method, path))
     answered: list[int] = []
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -81,13 +81,18 @@ def test_bodies_of_the_description_are_answered(
     def run(body: dict[str, Any], keep: bool) -> None:
         body = {**body, **SHORT.get(path, {})} if keep else {**SHORT.get(path, {}), **body}
         body.pop("n", None)  # many answers take long, and are tested elsewhere
-        response = http.post(path, json=body)
+        if path == "/start_profile":  # it writes where it is told to
+            body["output_dir"] = str(tmp_path / "profile")
+        response = http.request(method, path, json=body)
         check(response, path)
+        if path == "/start_profile":
+            check(http.post("/stop_profile"), path)
         answered.append(response.status_code)
 
     run()
     assert 200 in answered, "nothing got past the checks"
     assert http.get("/health").status_code == 200
+    assert {found.name for found in tmp_path.iterdir()} <= {"profile"}, "a file lies elsewhere"
 
 
 def test_the_server_still_works(fuzzed: tuple[Running, httpx.Client, dict[str, Any]]) -> None:
@@ -97,7 +102,7 @@ def test_the_server_still_works(fuzzed: tuple[Running, httpx.Client, dict[str, A
     assert running.client.live == ()
 
 
-@pytest.mark.parametrize(("method", "path"), sorted({(m, p) for m, p, _, b in ROUTES if b is None and m == "GET"}))
+@pytest.mark.parametrize(("method", "path"), sorted({(m, p) for m, p, _, b in ROUTES if b is None}))
 @settings(max_examples=8)
 @given(name=st.text(max_size=12), query=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2))
 def test_paths_with_any_name_are_answered(
