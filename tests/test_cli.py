@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import pippin
@@ -268,7 +269,9 @@ def test_ready_says_where_what_and_how_to_try() -> None:
     text = ready(fake_info("it's/mine"), "http://127.0.0.1:1", None, True)
     assert "http://127.0.0.1:1" in text.splitlines()[0]
     assert "Authorization: Bearer $API_KEY" in text
-    assert "100000 KV slots" in text
+    info = msgspec.structs.replace(fake_info(), pool_bytes=2**30, budget_bytes=2**32, device_bytes=2**33)
+    assert "KV cache, 100000 slots" in (text := ready(info, "http://127.0.0.1:1", None, False))
+    assert re.search(r"the budget +4096 MiB of 8192 MiB", text)
 
 
 def test_serve_starts_answers_its_own_curl_line_and_stops(checkpoint: Path) -> None:
@@ -278,10 +281,13 @@ def test_serve_starts_answers_its_own_curl_line_and_stops(checkpoint: Path) -> N
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(4)]
+        lines = [process.stdout.readline()]
+        while not lines[-1].startswith("Try: "):
+            lines.append(process.stdout.readline())
+            assert lines[-1]
         seconds = time.monotonic() - began
         assert re.match(r"Pippin serves .* at http://127\.0\.0\.1:\d+$", lines[0]), lines
-        curl = lines[3].removeprefix("Try: ")
+        curl = lines[-1].removeprefix("Try: ")
         if shutil.which("curl"):
             done = subprocess.run(["sh", "-c", curl.replace("curl", "curl -s", 1)], capture_output=True, timeout=60)
             assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
@@ -292,6 +298,31 @@ def test_serve_starts_answers_its_own_curl_line_and_stops(checkpoint: Path) -> N
         process.kill()
         _, err = process.communicate()
     assert "Traceback" not in err
+
+
+def test_a_dry_run_prints_the_budget_and_exits(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "pippin", "serve", "--model-path", str(checkpoint), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("weights", "KV cache, ", "activations of the largest step, measured", "together", "the budget"):
+        assert re.search(rf"^  {part}.* +\d+ MiB", done.stdout, re.M), part
+    refused = subprocess.run(
+        [*command, "--max-total-tokens", "99999999999"], capture_output=True, text=True, timeout=60
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--max-total-tokens: 99999999999 slots take" in refused.stderr
+
+
+def test_ctrl_c_during_imports_is_no_traceback() -> None:
+    """At any moment from the first import to the first line of the server."""
+    command = [sys.executable, "-m", "pippin.launch_server", "--port", "0", "--log-level", "error"]
+    for delay in (0.15, 0.4, 0.8, 1.5):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert "Traceback" not in err, err
+        assert process.returncode in (0, 130, -signal.SIGINT)
 
 
 def test_serve_fails_in_one_line(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ errors <- types <- cache <- scheduler <- core
 errors <- config <- core
 config <- options <- bench
 config <- logs <- worker
+footprint <- memory
+watermarks <- memory
+claims <- core
 core <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch

@@ -48,13 +48,18 @@ app.add_typer(kernels)
 @with_options
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and SGLang's."""
-    from pippin.server.launch import run
-    from pippin.terminal import LoadingBar, ready
+    from pippin.server.launch import plan, run
+    from pippin.terminal import LoadingBar, budget, ready
 
     leave_torch_out()  # with --device torch it is the engine's process that imports it
     if os.environ.get("SGLANG_USE_MLX"):
         log.debug("SGLANG_USE_MLX is set; MLX is what there is")
     with LoadingBar() as bar:
+        if server.dry_run:
+            found = plan(engine, bar)
+            bar.stop()
+            typer.echo(f"{found.model_path} would be served within this memory:\n{budget(found)}")
+            return
 
         def on_ready(info: ModelInfo, url: str) -> None:
             bar.stop()

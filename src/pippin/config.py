@@ -104,6 +104,13 @@ class EngineConfig:
         choices=POOLINGS,
     )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
+    disable_memory_sharing: bool = option(
+        False, "Plan as if no other Pippin ran on this machine, and let others plan as if this one did not."
+    )
+    wired_limit_gb: float | None = option(
+        None,
+        "macOS: keep so many GB resident (MLX's wired limit). Left alone otherwise: see docs/reliability.md.",
+    )
 
     def with_pages(self, size: int) -> EngineConfig:
         """This, with pages of ``size`` slots if none are asked for."""
@@ -135,6 +142,7 @@ class EngineConfig:
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("page_size", self.page_size >= 0, "at least 0"),
             ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),
+            ("wired_limit_gb", self.wired_limit_gb is None or self.wired_limit_gb > 0, "above 0"),
         ):
             if not ok:
                 raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))

@@ -25,6 +25,7 @@ from pippin.cache.canary import KVCanary
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
+from pippin.claims import claims_folder, share
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
@@ -32,13 +33,17 @@ from pippin.grammar.matcher import GrammarMatcher
 from pippin.memory import (
     Limits,
     MemoryPlan,
+    device_bytes,
     limit_buffers,
     limit_rows,
     limits,
     memory_in_use,
+    memory_key,
     on_gpu,
     plan_memory,
+    set_wired_limit,
     use_device,
+    watch_memory,
 )
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
@@ -64,6 +69,7 @@ from pippin.types import (
     Submit,
     Work,
 )
+from pippin.watermarks import MemoryWatch
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +102,10 @@ class EngineCore:
         grammars: GrammarCompiler | None = None,
         traces: Callable[[], int] = lambda: 0,
         canary: KVCanary | None = None,
+        memory: MemoryWatch | None = None,
     ) -> None:
         self.info = info
+        self._memory = memory
         self._traces = traces
         self._canary = canary
         self._scheduler = scheduler
@@ -130,7 +138,15 @@ class EngineCore:
             graph_traces=self._traces(),
         )
         wrong = self._canary.num_mismatches if self._canary is not None else 0
-        return msgspec.structs.replace(stats, memory_bytes=now, memory_peak_bytes=peak, kv_canary_mismatches=wrong)
+        watch = self._memory
+        return msgspec.structs.replace(
+            stats,
+            memory_bytes=now,
+            memory_peak_bytes=peak,
+            memory_process_bytes=watch.latest.held if watch is not None else 0,
+            memory_level=watch.level if watch is not None else "ok",
+            kv_canary_mismatches=wrong,
+        )
 
     def add(self, submit: Submit) -> None:
         """Queues a request. Raises RequestError if its tokens can't be served."""
@@ -256,6 +272,10 @@ class EngineCore:
         if self._compiling:
             self._begin_compiled()
         outputs, self._notices = self._notices, []
+        if self._memory is not None and self._memory.look():
+            self._scheduler.held = self._memory.level != "ok"
+            if self._memory.level == "hard":
+                self._scheduler.shed()
         batch = self._scheduler.schedule()
         if self._profile is not None:
             self._profile.scheduled(began, batch)
@@ -494,15 +514,23 @@ def build_runner(
         vocab_size=loaded.vocab_size,
         context_length=loaded.context_length,
     )
-    plan = plan_memory(
-        config,
-        choice,
-        weight_bytes=loaded.weight_bytes,
-        activation_bytes=activations,
-        context_length=loaded.context_length,
-        max_running=sizes.max_running,
-    )
+    with share(claims_folder(memory_key())) as shared:
+        others = 0 if config.disable_memory_sharing else shared.others
+        if others:
+            log.info("other engines on this machine have claimed %.2f GB, which is left to them", others / 1e9)
+        plan = plan_memory(
+            config,
+            choice,
+            weight_bytes=loaded.weight_bytes,
+            activation_bytes=activations,
+            context_length=loaded.context_length,
+            max_running=sizes.max_running,
+            device=max(0, device_bytes() - others),
+        )
+        if not config.disable_memory_sharing:
+            shared.claim(plan.total_bytes, loaded.model)
     limit_buffers(plan)
+    set_wired_limit(config)
     tell(Progress("probe", 2, 2))
     vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
     pool = choice.pool(plan.slots + config.page_size, config.page_size)
@@ -545,6 +573,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         grammars=compiler_of(config, info),
         traces=traces,
         canary=canary,
+        memory=watch_memory(info) if info.budget_bytes else None,
     )
 
 
@@ -572,6 +601,9 @@ def _info(
         chunked_prefill_size=sizes.chunk,
         page_size=config.page_size,
         weight_bytes=plan.weight_bytes,
+        activation_bytes=plan.activation_bytes,
+        budget_bytes=plan.budget_bytes,
+        device_bytes=plan.device_bytes,
         pool_bytes=plan.pool_bytes,
         max_mamba_cache_size=plan.snapshots,
         state_bytes=plan.state_bytes + plan.snapshot_bytes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import mlx.core as mx
 from pippin.cache.layout import bytes_per_slot
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
+from pippin.footprint import free_bytes, process_bytes
 from pippin.probe import Choice
+from pippin.types import ModelInfo
+from pippin.watermarks import MemoryWatch, Reading, Watermarks
 
 _GPU_FRACTION = 0.8
 _CPU_FRACTION = 0.5
@@ -58,6 +63,10 @@ class MemoryPlan:
     snapshot_bytes: int = 0
     snapshots: int = 0
 
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.pool_bytes + self.state_bytes + self.snapshot_bytes
+
 
 def on_gpu() -> bool:
     return bool(mx.default_device() == mx.gpu)
@@ -86,7 +95,7 @@ def device_bytes() -> int:
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if on_gpu() and isinstance(info.get(key), int):
             return int(info[key])
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])
+    return machine_bytes()
 
 
 def _container_limits() -> list[int]:
@@ -195,6 +204,40 @@ def plan_memory(
         snapshot_bytes=snapshots * each,
         snapshots=snapshots,
     )
+
+
+def machine_bytes() -> int:
+    """All memory that the host, or the container, has."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()])
+
+
+def memory_key() -> str:
+    """Names the memory that engines share: a Mac's GPU and CPU have one, other GPUs have theirs."""
+    if sys.platform == "darwin" or not on_gpu():
+        return "host"
+    return "cuda-" + re.sub(r"[^\w-]", "_", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+
+
+def watch_memory(info: ModelInfo) -> MemoryWatch:
+    """What looks after the memory of an engine that was planned so."""
+    unified = sys.platform == "darwin" or not on_gpu()
+
+    def read() -> Reading:
+        held = mx.get_active_memory()
+        return Reading(max(held, process_bytes() - mx.get_cache_memory()) if unified else held, free_bytes())
+
+    marks = Watermarks.of(info.budget_bytes, info.device_bytes, machine_bytes())
+    return MemoryWatch(marks, read, mx.clear_cache)
+
+
+def set_wired_limit(config: EngineConfig) -> None:
+    """As asked for, and only then. Raises ConfigError."""
+    if config.wired_limit_gb is None:
+        return
+    try:
+        mx.set_wired_limit(int(config.wired_limit_gb * 1e9))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{config.wired_limit_gb:g} GB can't be wired: {error}", "--wired-limit-gb") from error
 
 
 def limit_buffers(plan: MemoryPlan) -> None:

@@ -73,6 +73,7 @@ class Scheduler:
         self._forced = 0
         self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
         self._misses: Counter[str] = Counter()
+        self.held = False  # memory is short: no one is admitted while others run
 
     @property
     def has_work(self) -> bool:
@@ -154,6 +155,13 @@ class Scheduler:
             if left and _is_prefill(request):
                 left -= self._compute(request, left, plan)
         return self._batch(plan) if plan else None
+
+    def shed(self) -> int:
+        """Retracts the lower half of those that run, so that steps take less memory; returns how many that is."""
+        number = len(self._running) // 2
+        for request in self._running[len(self._running) - number :][::-1]:
+            self._retract(request)
+        return number
 
     def finish(self, batch: Batch, results: Sequence[RowResult]) -> list[Update]:
         """Takes in what a step drew; ends requests that are done, and frees what they hold.
@@ -317,7 +325,9 @@ class Scheduler:
         for request in self._order():
             # While others prefill, a prompt that the rest of the budget would cut does better first in the next step.
             whole = left if busy and admitted else None
-            if not left or request.length > len(request.tokens) or not self._enter(request, claimed, whole):
+            if not left or request.length > len(request.tokens) or (self.held and self._running):
+                break
+            if not self._enter(request, claimed, whole):
                 break
             left -= self._compute(request, left, plan)
             claimed += self._claim(request) - self._pages(len(request.slots))

@@ -85,11 +85,24 @@ def ready(info: ModelInfo, url: str, name: str | None, needs_key: bool) -> str:
         (
             f"Pippin serves {model} at {url}",
             f"  {info.model_type}, {form}, on {info.device}; context {info.context_length} tokens",
-            f"  {info.max_total_tokens} KV slots ({info.pool_bytes / 2**20:.0f} MiB), weights "
-            f"{info.weight_bytes / 2**20:.0f} MiB; attention: {info.attention_backend}",
+            f"  at most {info.max_running_requests} requests at once; attention: {info.attention_backend}; memory:",
+            budget(info),
             f'Try: curl {url}/v1/chat/completions{header} -H "Content-Type: application/json" -d {shlex.quote(body)}',
         )
     )
+
+
+def budget(info: ModelInfo) -> str:
+    """The memory budget, a line a part, as ``--dry-run`` prints it and ``ready`` does at start."""
+    parts = (
+        ("weights", info.weight_bytes, ""),
+        (f"KV cache, {info.max_total_tokens} slots", info.pool_bytes, ""),
+        ("recurrent states and their snapshots", info.state_bytes, ""),
+        ("activations of the largest step, measured", info.activation_bytes, ""),
+        ("together", info.weight_bytes + info.pool_bytes + info.state_bytes + info.activation_bytes, "of"),
+        ("the budget", info.budget_bytes, f"of {info.device_bytes / 2**20:.0f} MiB ({info.device})"),
+    )
+    return "\n".join(f"  {name:<42}{size / 2**20:>9.0f} MiB {note}".rstrip() for name, size, note in parts if size)
 
 
 def show(answers: Generator[dict[str, Any], None, None], out: TextIO) -> dict[str, Any]:

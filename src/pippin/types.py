@@ -380,6 +380,7 @@ class Stats(msgspec.Struct, frozen=True):
 
     ``memory_bytes`` is what MLX's arrays hold now on its device, ``memory_peak_bytes`` the most they held.
     ``restarts`` of its process and ``resumed`` requests are the server's own counts.
+    ``memory_process_bytes`` is what the engine's process holds, ``memory_level`` how short memory is (``watermarks``).
     """
 
     num_running: int = 0
@@ -402,6 +403,8 @@ class Stats(msgspec.Struct, frozen=True):
     misses: dict[str, int] = {}
     memory_bytes: int = 0
     memory_peak_bytes: int = 0
+    memory_process_bytes: int = 0
+    memory_level: Literal["ok", "soft", "hard"] = "ok"
     kv_canary_mismatches: int = 0
     restarts: int = 0
     resumed: int = 0
@@ -464,6 +467,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``vocab_size`` counts ids that are tokens; the model's own may be padded beyond.
     ``is_embedding``: it is there for its vectors alone. ``pooling`` is how a text's vector is made (``Pooling.kind``;
     empty: not at all), ``normalizes`` whether it is then scaled to length 1.
+    ``budget_bytes`` is what all parts of memory fit in, of the ``device_bytes`` that other engines leave.
     """
 
     model_path: str
@@ -488,6 +492,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     is_embedding: bool = False
     pooling: str = ""
     normalizes: bool = True
+    activation_bytes: int = 0
+    budget_bytes: int = 0
+    device_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

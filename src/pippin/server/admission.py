@@ -47,6 +47,8 @@ class Admission:
         """Why nothing is taken in now; None if something is."""
         if (trouble := self._client.trouble) is not None:
             return trouble
+        if self._client.stats.memory_level == "hard" and self.answers:  # looked at only while something runs
+            return EngineError("memory is very short; try again in a moment", 503)
         waiting, most = self._client.stats.num_waiting, self._config.max_queued_requests
         if self.answers >= self.most_answers or waiting > most:
             return EngineError(f"{waiting} requests wait already, and {most} may (--max-queued-requests)", 503)

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -55,6 +56,20 @@ def run(
     """
     configure(server.log_level, server.log_format)
     asyncio.run(Serving(engine, server, on_progress or LoggedProgress(), core).run(on_ready or announce))
+
+
+def plan(engine: EngineConfig, on_progress: Callable[[Progress], None], core: str = CORE) -> ModelInfo:
+    """What serving would take, found out by loading the model; raises as ``run`` does."""
+
+    async def load() -> ModelInfo:
+        client = EngineClient.spawn(replace(engine, skip_server_warmup=True), core)
+        client.on_progress = on_progress
+        try:
+            return await client.start()
+        finally:
+            await client.close()
+
+    return asyncio.run(load())
 
 
 def announce(info: ModelInfo, url: str) -> None:
