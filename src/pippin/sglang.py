@@ -72,7 +72,7 @@ class Arguments:
         for i, tokens in enumerate(prompts):
             start = -1 if starts[i] is None or not wanted[i] else _integer(starts[i], "logprob_start_len")
             given = params[i]
-            unanswered = isinstance(given, Mapping) and given.get("max_new_tokens") == 0
+            unanswered = isinstance(given, Mapping) and str(given.get("max_new_tokens")) == "0"
             one = sampling_params(
                 {**given, "max_new_tokens": 1} if unanswered else given,
                 logprobs=bool(wanted[i]),
