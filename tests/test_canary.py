@@ -140,7 +140,7 @@ def computes_too_little(loop: Loop, every: int) -> None:
 def test_a_slot_bug_is_caught_within_100_requests(plant: Callable[[Loop, int], None], seed: int) -> None:
     rng = Random(seed)
     loop, sent = Loop(num_pages=60, chunk=16, max_running=4, canary=KVCanary(60), watched=False), list[Request]()
-    plant(loop, 7)
+    plant(loop, 3)
     assert loop.canary is not None
     while not loop.canary.num_mismatches and len(sent) < CAUGHT_WITHIN:
         send(loop, rng, sent)

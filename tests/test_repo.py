@@ -80,6 +80,8 @@ models <- probe <- memory <- torch <- core
 runner <- torch
 backend <- environment
 sglang <- server
+scheduler <- kvdisk <- core
+config <- kvdisk
 config <- grammar <- core
 types <- text <- grammar <- sglang
 """
@@ -88,6 +90,7 @@ types <- text <- grammar <- sglang
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.radix", "cache.slots", "cache.snapshots",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
+    "cache.canary", "cache.disk", "cache.digest", "kvdisk",
     "profile.control", "profile.summary",
 )  # fmt: skip
 

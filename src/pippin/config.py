@@ -74,6 +74,10 @@ class EngineConfig:
         "raise: check before each step that every slot it reads holds its own prefix, and end a request where not.",
         choices=KV_CANARIES,
     )
+    kv_disk: str | None = option(
+        None, "Directory that keeps the K and V of prefixes beyond memory and restarts; servers may share one."
+    )
+    kv_disk_gb: float = option(20.0, "Most that --kv-disk may take, in GiB; the longest unused goes first.")
     max_mamba_cache_size: int | None = option(
         None, "Most snapshots of recurrent state kept for reuse (hybrid models); 0 keeps none. From memory if left out."
     )
@@ -141,11 +145,14 @@ class EngineConfig:
             ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("page_size", self.page_size >= 0, "at least 0"),
+            ("kv_disk_gb", self.kv_disk_gb > 0, "above 0"),
             ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),
             ("wired_limit_gb", self.wired_limit_gb is None or self.wired_limit_gb > 0, "above 0"),
         ):
             if not ok:
                 raise ConfigError(f"must be {need}, not {getattr(self, name)!r}", flag_of(name))
+        if self.kv_disk is not None and self.disable_radix_cache:
+            raise ConfigError("needs the prefix cache; leave out --disable-radix-cache", "--kv-disk")
         for name, options in (
             ("dtype", DTYPES),
             ("quantization", (None, *QUANTIZATIONS)),

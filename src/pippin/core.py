@@ -16,12 +16,15 @@ from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
 
+import mlx_lm
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+import pippin
 from pippin import kernels
 from pippin.cache.canary import KVCanary
+from pippin.cache.layout import bytes_per_slot
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
@@ -30,6 +33,7 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
 from pippin.grammar.matcher import GrammarMatcher
+from pippin.kvdisk import DiskTier, open_tier
 from pippin.memory import (
     Limits,
     MemoryPlan,
@@ -103,11 +107,13 @@ class EngineCore:
         traces: Callable[[], int] = lambda: 0,
         canary: KVCanary | None = None,
         memory: MemoryWatch | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.info = info
         self._memory = memory
         self._traces = traces
         self._canary = canary
+        self._disk = disk
         self._scheduler = scheduler
         self._runner = runner
         self._overlap = self._may_overlap = overlap
@@ -126,7 +132,7 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to say."""
         busy = self._in_flight is not None or bool(self._notices) or bool(self._compiling)
-        return busy or self._scheduler.has_work
+        return busy or self._scheduler.has_work or (self._disk is not None and self._disk.busy)
 
     @property
     def stats(self) -> Stats:
@@ -138,6 +144,7 @@ class EngineCore:
             graph_traces=self._traces(),
         )
         wrong = self._canary.num_mismatches if self._canary is not None else 0
+        more = {} if self._disk is None else self._disk.stats()
         watch = self._memory
         return msgspec.structs.replace(
             stats,
@@ -146,6 +153,7 @@ class EngineCore:
             memory_process_bytes=watch.latest.held if watch is not None else 0,
             memory_level=watch.level if watch is not None else "ok",
             kv_canary_mismatches=wrong,
+            **more,
         )
 
     def add(self, submit: Submit) -> None:
@@ -155,6 +163,8 @@ class EngineCore:
         worst = max(submit.tokens) if min(submit.tokens) >= 0 else min(submit.tokens)
         if not 0 <= worst < self.info.vocab_size:
             raise RequestError(f"token id {worst} is not in the vocabulary (0 to {self.info.vocab_size - 1})", "prompt")
+        if self._disk is not None and self._disk.holds(submit.id):
+            raise RequestError(f"a request with id {submit.id!r} is running already", "rid")
         request = Request(
             id=submit.id,
             tokens=list(submit.tokens),
@@ -192,6 +202,8 @@ class EngineCore:
         """Hands a request to the scheduler. Raises RequestError if it can't be served."""
         if request.matcher is not None and request.matcher.ended:  # a resumed stream that had reached its end
             request.finish = Finish("stop")
+        elif self._disk is not None and self._disk.begin(request):
+            return
         else:
             self._scheduler.add(request)
         if request.finish is not None:
@@ -213,10 +225,40 @@ class EngineCore:
                 message = f"the grammar could not be compiled ({type(error).__name__})"
                 self._notices.append(Output(request.id, finish=Finish("error", None, message)))
 
+    def _move(self, disk: DiskTier) -> None:
+        """Moves K and V between the pool and the disk, and queues requests that have got theirs."""
+        try:
+            ready = disk.turn()
+        except Exception as error:
+            log.exception("K and V could not be moved between the pool and the disk")
+            kind = type(error).__name__
+        else:
+            for request in ready:
+                try:
+                    self._scheduler.add(request)
+                except RequestError as error:
+                    request.finish = failed(error)
+                if request.finish is not None:
+                    self._notices.append(Output(request.id, finish=request.finish))
+            return
+        self._drop(Batch(()), kind, self._notices)
+
+    def _keep(self, request: Request) -> None:
+        """What an ended request has computed is offered to the disk."""
+        if self._disk is not None and request.finish is not None and request.finish.reason != "error":
+            self._disk.offer(request.tokens)
+
+    def close(self) -> None:
+        """Ends threads. What waits to be written to the disk is."""
+        if self._disk is not None:
+            self._disk.close()
+
     def abort(self, id: str) -> None:
         """Ends a request now; the next step reports it. Its slots are free at once. Unknown ids are ignored."""
         compiling = self._compiling.pop(id, None)
-        request = self._scheduler.abort(id) if compiling is None else compiling[0]
+        request = compiling[0] if compiling is not None else self._disk.abort(id) if self._disk is not None else None
+        if request is None and (request := self._scheduler.abort(id)) is not None:
+            self._keep(request)
         if request is not None:
             ended = Output(id, [], [], [], request.num_cached, Finish("abort"), request.miss, request.waited)
             self._notices.append(ended)
@@ -226,7 +268,7 @@ class EngineCore:
 
         A step still in flight for requests that have ended is no obstacle: whatever takes its slots runs after it.
         """
-        if self._scheduler.has_work:
+        if self._scheduler.has_work or (self._disk is not None and self._disk.num_restoring):
             raise RequestError(
                 "the cache can't be flushed while requests run; try again when they are done", status=409
             )
@@ -271,6 +313,8 @@ class EngineCore:
         began = time.perf_counter()
         if self._compiling:
             self._begin_compiled()
+        if self._disk is not None and self._disk.busy:
+            self._move(self._disk)
         outputs, self._notices = self._notices, []
         if self._memory is not None and self._memory.look():
             self._scheduler.held = self._memory.level != "ok"
@@ -297,6 +341,8 @@ class EngineCore:
         if batch is None and previous is None and not outputs:
             if self._compiling:
                 wait([future for _, future in self._compiling.values()], COMPILE_WAIT, FIRST_COMPLETED)
+            elif self._disk is not None:
+                self._disk.wait(COMPILE_WAIT)
             return None
         self._seconds += time.perf_counter() - began
         return StepOutput(outputs, self.stats)
@@ -314,6 +360,8 @@ class EngineCore:
         if not faulty:
             return batch
         canary.reset()
+        if self._disk is not None:
+            self._disk.reset()
         self._scheduler.start_over(batch, faulty)
         outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in faulty]
         return None
@@ -379,6 +427,7 @@ class EngineCore:
             tokens = []
         elif tokens:
             tokens = self._scheduler.force(request, tokens, finish)
+            self._keep(request)
         if tokens or request.finish is not None:
             outputs.append(Output(request.id, tokens, num_cached=request.num_cached, finish=request.finish))
 
@@ -418,6 +467,7 @@ class EngineCore:
         found = []
         for update in self._scheduler.finish(batch, results):
             request, result = update.request, update.result
+            self._keep(request)
             found.append(
                 Output(
                     request.id,
@@ -447,6 +497,8 @@ class EngineCore:
         self._runner.reset()
         if self._canary is not None:
             self._canary.reset()
+        if self._disk is not None:
+            self._disk.reset()
 
 
 def vector_of(request: Request) -> bytes:
@@ -482,6 +534,8 @@ def load_runner(
         require_torch("--device")
         if config.kv_cache_dtype != "auto":
             raise ConfigError("K and V are quantized on MLX's devices alone; leave it out", "--kv-cache-dtype")
+        if config.kv_disk is not None:
+            raise ConfigError("goes with MLX's devices alone; leave it out with --device torch", "--kv-disk")
         from pippin.torch.load import load_torch_runner
 
         return load_torch_runner(config, progress or (lambda _: None))
@@ -574,6 +628,34 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         traces=traces,
         canary=canary,
         memory=watch_memory(info) if info.budget_bytes else None,
+        disk=_disk(runner, info, config, scheduler, canary),
+    )
+
+
+def _disk(
+    runner: ModelRunner, info: ModelInfo, config: EngineConfig, scheduler: Scheduler, canary: KVCanary | None
+) -> DiskTier | None:
+    """The prefix cache on disk, if it is asked for. Raises ConfigError where it can't be had."""
+    if config.kv_disk is None or not isinstance(runner, MlxModelRunner):
+        return None
+    if runner.pool.states is not None:
+        raise ConfigError(
+            f"{info.model_type} keeps recurrent state, and a prefix on disk has K and V alone; leave it out",
+            "--kv-disk",
+        )
+    if any(shape and shape.packing for shape in runner.pool.shapes):
+        raise ConfigError(
+            "what it keeps would be quantized a second time; leave it out with --kv-cache-dtype", "--kv-disk"
+        )
+    versions = (pippin.__version__, mlx_lm.__version__)
+    return open_tier(
+        config,
+        info,
+        [*versions, str(info.dtype), str(info.quantization), *map(str, runner.pool.shapes)],
+        scheduler,
+        runner,
+        slot_bytes=bytes_per_slot(runner.pool.shapes),
+        canary=canary,
     )
 
 
@@ -587,6 +669,7 @@ def _info(
 ) -> ModelInfo:
     return ModelInfo(
         model_path=config.model_path or loaded.path.name,
+        weights_path=str(loaded.path),
         tokenizer_path=config.tokenizer_path or str(loaded.path),
         model_type=loaded.model_type,
         dtype=str(loaded.dtype).removeprefix("mlx.core."),

@@ -31,6 +31,10 @@ _LEAST_TABLE = 8
 _LEAST_AHEAD = 32
 
 
+# K and V as numpy can hold them, by bytes an element: it has no bfloat16.
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+
+
 Masks = Callable[[Sequence[Work]], Callable[[], npt.NDArray[np.uint32]]]
 """Begins, for works that sample, and then gives which tokens each may draw, as ``sampler.allow`` takes them."""
 
@@ -332,6 +336,41 @@ class MlxModelRunner:
         mx.eval(logits, self._written())
         return logits
 
+    def read_slots(self, slots: Sequence[int]) -> list[mx.array]:
+        """Queues a copy of whole pages as they are after all steps so far: K and V [n, kv_heads, dim] a layer, as bits.
+
+        The next step's writes wait for it where they are in place; elsewhere it is done when this returns.
+        """
+        if not self.pool.in_place:
+            self._queue()
+            mx.synchronize()
+        rows = [mx.contiguous(r).view(_BITS[r.dtype.size]) for r in self.pool.read_slots(slots, self._last_token)]
+        if self.pool.in_place:
+            self._hang_on([r.reshape(-1)[:1].astype(mx.int32) for r in rows])
+            mx.async_eval(self._last_token, rows)  # type: ignore[no-untyped-call]
+        else:
+            mx.eval(rows)
+        return rows
+
+    def write_slots(self, slots: Sequence[int], rows: Sequence[npt.NDArray[np.generic]]) -> None:
+        """Queues writes of what ``read_slots`` gave into ``slots``, behind all steps so far and before the next."""
+        check_range(slots, self.pool.num_slots, "K and V were restored")
+        dtypes = [s.dtype for s in self.pool.shapes if s for _ in range(2)]
+        arrays = [mx.array(r).view(dtype) for r, dtype in zip(rows, dtypes, strict=True)]
+        if not self.pool.in_place:
+            self._queue()
+            mx.synchronize()
+        done = self.pool.write_slots(slots, arrays, self._last_token)
+        if self.pool.in_place:
+            self._hang_on([token[:1] for token in done])
+            mx.async_eval(self._last_token)  # type: ignore[no-untyped-call]
+        else:
+            mx.eval(self.pool.arrays)
+
+    def _hang_on(self, values: Sequence[mx.array]) -> None:
+        """Whoever takes the table from now on waits for ``values`` [1] int32 too."""
+        self._last_token = self._last_token + 0 * mx.concatenate([*values]).sum()
+
     def reset(self) -> None:
         """Starts over with an empty pool and no tokens in flight."""
         shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size, self.pool.layout
@@ -420,8 +459,15 @@ def check_slots(work: Work, num_slots: int) -> None:
     """MLX checks no bounds: a wrong slot would read or write another request's memory, or anybody's."""
     request = work.request
     slots = request.slots[work.start : work.end]
-    if request.row < 0 or len(slots) < work.end - work.start or not 0 < min(slots) <= max(slots) < num_slots:
+    if request.row < 0 or len(slots) < work.end - work.start:
         raise AssertionError(f"{request.id} was scheduled without a row or slots of the pool")
+    check_range(slots, num_slots, f"{request.id} was scheduled")
+
+
+def check_range(slots: Sequence[int], num_slots: int, what: str) -> None:
+    """Raises AssertionError for slots that the pool doesn't have, or of scratch."""
+    if not 0 < min(slots) <= max(slots) < num_slots:
+        raise AssertionError(f"{what} without slots of the pool")
 
 
 def wait_for_masks(works: Sequence[Work]) -> bool:

@@ -111,7 +111,7 @@ class Scheduler:
 
         Raises RequestError if its prompt can't be served at this context length and pool, or its id is in use.
         """
-        self._check(request)
+        self.check(request)
         if request.length >= self._limit(request):
             request.finish = Finish("length")
             return
@@ -249,9 +249,33 @@ class Scheduler:
         for request, finish in faulty.items():
             self._end(request, finish)
 
+    # --- prefixes that come from elsewhere ---
+
+    def cached_slots(self, tokens: Sequence[Token], end: int) -> array[int]:
+        """The slots of tokens[:end], as far as they are cached; good until the next step is scheduled."""
+        return self._radix.slots(tokens, end)
+
+    def adopt(self, tokens: Sequence[Token], begin: int, end: int) -> array[int] | None:
+        """Slots of tokens[:end], all of them in the cache now: the caller writes those that were not there.
+
+        They are the last ones, from where ``cached_slots`` ended before, and are to be written before the next step is
+        queued. None if tokens[:begin] are not all cached, or there is no room but by taking it from those who run.
+        """
+        found = self._radix.match(tokens, end)
+        pin, slots = found.pin, found.slots
+        missing = self._pages(end) - self._pages(len(slots))
+        room = len(slots) >= begin and missing <= self._room()
+        if room and missing:
+            self._radix.evict(missing - self._allocator.num_free)
+            slots = slots + self._allocator.slots_of(self._allocator.allocate(missing) or ())
+            pin = self._radix.insert(tokens, slots, end, pin).pin
+        self._radix.release(pin)
+        return slots if room else None
+
     # --- limits ---
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises RequestError if ``add`` would."""
         if request.id in self._requests:
             raise RequestError(f"a request with id {request.id!r} is running already", "rid")
         if not 1 <= request.num_prompt <= len(request.tokens):
@@ -340,7 +364,7 @@ class Scheduler:
         if self._policy == "lpm" and self._rows and self._lpm_turn % _LPM_TURNS != _LPM_TURNS - 1:
             return sorted(
                 self._waiting[:_LPM_WINDOW],
-                key=lambda r: (-r.priority, not r.retractions, -self._radix.peek(r.tokens, self._reusable(r)), r.seq),
+                key=lambda r: (-r.priority, not r.retractions, -self._radix.peek(r.tokens, self.reusable(r)), r.seq),
             )[: len(self._rows)]
         return self._waiting[: len(self._rows)]
 
@@ -349,7 +373,7 @@ class Scheduler:
 
         ``whole``: only if no more tokens than that are left to compute.
         """
-        found = self._radix.match(request.tokens, self._reusable(request))
+        found = self._radix.match(request.tokens, self.reusable(request))
         cached = len(found.slots)
         wanted = self._claim(request) - self._pages(cached)
         if wanted + claimed > self._room() or (whole is not None and request.length - cached > whole):
@@ -369,7 +393,7 @@ class Scheduler:
         prefill = _is_prefill(request)
         if prefill and request not in plan:
             self._rematch(request)
-        elif prefill and self._radix.known(request.tokens, self._reusable(request), request.pin):
+        elif prefill and self._radix.known(request.tokens, self.reusable(request), request.pin):
             return 0  # a newcomer computes what comes next
         elif prefill and not self._unsave(request):
             return 0
@@ -419,7 +443,7 @@ class Scheduler:
 
     # --- the tree ---
 
-    def _reusable(self, request: Request) -> int:
+    def reusable(self, request: Request) -> int:
         """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs."""
         limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
         return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
@@ -427,13 +451,13 @@ class Scheduler:
     def _explain(self, request: Request) -> None:
         """Notes why a newcomer finds no more of its prompt."""
         if self._radix.enabled and not request.retractions:
-            request.miss = self._radix.miss(request.tokens, self._reusable(request))
+            request.miss = self._radix.miss(request.tokens, self.reusable(request))
             if request.miss is not None:
                 self._misses[request.miss.reason] += 1
 
     def _rematch(self, request: Request) -> None:
         """Skips what others have computed of this prompt since its last chunk."""
-        found = self._radix.match(request.tokens, self._reusable(request), request.pin)
+        found = self._radix.match(request.tokens, self.reusable(request), request.pin)
         request.pin = found.pin
         own = request.slots[request.shared : request.shared + len(found.slots)]
         self._allocator.free(self._allocator.pages_of(own))
@@ -483,7 +507,7 @@ class Scheduler:
         """
         if not self._snapshots.most:
             return end
-        known = request.shared + self._radix.known(request.tokens, self._reusable(request), request.pin)
+        known = request.shared + self._radix.known(request.tokens, self.reusable(request), request.pin)
         if begin < known < end:
             return known
         last = min(end, request.length - 1) if self._allocator.page_size > 1 else end

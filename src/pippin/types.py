@@ -408,6 +408,12 @@ class Stats(msgspec.Struct, frozen=True):
     kv_canary_mismatches: int = 0
     restarts: int = 0
     resumed: int = 0
+    kv_disk_restoring: int = 0
+    kv_disk_hit_tokens: int = 0
+    kv_disk_bytes: int = 0
+    kv_disk_read_bytes: int = 0
+    kv_disk_written_bytes: int = 0
+    kv_disk_drops: dict[str, int] = {}
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -487,6 +493,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     pool_bytes: int
     device: str
+    weights_path: str = ""
     max_mamba_cache_size: int = 0
     state_bytes: int = 0
     is_embedding: bool = False

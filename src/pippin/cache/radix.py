@@ -96,6 +96,13 @@ class RadixCache:
         self.snapshots.touch(found.pin.snapshot)
         return Match(found.slots, found.pin, found.pin.snapshot)
 
+    def slots(self, tokens: Sequence[int], end: int) -> array[int]:
+        """The slots of tokens[:end], as far as they are here; held by nobody: good until the next eviction."""
+        found = _tokens()
+        for node, same in self._path(self.root, tokens, end):
+            found += node.slots[:same]
+        return found
+
     def mark(self, tokens: Sequence[int], end: int, pin: object | None = None) -> int | None:
         """An id for a snapshot after tokens[:end]; None if there is one, or no K and V, or no room."""
         if not self.snapshots.most:

@@ -114,6 +114,14 @@ class EngineCounts(Collector):
         for reason, number in stats.misses.items():
             misses.add_metric((self.model_name, reason), number)
         yield misses
+        drops = CounterMetricFamily(
+            PREFIX + "kv_disk_drops",
+            "Blocks of K and V that --kv-disk did not keep, by why.",
+            labels=("model_name", "reason"),
+        )
+        for reason, number in stats.kv_disk_drops.items():
+            drops.add_metric((self.model_name, reason), number)
+        yield drops
 
 
 def gauges(stats: Stats) -> list[tuple[str, str, float]]:
@@ -125,6 +133,8 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_used_tokens", "KV slots in use, by requests and by the prefix cache.", used),
         ("num_cached_tokens", "KV slots that the prefix cache holds.", stats.slots_cached),
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
+        ("kv_disk_bytes", "Bytes of K and V on disk, by the last look.", stats.kv_disk_bytes),
+        ("kv_disk_restoring_reqs", "Requests that wait for K and V from disk.", stats.kv_disk_restoring),
         ("num_mamba_snapshots", "Snapshots of recurrent state kept for reuse.", stats.snapshots),
         ("memory_bytes", "Bytes of MLX's arrays on its device.", stats.memory_bytes),
         ("memory_peak_bytes", "The most bytes that they had so far.", stats.memory_peak_bytes),
@@ -156,5 +166,8 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ),
         ("engine_restarts", "Times that the engine's process was restarted.", stats.restarts),
         ("num_resumed_reqs", "Requests that went on in another engine process.", stats.resumed),
+        ("kv_disk_hit_tokens", "Tokens whose K and V came from disk.", stats.kv_disk_hit_tokens),
+        ("kv_disk_read_bytes", "Bytes of K and V read from disk.", stats.kv_disk_read_bytes),
+        ("kv_disk_written_bytes", "Bytes of K and V written to disk.", stats.kv_disk_written_bytes),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),
     ]

@@ -1,0 +1,382 @@
+"""Prefixes between the pool and the disk: written behind requests that end, read ahead of requests that begin.
+
+A request whose prompt goes on in files waits here while a thread reads them; others run meanwhile. What is read goes
+into the tree, and the request is handed on, to find it there. Writing is the same the other way: the tree is asked for
+an ended request's tokens, their K and V are copied on the device, and a thread writes them out. Nothing is pinned:
+what the tree gives up on the way is not written, or computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from pippin.cache.canary import KVCanary
+from pippin.cache.digest import digest_of
+from pippin.cache.disk import BLOCK, LEAST_BLOCKS, BlockFiles, Rows, block_keys, root_key
+from pippin.config import EngineConfig
+from pippin.errors import ConfigError
+from pippin.scheduler import Scheduler
+from pippin.types import ModelInfo, Request, Token
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 4  # blocks of a request that are read before those before them are in the pool
+_READERS = 2
+_RESTORING = 4  # requests that read at a time
+_TURN_BYTES = 64 << 20  # copied to and from the pool between two steps, each
+_WRITING_BYTES = 256 << 20  # copied out of the pool and not written yet
+_JOBS = 256  # ended requests that wait to be written
+PATIENCE = 5.0
+"""Seconds that a request waits for a block. A disk that takes longer is left alone for a minute."""
+_PAUSE = 60.0
+
+
+class Array(Protocol):
+    """An array of the device, which numpy can take."""
+
+    def __array__(self) -> Rows: ...
+
+
+class Device(Protocol):
+    """Who has the pool; ``runner.MlxModelRunner`` is the real one."""
+
+    def read_slots(self, slots: Sequence[int]) -> Sequence[Array]:
+        """Queues a copy of K and V of whole pages: a layer's rows [n, …] each."""
+        ...
+
+    def write_slots(self, slots: Sequence[int], rows: Sequence[Rows]) -> None:
+        """Queues the writing of such rows, before the next step."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Restore:
+    """A request that waits for blocks ``at`` … len(keys) - 1 of its prompt; ``reads`` are those of the next ones."""
+
+    request: Request
+    keys: list[bytes]
+    at: int
+    reads: deque[Future[list[Rows] | None]] = field(default_factory=deque)
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def end(self) -> int:
+        return len(self.keys) * BLOCK
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    """An ended request's tokens, of which blocks from ``at`` on are still to be copied."""
+
+    tokens: list[Token]
+    keys: list[bytes]
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """Blocks that were copied out of the pool, perhaps not yet: rows [len(keys) * BLOCK, …] of each array."""
+
+    tokens: list[Token]
+    keys: list[bytes]
+    rows: Sequence[Array]
+
+
+def open_tier(
+    config: EngineConfig,
+    info: ModelInfo,
+    facts: Sequence[str],
+    scheduler: Scheduler,
+    device: Device,
+    *,
+    slot_bytes: int,
+    canary: KVCanary | None = None,
+) -> DiskTier:
+    """The tier that ``config`` asks for. ``facts``: what K and V hang on beside the model's and tokenizer's files.
+
+    Raises ConfigError if the directory or its size can't serve.
+    """
+    assert config.kv_disk is not None
+    directory, most, block = Path(config.kv_disk).expanduser(), int(config.kv_disk_gb * 2**30), slot_bytes * BLOCK
+    if BLOCK % info.page_size:
+        raise ConfigError(f"needs pages that divide {BLOCK} tokens, not of {info.page_size} (--page-size)", "--kv-disk")
+    if most < LEAST_BLOCKS * block:
+        least = LEAST_BLOCKS * block / 2**30
+        raise ConfigError(f"{BLOCK} tokens of this model take {block} bytes; at least {least:.3g}", "--kv-disk-gb")
+    files = BlockFiles(directory, most)
+    homes = [Path(info.weights_path), Path(info.tokenizer_path)]
+    began = time.monotonic()
+    try:
+        digest = digest_of([home for home in homes if home.is_dir()], directory / "digests.json")
+    except OSError as error:
+        raise ConfigError(
+            f"the model's files can't be read again to tell them from others ({error})", "--kv-disk"
+        ) from error
+    log.info("kv disk: model %s, read in %.1f s", digest[:12], time.monotonic() - began)
+    return DiskTier(files, root_key([digest, *facts]), scheduler, device, block_bytes=block, canary=canary)
+
+
+class DiskTier:
+    """The engine's way to ``files``. One thread calls it: ``turn`` between any two steps.
+
+    ``root`` is the key of the empty prefix. ``block_bytes`` is what a block takes.
+    """
+
+    def __init__(
+        self,
+        files: BlockFiles,
+        root: bytes,
+        scheduler: Scheduler,
+        device: Device,
+        *,
+        block_bytes: int,
+        canary: KVCanary | None = None,
+    ) -> None:
+        self.hit_tokens = 0
+        """Tokens that were read and put into the pool."""
+        self._files = files
+        self._root = root
+        self._scheduler = scheduler
+        self._device = device
+        self._canary = canary
+        self._block_bytes = block_bytes
+        self._turn_blocks = max(1, _TURN_BYTES // block_bytes)
+        self._most_writing = max(1, _WRITING_BYTES // block_bytes)
+        self._restoring: dict[str, _Restore] = {}
+        self._saves: deque[_Save] = deque()
+        self._copied: list[_Copied] = []
+        self._writes: deque[Future[None]] = deque()
+        self._queued: set[bytes] = set()
+        self._ready: list[Request] = []
+        self._reads: WeakValueDictionary[bytes, Future[list[Rows] | None]] = WeakValueDictionary()
+        self._readers = ThreadPoolExecutor(_READERS, "kv-disk-read")
+        self._writer = ThreadPoolExecutor(1, "kv-disk-write")
+        self._paused = 0.0
+        self._writer.submit(files.scan)
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``turn`` has anything to do."""
+        return bool(self._restoring or self._ready or self._saves or self._copied)
+
+    @property
+    def num_restoring(self) -> int:
+        """Requests that wait for the disk."""
+        return len(self._restoring) + len(self._ready)
+
+    def stats(self) -> dict[str, Any]:
+        """Its fields of ``types.Stats``."""
+        counts = self._files.counts
+        return {
+            "kv_disk_restoring": self.num_restoring,
+            "kv_disk_hit_tokens": self.hit_tokens,
+            "kv_disk_bytes": counts.bytes,
+            "kv_disk_read_bytes": counts.read_bytes,
+            "kv_disk_written_bytes": counts.written_bytes,
+            "kv_disk_drops": dict(counts.drops),
+        }
+
+    def holds(self, id: str) -> bool:
+        return id in self._restoring or any(r.id == id for r in self._ready)
+
+    def begin(self, request: Request) -> bool:
+        """Takes a request whose prompt goes on in files; ``turn`` gives it back.
+
+        Raises RequestError if it can't be served.
+        """
+        tokens, count = request.tokens, self._scheduler.reusable(request) // BLOCK
+        if not count or time.monotonic() < self._paused:
+            return False
+        at = len(self._scheduler.cached_slots(tokens, count * BLOCK)) // BLOCK
+        if at == count:
+            return False
+        keys = block_keys(self._root, tokens, count)
+        if not self._files.has(keys[at]):
+            return False
+        self._scheduler.check(request)
+        self._restoring[request.id] = _Restore(request, keys, at)
+        return True
+
+    def abort(self, id: str) -> Request | None:
+        """Gives a request up; None if it isn't here."""
+        restore = self._restoring.pop(id, None)
+        if restore is not None:
+            return restore.request
+        found = next((r for r in self._ready if r.id == id), None)
+        if found is not None:
+            self._ready.remove(found)
+        return found
+
+    def offer(self, tokens: Sequence[Token]) -> None:
+        """A request has ended: what the tree has of its tokens is worth keeping."""
+        count = len(tokens) // BLOCK
+        if not count or self._files.refuses:
+            return
+        self._saves.append(_Save([*tokens[: count * BLOCK]], block_keys(self._root, tokens, count)))
+        if len(self._saves) > _JOBS:
+            self._give_up(self._saves.popleft(), "behind")
+
+    def turn(self) -> list[Request]:
+        """Moves what can be moved without waiting; returns requests that have all that they will get.
+
+        May raise whatever the device does; ``reset`` is to follow then.
+        """
+        self._write_copied()
+        self._restore()
+        self._copy()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def wait(self, seconds: float) -> None:
+        """Waits until a turn has something to do."""
+        pending = [r.reads[0] for r in self._restoring.values() if r.reads]
+        if self._saves and self._is_behind():
+            pending.append(self._writes[0])  # type: ignore[arg-type]
+        if pending:
+            wait(pending, seconds, FIRST_COMPLETED)
+
+    def reset(self) -> None:
+        """The pool has been emptied, and nothing of it is to be trusted: requests go on without what they wait for."""
+        self._ready += [restore.request for restore in self._restoring.values()]
+        self._restoring.clear()
+        self._saves.clear()
+        for copied in self._copied:
+            self._queued.difference_update(copied.keys)
+        self._copied.clear()
+
+    def close(self) -> None:
+        """Writes what has been copied."""
+        self._write_copied()
+        self._readers.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+
+    # --- from the disk ---
+
+    def _restore(self) -> None:
+        """Puts blocks that have been read into the pool, for the requests that came first."""
+        left = self._turn_blocks
+        for restore in [*self._restoring.values()][:_RESTORING]:
+            self._read_ahead(restore)
+            taken, goes_on = self._take(restore, left)
+            left -= taken
+            if not goes_on:
+                del self._restoring[restore.request.id]
+                self._writer.submit(self._files.touch, restore.keys[: restore.at])
+                self._ready.append(restore.request)
+
+    def _read_ahead(self, restore: _Restore) -> None:
+        """Goes on after what others have put into the tree meanwhile, and reads on."""
+        known = len(self._scheduler.cached_slots(restore.request.tokens, restore.end)) // BLOCK
+        while restore.at < known:
+            restore.at += 1
+            if restore.reads:
+                restore.reads.popleft()
+        if not restore.reads:
+            restore.since = time.monotonic()
+        tokens = restore.request.tokens
+        for at in range(restore.at + len(restore.reads), min(restore.at + _AHEAD, len(restore.keys))):
+            key = restore.keys[at]
+            read = self._reads.get(key)
+            if read is None:
+                read = self._readers.submit(self._files.read, key, tokens[at * BLOCK : (at + 1) * BLOCK])
+                self._reads[key] = read
+            restore.reads.append(read)
+
+    def _take(self, restore: _Restore, most: int) -> tuple[int, bool]:
+        """Up to ``most`` blocks into the pool: how many, and whether there are more to wait for."""
+        blocks: list[list[Rows]] = []
+        goes_on = restore.at < len(restore.keys)
+        while goes_on and restore.reads and restore.reads[0].done() and len(blocks) < most:
+            block = restore.reads.popleft().result()
+            goes_on = block is not None
+            blocks += [block] if block is not None else []
+        if blocks:
+            restore.since = time.monotonic()
+            goes_on = self._put(restore, blocks) and goes_on and restore.at < len(restore.keys)
+        elif goes_on and not restore.reads[0].done() and time.monotonic() - restore.since > PATIENCE:
+            log.warning("kv disk: a block was not read within %.0f s; nothing is read for a minute", PATIENCE)
+            self._paused, goes_on = time.monotonic() + _PAUSE, False
+        return len(blocks), goes_on
+
+    def _put(self, restore: _Restore, blocks: list[list[Rows]]) -> bool:
+        """Writes blocks into slots of the tree; False if there is no room, or what comes before has gone."""
+        tokens, begin = restore.request.tokens, restore.at * BLOCK
+        end = begin + len(blocks) * BLOCK
+        known = len(self._scheduler.cached_slots(tokens, end))
+        slots = self._scheduler.adopt(tokens, begin, end)
+        if slots is None:
+            self._files.drop("no_room")
+            return False
+        if known < end:
+            rows = [np.concatenate(parts)[known - begin :] for parts in zip(*blocks, strict=True)]
+            self._device.write_slots(slots[known:], rows)
+            if self._canary is not None:
+                self._canary.restored(tokens, known, slots[known:])
+        self.hit_tokens += end - known
+        restore.at += len(blocks)
+        return True
+
+    # --- to the disk ---
+
+    def _is_behind(self) -> bool:
+        while self._writes and self._writes[0].done():
+            self._writes.popleft()
+        return len(self._writes) >= self._most_writing
+
+    def _copy(self) -> None:
+        """Copies the next blocks of an ended request out of the pool, if the writer keeps up."""
+        while self._saves and not self._is_behind():
+            save = self._saves[0]
+            while save.at < len(save.keys) and self._is_written(save.keys[save.at]):
+                save.at += 1
+            stop = save.at
+            while stop < min(len(save.keys), save.at + self._turn_blocks) and not self._is_written(save.keys[stop]):
+                stop += 1
+            slots = self._scheduler.cached_slots(save.tokens, stop * BLOCK)
+            stop = min(stop, len(slots) // BLOCK)
+            if stop <= save.at:
+                self._give_up(self._saves.popleft(), "evicted_first")
+                continue
+            rows = self._device.read_slots(slots[save.at * BLOCK : stop * BLOCK])
+            tokens = save.tokens[save.at * BLOCK : stop * BLOCK]
+            self._copied.append(_Copied(tokens, save.keys[save.at : stop], rows))
+            self._queued.update(save.keys[save.at : stop])
+            save.at = stop
+            return
+
+    def _is_written(self, key: bytes) -> bool:
+        """Whether it is there, or will be."""
+        return key in self._queued or self._files.known(key)
+
+    def _write(self, key: bytes, tokens: list[Token], rows: list[Rows]) -> None:
+        """Runs in the writer's thread."""
+        try:
+            self._files.write(key, tokens, rows)
+        finally:
+            self._queued.discard(key)
+
+    def _give_up(self, save: _Save, why: str) -> None:
+        """What is left of it stays unwritten; what has been written is in use."""
+        for _ in save.keys[save.at :]:
+            self._files.drop(why)
+        self._writer.submit(self._files.touch, save.keys[: save.at])
+
+    def _write_copied(self) -> None:
+        """Hands what was copied behind the last step to the writer: that step has been read, so it waits for little."""
+        for copied in self._copied:
+            arrays = [np.asarray(rows) for rows in copied.rows]
+            for i, key in enumerate(copied.keys):
+                tokens = copied.tokens[i * BLOCK : (i + 1) * BLOCK]
+                part = [a[i * BLOCK : (i + 1) * BLOCK] for a in arrays]
+                self._writes.append(self._writer.submit(self._write, key, tokens, part))
+        self._copied.clear()
