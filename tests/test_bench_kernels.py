@@ -49,6 +49,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def comparable() -> list[Case]:
     found = [
         *kernel_times.decode_cases(SMALL),
+        *kernel_times.packed_cases(SMALL),
         kernel_times.extend_case(replace(SMALL, rows=1, page_size=1), 4),
         *kernel_times.row_cases(4, mx.float32, 64, 32),
         *kernel_times.elementwise_cases(8, 32),

@@ -6,7 +6,7 @@ Slots that no row may read hold NaN, as in test_kernels.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,7 @@ from pippin.kernels import checks, fused, paged, reference
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.launch import Launch, Launcher, Source
 from pippin.kernels.packing import PACKINGS, PackedPool, Packing, line
+from pippin.kernels.packing import packed as packed_pool
 from tests.test_kernels import (
     DIMS,
     EXTENDS,
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the h
 def packed(case: Case, packing: Packing) -> Arrays:
     """The same inputs with quantized pools."""
     a = arrays(case)
-    pools: dict[str, Any] = {"k_pool": checks.packed(a.k_pool, packing), "v_pool": checks.packed(a.v_pool, packing)}
+    pools: dict[str, Any] = {"k_pool": packed_pool(a.k_pool, packing), "v_pool": packed_pool(a.v_pool, packing)}
     mx.eval(*(pool.lines for pool in pools.values()))
     return replace(a, **pools)
 
@@ -183,7 +184,7 @@ def test_nothing_of_quantized_slots_is_in_other_kernels() -> None:
 
 # --- planted faults: (what runs, a line of the kernel, what it becomes) ---
 
-FAULTS = {
+FAULTS: dict[str, tuple[Literal["decode", "write", "write4"] | Packing, str, str]] = {
     "the slot's stride": ("decode", "S::WORDS;\n  Coded", "S::NUMBERS;\n  Coded"),
     "the scale of another group": ("decode", "pack / (S::GROUP / 8)]", "pack % (S::GROUP / 8)]"),
     "a scale that is not shared": (
@@ -193,7 +194,16 @@ FAULTS = {
     ),
     "codes of negative numbers": ("write", "near + 8388736.0f", "near + 8388608.0f"),
     "a word of the wrong head": ("write", "S::NUMBERS + head * (DIM / S::GROUP)", "S::NUMBERS"),
-    "rounding the least up": ("write4", "least < 0.0f ? bits + 0xffffu : bits", "bits + 0xffffu"),
+    "a scale in the wrong half": ("write4", "up | down >> 16", "up >> 16 | down"),
+    "codes under 128": ("int8", "0xc380c380u", "0xc300c300u"),
+    "a nibble of another pair": ("int4", "pair << 12 & 0xf0000u", "pair << 8 & 0xf0000u"),
+    "an exponent too few": ("fp8", "0x7b807b80u", "0x7b007b00u"),
+    "weights that stay lifted": ("int8", "acc[n][h * 2 + e] *= 1.0f / Weight<KIND>::LIFT;", ""),
+    "one token's scale for all": (
+        "int8",
+        "(v_pool, value_slots[i], head)",
+        "(v_pool, value_slots[0], head)",
+    ),
     "half a head": ("write", "lane * 8 < width", "lane * 16 < width"),
 }
 
@@ -207,6 +217,8 @@ def test_planted_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
         return whole(source, dialect).replace(line_of, planted)
 
     def right(launch: Launcher) -> bool:
+        if run in PACKINGS:
+            return agree(*decoded(through_matrices(Case(dim=64, value_dim=64)), run, launch))
         if run == "decode":
             return agree(*decoded(Case(dim=64, value_dim=64), "int4", launch))
         return written(DIMS["128"], "int4" if run == "write4" else "int8", [7, 0, 3, 12], launch)

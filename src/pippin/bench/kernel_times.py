@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,6 +82,7 @@ def gpu_cases(quick: bool) -> Iterator[Case]:
     yield write_case(GPU_SHAPES[0])
     for shape in GPU_SHAPES[:2] if quick else GPU_SHAPES:
         yield from decode_cases(shape)
+    yield from packed_cases(BatchShape("8B, 8 rows of 32k", 8, 32768, page_size=16))
     for rows in (4,) if quick else (4, 16, 64):
         yield extend_case(BatchShape(f"8B, {rows} rows of one sequence of 8k", 1, 8192), rows)
 
@@ -127,6 +128,22 @@ def decode_cases(shape: BatchShape) -> Iterator[Case]:
     yield Case("paged_decode, MLX gathering first", shape.name, shape.kv_bytes, q, ours, gathered)
     yield Case("paged_decode with the write", shape.name, shape.kv_bytes, q, lambda i, q: ours(i, q, new))
     yield gather_case(shape)
+
+
+def packed_cases(shape: BatchShape) -> Iterator[Case]:
+    """Decodes over full slots, and over quantized ones that hold the same."""
+    batch, scale = make_batch(shape), shape.dim**-0.5
+
+    def over(k: kernels.Pool, v: kernels.Pool) -> Step:
+        mx.eval(kernels.storage(k), kernels.storage(v))
+        options: dict[str, Any] = {"page_size": shape.page_size, "scale": scale, "longest": max(shape.lengths)}
+        return lambda _, q: kernels.paged_decode(q, k, v, batch.table, batch.lengths, **options)
+
+    yield Case("paged_decode, full slots", shape.name, shape.kv_bytes, batch.q, over(batch.k, batch.v))
+    for packing in kernels.PACKINGS:
+        k, v = (kernels.packed(pool, packing) for pool in (batch.k, batch.v))
+        moved = sum(shape.lengths) * (k.layout.nbytes + v.layout.nbytes)
+        yield Case(f"paged_decode, {packing} slots", shape.name, moved, batch.q, over(k, v))
 
 
 def extend_case(shape: BatchShape, rows: int) -> Case:

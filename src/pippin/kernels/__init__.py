@@ -24,7 +24,7 @@ from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, verdicts
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
-from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packing_of, storage
+from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packed, packing_of, storage
 from pippin.kernels.paged import tile_rows
 from pippin.kernels.products import Weights
 
@@ -42,6 +42,7 @@ __all__ = [
     "expert_product",
     "kv_gather",
     "kv_write",
+    "packed",
     "paged_decode",
     "paged_extend",
     "quantized_product",

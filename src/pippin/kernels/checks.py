@@ -23,7 +23,7 @@ from pippin.kernels import fused, paged, products, reference
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
-from pippin.kernels.packing import PackedPool, Packing, Pool, line, storage
+from pippin.kernels.packing import Packing, Pool, packed, storage
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +81,6 @@ def sample(dtype: mx.Dtype, packing: Packing | None = None) -> Sample:
     )
     mx.eval(storage(made.k_pool), storage(made.v_pool), made.table, made.lengths, made.q, made.k, made.v)
     return made
-
-
-def packed(numbers: mx.array, packing: Packing) -> PackedPool:
-    """A quantized pool that holds ``numbers`` [slots, heads, dim]."""
-    layout = line(packing, *numbers.shape[1:])
-    return PackedPool(layout.pack(numbers), layout, numbers.dtype)
 
 
 def copied(pool: Pool) -> Pool:

@@ -143,6 +143,12 @@ class PackedPool:
         self.lines[slots] = self.layout.pack(x)
 
 
+def packed(numbers: mx.array, packing: Packing) -> PackedPool:
+    """A quantized pool that holds ``numbers`` [slots, heads, dim]."""
+    layout = line(packing, numbers.shape[1], numbers.shape[2])
+    return PackedPool(layout.pack(numbers), layout, numbers.dtype)
+
+
 Pool = mx.array | PackedPool
 
 

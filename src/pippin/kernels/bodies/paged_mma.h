@@ -63,6 +63,16 @@
   int key_slots[2], value_slots[4];  // of the tokens that come next: looked up one round ahead
   for (int base = first + warp * 16 - WARPS * 16; base < end; base += WARPS * 16) {
     Words keys[2][NK], values[4][NV];
+#if PACKED
+    float key_scales[4], value_scales[4];  // of the tokens that the lane has logits and weights of
+    if (base >= first) {
+      UNROLL
+      for (int i = 0; i < 4; i++) {
+        key_scales[i] = load_scale<KIND, HKV, D>(k_pool, value_slots[i], head) * scale;
+        value_scales[i] = load_scale<KIND, HKV, DV>(v_pool, value_slots[i], head) * Weight<KIND>::LIFT;
+      }
+    }
+#endif
     if (base >= first) {
     UNROLL
     for (int j = 0; j < 2; j++) {
@@ -72,7 +82,7 @@
       for (int n = 0; n < NK; n++) {
         const int pack = n * 4 + column;
 #if PACKED
-        keys[j][n] = pack < KEY ? words_of<KT>(load_coded<KIND, HKV, D>(k_pool, key_slots[j], head, pack)) : no_words();
+        keys[j][n] = pack < KEY ? load_packed_words<KT, KIND, HKV, D>(k_pool, key_slots[j], head, pack) : no_words();
 #else
 #if FUSED
         if (t == stop - 1) {
@@ -93,7 +103,7 @@
         const int pack = n * 8 + line;
 #if PACKED
         values[j][n] =
-            pack < VALUE ? words_of<KT>(load_coded<KIND, HKV, DV>(v_pool, value_slots[j], head, pack)) : no_words();
+            pack < VALUE ? load_packed_words<KT, KIND, HKV, DV>(v_pool, value_slots[j], head, pack) : no_words();
 #else
 #if FUSED
         if (t == stop - 1) {
@@ -139,7 +149,11 @@
       UNROLL
       for (int i = 0; i < 4; i++) {
         const int t = base + i / 2 * 8 + column * 2 + i % 2;
+#if PACKED
+        float x = s[i / 2][h * 2 + i % 2] * key_scales[i];
+#else
         float x = s[i / 2][h * 2 + i % 2] * scale;
+#endif
         if (SOFTCAP) x = tanh_of(x) * params[1] * LOG2E;
         if (t >= end || t >= seen[h] || (WINDOW > 0 && t < seen[h] - WINDOW)) x = NOTHING;
         s[i / 2][h * 2 + i % 2] = x;
@@ -153,8 +167,12 @@
       UNROLL
       for (int i = 0; i < 4; i++) {
         const float x = s[i / 2][h * 2 + i % 2], p = x > NOTHING ? exp2_of(x - next) : 0.0f;
-        s[i / 2][h * 2 + i % 2] = p;
         total[h] += p;
+#if PACKED
+        s[i / 2][h * 2 + i % 2] = p * value_scales[i];
+#else
+        s[i / 2][h * 2 + i % 2] = p;
+#endif
       }
       if (keep < 1.0f) {
         UNROLL
@@ -207,6 +225,9 @@
         UNROLL
         for (int e = 0; e < 2; e++) {
           const int at = (n / 8 * 8 + column * 2 + e) * 8 + n % 8;
+#if PACKED
+          acc[n][h * 2 + e] *= 1.0f / Weight<KIND>::LIFT;
+#endif
           if (at < DV) accs[(warp * AT_ONCE + i) * DV + at] = acc[n][h * 2 + e];
         }
       }

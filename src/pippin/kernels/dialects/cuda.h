@@ -55,6 +55,9 @@ INLINE unsigned two(float low, float high) {
   return x.w;
 }
 
+// Bytes 0 and 1 of a word (2 and 3 if `later`), each the lower one of a half.
+INLINE unsigned spread_bytes(unsigned w, int later) { return __byte_perm(w, 0u, later ? 0x4342u : 0x4140u); }
+
 // a * b + c of both 16-bit halves of a word.
 template <typename T>
 INLINE unsigned fma_two(unsigned a, unsigned b, unsigned c);

@@ -146,6 +146,11 @@ INLINE unsigned two(float low, float high) {
   return unsigned(T(low).b) | unsigned(T(high).b) << 16;
 }
 
+INLINE unsigned spread_bytes(unsigned w, int later) {
+  w >>= later ? 16 : 0;
+  return (w & 0xffu) | (w & 0xff00u) << 8;
+}
+
 template <typename T>
 INLINE unsigned fma_two(unsigned a, unsigned b, unsigned c) {
   unsigned d = 0;
