@@ -27,10 +27,10 @@ from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
 from tests.checkpoints import build_model, family_config, make_checkpoint, random_weights
-from tests.test_core import GREEDY, make_core, prompts, replace_params, run, submits
+from tests.test_core import GREEDY, as_on_a_gpu, make_core, prompts, replace_params, run, submits
 from tests.test_kernels_dispatch import Gpu, gpu, needs_compiler
 
-__all__ = ["gpu"]
+__all__ = ["as_on_a_gpu", "gpu"]
 
 VOCAB = 288
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -106,6 +106,19 @@ def test_tokens_are_the_same_cached_chunked_and_retracted(checkpoint: Path, pack
     found = run(small, submits(rows, replace_params(GREEDY, max_new_tokens=40)))
     assert [tokens[:12] for tokens in found.values()] == expected
     assert small.stats.retractions > 0
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("options", [{}, {"page_size": 8, "disable_graph": True}], ids=str)
+def test_tokens_are_the_same_by_page_and_in_graphs(checkpoint: Path, options: dict[str, Any]) -> None:
+    rows = prompts(6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pippin.kernels.writes_in_place", lambda *_: False)
+        expected = run(make_core(checkpoint, kv_cache_dtype="int8"), submits(rows))
+    core = make_core(checkpoint, kv_cache_dtype="int8", chunked_prefill_size=16, **options)
+    for _ in range(2):
+        assert run(core, submits(rows)) == expected
+    assert core.stats.cached_tokens > 0
 
 
 @needs_compiler
