@@ -54,7 +54,10 @@ def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str
     """Joins what ``forward``, a run of the model, shows to belong together; returns the names of what was joined."""
     found = set()
     paths = {id(m): path for path, m in model.named_modules()}
-    for layers in _groups(paths, _calls(model, forward)):
+    calls = _calls(model, forward)
+    groups = _groups(paths, calls)
+    calls.clear()  # what was not computed holds the weights that are replaced, and classes wait for the cycle collector
+    for layers in groups:
         names = tuple(paths[id(layer)].rpartition(".")[2] for layer in layers)
         found.add(names)
         if all(isinstance(layer, _Joining) for layer in layers):
