@@ -150,6 +150,14 @@ def test_a_kernel_that_is_wrong_for_quantized_slots_is_replaced_for_those_alone(
 
 
 @needs_compiler
+def test_each_kind_of_slot_has_a_verdict_of_its_own(gpu: Gpu, tmp_path: Path) -> None:
+    for packing in (None, *PACKINGS):
+        kernels.verify(mx.float32, packing)
+    files = {path.name.rpartition("-")[0] for path in tmp_path.rglob("kernels-*.json")}
+    assert files == {"kernels-float32", *(f"kernels-float32-{packing}" for packing in PACKINGS)}
+
+
+@needs_compiler
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "gemma2"])
 def test_steps_over_kernels_give_the_logits_of_plain_mlx(
     gpu: Gpu, choices: dict[str, tuple[nn.Module, Choice]], family: str, monkeypatch: pytest.MonkeyPatch
