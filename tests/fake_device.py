@@ -247,6 +247,11 @@ class Loop:
 
     def step(self, fails: str = "", gone: Request | None = None) -> Batch | None:
         """One turn. ``fails`` is '', 'launch' or 'read'; ``gone`` is aborted between the queuing and the reading."""
+        alone = self.scheduler.has_suspects
+        if alone and self.flight is not None:
+            flight, self.flight = self.flight, None
+            self._finish(*flight)
+        overlap = self.overlap and not alone
         before = {slot for node in nodes(self.radix) for slot in node.slots}
         running = {r: r.retractions for r in self.scheduler._running}
         self.allocator.handed.clear()
@@ -266,8 +271,8 @@ class Loop:
                 return batch
         if gone is not None:
             self.abort(gone)
-        previous, self.flight = (self.flight, launched) if self.overlap else (launched, None)
-        if not self.overlap and launched is not None:
+        previous, self.flight = (self.flight, launched) if overlap else (launched, None)
+        if not overlap and launched is not None:
             self._force(launched[0])
         if previous is not None:
             if fails == "read":
@@ -340,10 +345,12 @@ class Loop:
         if self.flight is not None:
             batches, self.flight = [*batches, self.flight[0]], None
         live = {w.request for batch in batches for w in batch.works if w.request.finish is None}
-        failed = [request for batch in batches for request in self.scheduler.drop(batch)]
-        assert len(failed) == len(live)
-        assert set(failed) == live
-        assert all(r.finish == Finish("error") for r in failed)
+        again = live & self.scheduler._suspects
+        guilty = self.scheduler.drop(batches, Finish("error"))
+        assert guilty is None or again == live == {guilty}, "it ran alone, and again"
+        assert guilty is not None or len(live) != 1 or not again
+        assert {r for r in live if r.finish is not None} == ({guilty} if guilty else set())
+        assert all(r.length == len(r.tokens) for r in live)
         assert self.scheduler.stats().num_running == self.radix.num_cached == 0
         self.device.slots.clear()
         self.device.last_token.clear()

@@ -311,18 +311,27 @@ def test_bad_requests_are_refused() -> None:
         loop.add([])
 
 
-def test_logits_that_are_not_finite_end_the_request_and_clear_the_cache() -> None:
+def test_logits_that_are_not_finite_twice_end_the_request_and_clear_the_cache() -> None:
     loop = Loop()
-    loop.add([1] * 8, id="a")
-    request = loop.scheduler._requests["a"]
+    request, other = loop.add([1] * 8, id="a"), loop.add([1] * 8, id="b")
     batch = loop.scheduler.schedule()
     assert batch is not None
-    updates = loop.scheduler.finish(batch, [RowResult(token=3, finite=False)])
+    good, bad = RowResult(token=3), RowResult(token=3, finite=False)
+    updates = loop.scheduler.finish(batch, [bad if w.request is request else good for w in batch.works])
+    assert [u.request for u in updates] == [other]
+    assert request.finish is None
+    assert loop.scheduler.has_suspects
+    batch = loop.scheduler.schedule()
+    assert batch is not None
+    assert [(w.request, w.start, w.end) for w in batch.works] == [(request, 0, 8)], "alone, and from nothing"
+    updates = loop.scheduler.finish(batch, [bad])
     assert [(u.request, u.result.token) for u in updates] == [(request, None)]
+    assert not loop.scheduler.has_suspects
     assert request.finish is not None
     assert request.finish.reason == "error"
     assert request.tokens == [1] * 8
-    assert loop.radix.num_cached == 0
+    assert loop.radix.num_evictable == 0, "only what another one holds is left"
+    loop.abort(other)
     check_idle(loop)
 
 

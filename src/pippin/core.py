@@ -308,13 +308,17 @@ class EngineCore:
     def step(self) -> StepOutput | None:
         """One turn: queue the next step, finish the one before. None if there was nothing to do or to say.
 
-        What fails here fails the requests of that step, with a Finish, and does not raise.
+        A step that fails is done again request by request; who fails alone ends, with a Finish. Raises if the device
+        is lost.
         """
         began = time.perf_counter()
         if self._compiling:
             self._begin_compiled()
         if self._disk is not None and self._disk.busy:
             self._move(self._disk)
+        if self._scheduler.has_suspects:
+            self._settle()
+        overlap = self._overlap and not self._scheduler.has_suspects
         outputs, self._notices = self._notices, []
         if self._memory is not None and self._memory.look():
             self._scheduler.held = self._memory.level != "ok"
@@ -326,7 +330,7 @@ class EngineCore:
         if self._canary is not None and batch is not None:
             batch = self._check(self._canary, batch, outputs)
         launched = self._launch(batch, outputs) if batch is not None else None
-        if self._overlap:
+        if overlap:
             previous, self._in_flight = self._in_flight, launched
             self._overlapped += previous is not None and launched is not None
             if previous is not None:
@@ -441,6 +445,9 @@ class EngineCore:
                 matcher.take(token)
         except RequestError as error:
             return failed(error)
+        except Exception as error:
+            log.exception("the grammar of request %s failed", request.id)
+            return Finish("error", None, f"the grammar of this request failed ({type(error).__name__})")
         return Finish("stop") if matcher.ended else None
 
     def _masks(self, works: Sequence[Work], outputs: list[Output]) -> Callable[[], npt.NDArray[np.uint32]]:
@@ -484,16 +491,17 @@ class EngineCore:
         return found
 
     def _drop(self, batch: Batch, kind: str, outputs: list[Output]) -> None:
-        """Fails the requests of a step, and of the one in flight; all others start over with an empty cache.
+        """Takes back a step that failed, and the one in flight: their requests run again one by one, from nothing.
 
-        Not to be called while the error is handled: its traceback keeps the pool alive that ``reset`` replaces.
+        One that fails alone is failed. Raises what ``reset`` does, if the device is lost. Not to be called while the
+        error is handled: its traceback keeps the pool alive that ``reset`` replaces.
         """
-        message = f"the engine failed on this step ({kind})"
         parts = [batch] if self._in_flight is None else [batch, self._in_flight.batch]
         self._in_flight = None  # it holds the pool that ``reset`` replaces
-        for part in parts:
-            failed = self._scheduler.drop(part)
-            outputs += [Output(request.id, finish=Finish("error", None, message)) for request in failed]
+        finish = Finish("error", None, f"the engine failed on this request ({kind})")
+        guilty = self._scheduler.drop(parts, finish)
+        if guilty is not None:
+            outputs.append(Output(guilty.id, num_cached=guilty.num_cached, finish=finish))
         self._runner.reset()
         if self._canary is not None:
             self._canary.reset()

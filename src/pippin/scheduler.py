@@ -74,6 +74,7 @@ class Scheduler:
         self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
         self._misses: Counter[str] = Counter()
         self.held = False  # memory is short: no one is admitted while others run
+        self._suspects: set[Request] = set()  # run alone until they have drawn a token
 
     @property
     def has_work(self) -> bool:
@@ -142,6 +143,8 @@ class Scheduler:
         """
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
         self._saves.clear()
+        if self._suspects and self._alone(min(self._suspects, key=_rank), plan):
+            return self._batch(plan)
         before = self._retractions
         kept = self._chunk // 2 if self._waiting and self._rows else 0
         left = self._chunk - kept
@@ -180,10 +183,10 @@ class Scheduler:
                 continue
             drawn = work.samples and work.end == len(request.tokens)  # else it was forced meanwhile
             if drawn:
-                result = self._take(request, result)
+                result = self._take(work, result)
             elif work.samples:
                 result = RowResult(prompt_logprobs=result.prompt_logprobs)
-            if drawn or result.prompt_logprobs:
+            if (drawn and request not in self._suspects) or result.prompt_logprobs:
                 updates.append(Update(request, result))
         return updates
 
@@ -201,6 +204,7 @@ class Scheduler:
             if found is not None:
                 break
         request.length = len(request.tokens)
+        self._suspects.discard(request)
         self._forced += len(taken)
         if found is not None:
             self._end(request, found)
@@ -210,19 +214,39 @@ class Scheduler:
         """Ends a request that has not ended, at any moment between steps."""
         self._end(request, finish)
 
-    def drop(self, batch: Batch) -> list[Request]:
-        """Undoes a step that raised; call it for every step in flight. Returns the requests that it failed.
+    @property
+    def has_suspects(self) -> bool:
+        """Whether the next step is to be one request's alone: read every step before it is scheduled."""
+        return bool(self._suspects)
 
-        Nothing in the pool is trusted after that: the step's requests end, all others are retracted and start
-        over, and so nothing is pinned and the tree is emptied.
+    def drop(self, batches: Sequence[Batch], finish: Finish) -> Request | None:
+        """Undoes steps that raised: all that are in flight. Returns the request that ends with ``finish``, if one does.
+
+        That is one which ran alone, since a step of several with it had failed. Several, and one that fails for the
+        first time, run again, each alone. Nothing in the pool is trusted: all that run are retracted and start over,
+        and so nothing is pinned and the tree is emptied.
         """
-        failed = [w.request for w in batch.works if w.request.finish is None]
-        for request in failed:
-            self._end(request, Finish("error"))
+        works = [work for batch in batches for work in batch.works if work.request.finish is None]
+        for work in reversed(works):
+            self._undo(work)
+        requests = {work.request for work in works}
+        guilty = next(iter(requests)) if len(requests) == 1 and requests <= self._suspects else None
+        self._suspects |= requests
+        if guilty is not None:
+            self._end(guilty, finish)
         for request in tuple(self._running):
             self._retract(request, keep=False)
         self._radix.flush()
-        return failed
+        return guilty
+
+    def _undo(self, work: Work) -> None:
+        """Forgets that a step was to draw and to report something."""
+        request = work.request
+        request.length = len(request.tokens)
+        if work.logprobs_from is not None:
+            request.scored = min(request.scored, work.logprobs_from - 1)
+        if work.pools_from is not None:
+            request.scored = min(request.scored, work.pools_from)
 
     def start_over(self, batch: Batch, faulty: Mapping[Request, Finish]) -> None:
         """Takes back a batch that was not launched, because slots are not what they are to be.
@@ -339,6 +363,13 @@ class Scheduler:
             self._retract(self._running[-1])
         return 0
 
+    def _alone(self, request: Request, plan: dict[Request, int]) -> bool:
+        """Plans a step of this request only; False if it waits for room that others hold."""
+        claimed = sum(self._claim(r) - self._pages(len(r.slots)) for r in self._running)
+        if request.row < 0 and not (self._rows and self._enter(request, claimed, None)):
+            return False
+        return self._compute(request, self._chunk, plan) > 0
+
     def _admit(self, left: int, plan: dict[Request, int]) -> int:
         """Starts waiting requests, in order, until one finds no row, room or budget; returns the budget left."""
         if not self._waiting:
@@ -349,7 +380,9 @@ class Scheduler:
         for request in self._order():
             # While others prefill, a prompt that the rest of the budget would cut does better first in the next step.
             whole = left if busy and admitted else None
-            if not left or request.length > len(request.tokens) or (self.held and self._running):
+            if not left or request.length > len(request.tokens) or request in self._suspects:
+                break
+            if self.held and self._running:
                 break
             if not self._enter(request, claimed, whole):
                 break
@@ -444,7 +477,12 @@ class Scheduler:
     # --- the tree ---
 
     def reusable(self, request: Request) -> int:
-        """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs."""
+        """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs.
+
+        Of a suspect none: what is cached may be what was wrong.
+        """
+        if request in self._suspects:
+            return 0
         limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
         return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
 
@@ -477,8 +515,11 @@ class Scheduler:
     def _publish(self, request: Request) -> None:
         """Gives the tree the prompt pages that this step fills.
 
-        Pages that it has already stay private until the end: the step writes them, and must not write the tree's.
+        Pages that it has already stay private until the end: the step writes them, and must not write the tree's. So do
+        a suspect's.
         """
+        if request in self._suspects:
+            return
         end = request.computed
         if not self._radix.known(request.tokens, end, request.pin):
             self._insert(request, end)
@@ -541,14 +582,30 @@ class Scheduler:
 
     # --- ends ---
 
-    def _take(self, request: Request, result: RowResult) -> RowResult:
+    def _distrust(self, work: Work, message: str) -> None:
+        """What came of a work is no number: its request starts over alone, from nothing that others have computed.
+
+        If it comes to that again, it ends. What was cached on the way may be the cause, so all of it goes.
+        """
+        request = work.request
+        if request in self._suspects:
+            self._end(request, Finish("error", message=message))
+        else:
+            self._undo(work)
+            if request.pooling is not None:
+                request.pooled, request.scored = None, 0
+            self._suspects.add(request)
+            if request.row >= 0:
+                self._retract(request, keep=False)
+        self._radix.flush()
+
+    def _take(self, work: Work, result: RowResult) -> RowResult:
         """Appends a token that was drawn, and ends the request if it is its last; returns what is worth telling."""
+        request = work.request
         if not result.finite or result.token is None:
-            self._end(
-                request, Finish("error", message="the model's logits hold no finite number; nothing to draw from")
-            )
-            self._radix.flush()  # what was computed on the way may be the cause
+            self._distrust(work, "the model's logits hold no finite number; nothing to draw from")
             return RowResult()
+        self._suspects.discard(request)
         if result.finish is not None and result.finish.reason == "error":
             self._end(request, result.finish)
             return RowResult()
@@ -562,8 +619,7 @@ class Scheduler:
         """Adds what a step gave to a request's vector, and ends the request if that was the last."""
         request = work.request
         if not result.finite:
-            self._end(request, Finish("error", message="the model's hidden states hold numbers that are not finite"))
-            self._radix.flush()  # what was computed on the way may be the cause
+            self._distrust(work, "the model's hidden states hold numbers that are not finite")
             return
         if result.pooled is not None:
             request.pooled = result.pooled if request.pooled is None else request.pooled + result.pooled
@@ -581,6 +637,7 @@ class Scheduler:
 
     def _end(self, request: Request, finish: Finish) -> None:
         request.finish = finish
+        self._suspects.discard(request)
         del self._requests[request.id]
         if request.row < 0:
             self._waiting.remove(request)
