@@ -1,0 +1,100 @@
+"""The engine's process killed and stopped under streams of the shipped model: each ends as if nothing had happened.
+
+A few in CI. ``make soak`` sets PIPPIN_SOAK: 200 streams and 20 deaths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from typing import Any
+
+import pytest
+
+from pippin.client import EngineClient
+from pippin.config import EngineConfig
+from pippin.restarts import Supervision
+from pippin.supervisor import Supervisor
+from pippin.types import Grammar, SamplingParams
+from tests.fake_core import PYTHONPATH
+
+SOAK = bool(os.environ.get("PIPPIN_SOAK"))
+STREAMS, DEATHS, TOKENS = (200, 20, 400) if SOAK else (12, 3, 60)
+Asked = tuple[list[int], SamplingParams]
+
+
+def asked(source: random.Random) -> list[Asked]:
+    """Greedy and seeded, with penalties, grammars and logprobs, some prompts with a common beginning."""
+    common, found = [source.randrange(5, 1000) for _ in range(24)], list[Asked]()
+    for i in range(STREAMS):
+        prompt = common[: source.choice([0, 16, 24])] + [
+            source.randrange(5, 1000) for _ in range(source.randrange(1, 9))
+        ]
+        params: dict[str, Any] = {"temperature": float(i % 2), "seed": i, "ignore_eos": True, "logprobs": i % 3 == 0}
+        if i % 4 == 1:
+            params |= {"frequency_penalty": 0.5, "top_p": 0.9}
+        if i % 6 == 5:
+            params |= {"grammar": Grammar("regex", "[a-z ]{20,200}"), "ignore_eos": False}
+        found.append((prompt, SamplingParams(max_new_tokens=source.randrange(TOKENS // 2, TOKENS), **params)))
+    return found
+
+
+async def answers(client: EngineClient, everyone: list[Asked]) -> list[tuple[list[int], int, str]]:
+    """Tokens, logprobs told and the reason of the end, of all of them at once."""
+
+    async def one(prompt: list[int], params: SamplingParams) -> tuple[list[int], int, str]:
+        tokens, logprobs, reason = list[int](), 0, ""
+        async for output in client.submit(prompt, params):
+            tokens += output.tokens
+            logprobs += len(output.logprobs)
+            reason = output.finish.reason if output.finish else ""
+        return tokens, logprobs, reason
+
+    return await asyncio.gather(*(one(*each) for each in everyone))
+
+
+async def strike(client: EngineClient, source: random.Random, number: signal.Signals, times: int) -> None:
+    """Each at a random moment after the engine is back."""
+    supervisor, pid = client.transport, None
+    assert isinstance(supervisor, Supervisor)
+    for _ in range(times):
+        while not supervisor._ready or supervisor.pid in (None, pid):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(source.random() * (3 if SOAK else 0.6))
+        pid = supervisor.pid
+        assert pid is not None
+        os.kill(pid, number)
+
+
+@pytest.mark.timeout(3600 if SOAK else 300)
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, DEATHS), (signal.SIGSTOP, 1)])
+def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, times: int
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    everyone = asked(random.Random(7))
+    watched = Supervision(watchdog_timeout=60.0 if number == signal.SIGKILL else 8.0, max_restarts=100, back_off=(0.0,))
+    config = EngineConfig(device="cpu", max_total_tokens=20_000 if SOAK else 4000, random_seed=1)
+
+    async def main() -> None:
+        client = EngineClient.spawn(config, log_level="critical", supervision=watched)
+        try:
+            await client.start()
+            undisturbed = await answers(client, everyone)
+            striking = asyncio.create_task(strike(client, random.Random(3), number, times))
+            found = await answers(client, everyone)
+            while not striking.done():  # in soak the streams may be done before the last death
+                found = await answers(client, everyone)
+                assert found == undisturbed
+            await striking
+        finally:
+            await client.close()
+        assert found == undisturbed
+        assert {reason for *_, reason in found} <= {"length", "stop"}
+        assert client.stats.restarts == times
+        assert client.stats.resumed > 0
+        print(f"{len(found)} streams, {times} of {number.name}: {client.stats.resumed} requests resumed")
+
+    asyncio.run(main())
