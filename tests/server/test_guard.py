@@ -208,8 +208,9 @@ def test_silent_connections_make_room_for_those_that_speak(serve: Serve) -> None
         with running.http() as http:
             for _ in range(5):
                 assert http.post(TEXT, json=BODY).status_code == 200
-        dropped = sum(said_nothing_more(one) for one in silent)
-        assert dropped >= 60 - 8
+        dropped = [said_nothing_more(one) for one in silent]
+        assert sum(dropped) >= 60 - 8
+        assert not dropped[-1], "the oldest go first"
         for one in silent:
             one.close()
 
@@ -240,6 +241,13 @@ def test_bodies_together_take_no_more_than_they_may(parts: list[tuple[int, int]]
             with pytest.raises(refusal):
                 bodies.take(size, sizes[which])
     assert bodies.held == sum(sizes.values()) <= 100
+
+
+def test_bodies_that_were_read_take_no_room_any_more(serve: Serve) -> None:
+    with serve(ServerConfig(max_body_mb=1)) as running, running.http() as http:
+        for _ in range(3 * guard.BODIES):
+            body = {"prompt": "a" * 1_000_000}
+            assert http.post(TEXT, json=body).status_code == 400
 
 
 # --- how much is taken in ---
