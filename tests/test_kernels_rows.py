@@ -1,0 +1,228 @@
+"""Kernels over rows on the host, thread by thread: products, rotation with KV write, sums with norms, SwiGLU."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pippin.graph import DecodeTable, padded_length, padded_lengths
+from pippin.kernels import fused, paged, products, reference
+from pippin.kernels.checks import CHECKS, check_product
+from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.products import Weights
+from pippin.types import Request, SamplingParams, Work
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+TOLERANCE = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+
+
+def distance(got: mx.array, want: mx.array) -> float:
+    """The largest difference, as a share of the largest wanted number; infinite where one is not a number."""
+    a, b = (np.array(x.astype(mx.float32)) for x in (got, want))
+    return float(np.where(np.isnan(a - b), np.inf, np.abs(a - b)).max() / max(1.0, float(np.abs(b).max())))
+
+
+# (rows, N, K, experts, pairs a row); no experts: one matrix.
+SHAPES = {
+    "one-row": (1, 64, 128, 0, 0),
+    "edge-of-columns": (5, 72, 256, 0, 0),
+    "two-tiles": (33, 40, 96, 0, 0),
+    "many": (70, 64, 384, 0, 0),
+    "narrow": (3, 8, 32, 0, 0),
+    "few-pairs": (1, 48, 128, 8, 2),
+    "experts": (40, 64, 64, 4, 3),
+    "one-expert-has-all": (20, 32, 64, 2, 1),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_the_weights(shape: str, dtype: mx.Dtype, bits: int) -> None:
+    rows, n, k, experts, each = SHAPES[shape]
+    random = np.random.default_rng(7)
+    x = mx.array(random.standard_normal((rows, k), np.float32)).astype(dtype)
+    w = mx.array(random.standard_normal((experts or 1, n, k), np.float32) / k**0.5).astype(dtype)
+    weights, near = Weights(w), w
+    if bits == 4:
+        group = 64 if k % 64 == 0 else 32
+        packed, scales, biases = mx.quantize(w, group, 4)
+        near, weights = mx.dequantize(packed, scales, biases, group, 4), Weights(packed, scales, biases, 4, group)
+    assert products.takes(x, weights)
+    wide = x.astype(mx.float32)
+    if experts:
+        top = 1 if shape == "one-expert-has-all" else experts
+        indices = mx.array(random.integers(0, top, rows * each).astype(np.int32))
+        want = mx.stack([wide[i // each] @ near[int(e)].astype(mx.float32).T for i, e in enumerate(np.array(indices))])
+        found = [products.product(host_launcher(s), x, weights, indices, each) for s in (0, 1)]
+    else:
+        held = (weights.scales, weights.biases)
+        scales_0, biases_0 = (None if a is None else a[0] for a in held)
+        one = replace(weights, w=weights.w[0], scales=scales_0, biases=biases_0)
+        want = wide @ near[0].astype(mx.float32).T
+        found = [products.product(host_launcher(s), x, one) for s in (0, 1)]
+    for got in found:
+        assert got.dtype == dtype
+        assert distance(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        Weights(mx.zeros((8, 33))),
+        Weights(mx.zeros((12, 64), mx.bfloat16)),
+        Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 1)), None, 4, 64),
+        Weights(mx.zeros((8, 16), mx.uint32), mx.zeros((8, 1)), mx.zeros((8, 1)), 8, 64),
+    ],
+    ids=["width", "rows", "no-biases", "bits"],
+)
+def test_what_the_product_does_not_take_is_left_to_mlx(weights: Weights) -> None:
+    assert not products.takes(mx.zeros((2, 64), mx.bfloat16), weights)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dims", "traditional", "dim", "value_dim", "norms"),
+    [(64, False, 64, 64, True), (32, False, 64, 32, False), (80, False, 80, 80, True), (16, True, 48, 64, False)],
+)
+def test_heads_are_normed_turned_and_stored(
+    dtype: mx.Dtype, dims: int, traditional: bool, dim: int, value_dim: int, norms: bool
+) -> None:
+    random = np.random.default_rng(3)
+    heads = fused.Heads(5, 2, dim, value_dim, 8, 8 + 5 * dim, 8 + 7 * dim)
+    width = 8 + 7 * dim + 2 * value_dim
+    y = mx.array(random.standard_normal((3, 1, width), np.float32)).astype(dtype)
+    weight = mx.array(random.standard_normal(dim, np.float32)).astype(dtype)
+    both = (fused.Norm(weight, 1e-5), fused.Norm(weight + 1, 1e-3)) if norms else (None, None)
+    rope = fused.Rope(dims, traditional, 1e4, 1.0)
+    positions, slots = mx.array([0, 7, 5000], dtype=mx.int32), mx.array([4, 0, 2], dtype=mx.int32)
+    q, k, v = reference.heads_of(y[:, 0], heads)
+    q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in zip((q, k), both, strict=True))
+    q, k = (reference.rope(x, positions, dims, rope.frequencies, traditional=traditional) for x in (q, k))
+    for schedule in (0, 1, 2):
+        pools = mx.zeros((5, 2, dim), dtype), mx.zeros((5, 2, value_dim), dtype)
+        mx.eval(pools)
+        got, _ = fused.rope_kv_write(host_launcher(schedule), y, *pools, heads, rope, positions, slots, both, None)
+        assert distance(got, q) < TOLERANCE[dtype]
+        assert distance(pools[0][slots], k) < TOLERANCE[dtype]
+        assert mx.array_equal(pools[1][slots], v).item()
+        assert not mx.any(pools[0][mx.array([1, 3])]).item(), "and nothing else"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 264, 4096])
+def test_sums_are_normed(dtype: mx.Dtype, width: int) -> None:
+    random = np.random.default_rng(5)
+    x, r, weight = (mx.array(random.standard_normal((2, 1, width), np.float32)).astype(dtype) for _ in range(3))
+    assert fused.takes_rows(width, dtype)
+    total, out = fused.add_rms_norm(host_launcher(2), x, r, fused.Norm(weight[0, 0], 1e-6))
+    want = reference.add_rms_norm(x, r, weight[0, 0], 1e-6)
+    assert total.shape == out.shape == x.shape
+    assert distance(total, want[0]) == 0
+    assert distance(out, want[1]) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_of_a_whole_row(dtype: mx.Dtype) -> None:
+    y = mx.array(np.random.default_rng(5).standard_normal((3, 1, 2 * 520), np.float32) * 4).astype(dtype)
+    got = fused.swiglu(host_launcher(1), y)
+    assert got.shape == (3, 1, 520)
+    assert distance(got, reference.swiglu(y)) < TOLERANCE[dtype]
+
+
+PLANTED: dict[str, tuple[str, str, str]] = {
+    "rotation by the wrong half": ("rope_kv_write", "second ? e - HALF : e + HALF", "second ? e - HALF + 1 : e + HALF"),
+    "a head's norm with the other's weight": (
+        "rope_kv_write",
+        "is_q ? float(q_weight[e]) : float(k_weight[e])",
+        "float(k_weight[e])",
+    ),
+    "values where keys go": ("rope_kv_write", "(slot * HKV + h) * DV + e", "(slot * HKV + 1 - h) * DV + e"),
+    "no wait for the other lanes": ("rope_kv_write", "  BARRIER();", "  "),
+    "a warp's sum left out": ("add_rms_norm", "w < WARPS; w++", "w < WARPS - 1; w++"),
+    "the sum not rounded": ("add_rms_norm", "total)[first + i] = c;", "total)[first + i] = a;"),
+    "gate and up exchanged": ("swiglu", "row * 2 * ROW + i]", "(row * 2 + 1) * ROW + i]"),
+    "a part of K left out": ("product", "k += WARPS * STEP", "k += (WARPS + 1) * STEP"),
+    "rows of the wrong pair": ("product", "mine[i] / PER", "mine[i] / (PER + 1)"),
+    "the next group's scale": ("product", "row * GROUPS + at / GROUP", "row * GROUPS + (at / GROUP + 1) % GROUPS"),
+    "warps not waited for": ("product", "      BARRIER();\n      for (int j = tid", "      for (int j = tid"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_found(fault: str) -> None:
+    """By the self-check that would have to find them on a machine that nobody has seen."""
+    name, line, planted = PLANTED[fault]
+    seen = []
+
+    def edit(text: str) -> str:
+        seen.append(line in text)
+        return text.replace(line, planted)
+
+    check: Callable[..., bool] = CHECKS[name]  # type: ignore[index]
+    tuning = paged.Tuning(matrix=True)
+    dtype = mx.bfloat16 if name == "product" else mx.float32
+    with mx.stream(mx.cpu):
+        assert check(host_launcher(1), dtype, tuning)
+        found = [
+            check(host_launcher(schedule, seed, edit), dtype, tuning) for schedule, seed in ((0, 0), (1, 0), (2, 3))
+        ]
+    assert any(seen)
+    assert not all(found)
+
+
+def test_no_one_checks_products_where_no_one_launches_them() -> None:
+    assert check_product(lambda *_: [], mx.float32, paged.Tuning(matrix=True))
+    assert check_product(lambda *_: [], mx.bfloat16, paged.Tuning(matrix=False))
+
+
+# --- the inputs of compiled steps ---
+
+
+@given(
+    page=st.sampled_from([1, 4, 16]),
+    starts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    steps=st.integers(1, 40),
+    forgets=st.sets(st.integers(0, 39), max_size=3),
+    leaves=st.integers(0, 39),
+)
+def test_a_table_that_changes_by_what_is_new_is_the_one_made_anew(
+    page: int, starts: list[int], steps: int, forgets: set[int], leaves: int
+) -> None:
+    random = np.random.default_rng(len(starts) + steps)
+    requests = [Request(str(i), [7] * (n + 1), n + 1, SamplingParams(), row=i + 1) for i, n in enumerate(starts)]
+    for request, start in zip(requests, starts, strict=True):
+        pages = random.permutation(200)[: (start + steps) // page + 1] + 1
+        request.slots = array("i", [int(p) * page + i for p in pages for i in range(page)])
+    table, at = DecodeTable(page), list(starts)
+    for step in range(steps):
+        here = list(range(len(requests)))[1:] if step == leaves else list(range(len(requests)))
+        works = [Work(requests[i], at[i], at[i] + 1, True) for i in here]
+        if step in forgets:
+            table.forget()
+        if works:
+            got = table.inputs(works, 8)
+            assert np.array_equal(got, DecodeTable(page).inputs(works, 8))
+        for i in here:
+            at[i] += 1
+
+
+def test_compiled_lengths_are_few_and_cover_every_context() -> None:
+    assert padded_lengths(40_960) == [256, 512, 1024, 2048, 4096, 16384, 65536]
+    assert padded_lengths(1) == [256]
+    for tokens in range(1, 70_000, 37):
+        assert tokens <= padded_length(tokens) <= max(256, 4 * tokens)
+        assert padded_length(tokens) in padded_lengths(70_000)
