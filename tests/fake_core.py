@@ -17,7 +17,9 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError, RequestError
 from pippin.profile.marks import READ, STEP, Label
 from pippin.types import (
+    AdaptersChanged,
     Finish,
+    LoadAdapter,
     Marks,
     ModelInfo,
     Output,
@@ -30,6 +32,7 @@ from pippin.types import (
     StopProfile,
     Submit,
     TokenLogprob,
+    UnloadAdapter,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +99,8 @@ class FakeCore:
         self.seconds = seconds
         self.running: dict[str, tuple[Submit, list[int]]] = {}
         self.notices: list[Output] = []
+        self.adapters: dict[str, str] = {}
+        self.asked: list[Submit] = []
         self.seen: set[tuple[int, ...]] = set()
         self.steps = 0
         self.cached_tokens = 0
@@ -129,7 +134,11 @@ class FakeCore:
             raise ZeroDivisionError("unforeseen")
         if KILL in submit.tokens:
             os.kill(os.getpid(), signal.SIGKILL)
+        name = submit.params.lora_path
+        if name is not None and name not in self.adapters:
+            raise RequestError(f"there is no LoRA adapter {name!r} here", "lora_path", 404)
         self.running[submit.id] = (submit, list(submit.tokens))
+        self.asked = [*self.asked[-20:], submit]
         self.prompt_tokens += submit.num_prompt
         self.cached_tokens += self._num_cached(submit)
 
@@ -144,6 +153,18 @@ class FakeCore:
 
     def watch(self, note: Callable[[Sequence[str]], None]) -> None:
         self.note = note
+
+    def change_adapters(self, command: LoadAdapter | UnloadAdapter) -> AdaptersChanged:
+        """Any path is an adapter, unless it is called missing; it changes nothing in the answers."""
+        error = ""
+        if isinstance(command, LoadAdapter):
+            if command.path == "missing":
+                error = "missing holds no LoRA adapter"
+            else:
+                self.adapters[command.name] = command.path
+        elif self.adapters.pop(command.name, None) is None and command.name == "missing":
+            error = f"there is no LoRA adapter {command.name!r} here"
+        return AdaptersChanged(command.id, dict(self.adapters), error, "lora_path")
 
     def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Marks of its steps, as far as a core without a device has any."""

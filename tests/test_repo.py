@@ -60,6 +60,7 @@ kernels <- models
 config <- models <- attention
 types <- penalties <- sampler <- graph <- runner
 inputs <- pooling <- runner
+inputs <- models
 client <- embedding <- server
 embedding <- engine
 text <- embedding
@@ -396,7 +397,7 @@ def test_python_in_docs_imports_what_there_is(path: Path) -> None:
 def test_docs_list_every_sampling_parameter() -> None:
     section = text_of("docs/python.md").split("## sampling_params")[1].split("## ")[0]
     listed = {name for line in section.splitlines() if line.startswith("| `") for name in named_first(line)}
-    fields_of_their_own = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar"}
+    fields_of_their_own = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar", "lora_path"}
     assert listed == set(SamplingParams.__struct_fields__) - fields_of_their_own
 
 

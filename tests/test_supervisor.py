@@ -15,10 +15,10 @@ import pytest
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig
-from pippin.errors import EngineError
+from pippin.errors import EngineError, RequestError
 from pippin.restarts import Supervision
 from pippin.supervisor import Job, Supervisor
-from pippin.types import CacheMiss, Output, SamplingParams, Submit, TokenLogprob
+from pippin.types import CacheMiss, LoadAdapter, Output, SamplingParams, Submit, TokenLogprob, UnloadAdapter
 from tests.fake_core import HANG, KILL, PYTHONPATH, expected
 
 GREEDY = SamplingParams(max_new_tokens=60, temperature=0)
@@ -275,3 +275,25 @@ def test_a_prompts_logprobs_and_what_the_cache_gave_are_told_once() -> None:
     assert job.again().tokens == [*range(9), 50]
     again = job.take(Output("a", [51], num_cached=0))
     assert (again.num_cached, again.miss) == (3, CacheMiss("cold"))
+
+
+def test_adapters_that_were_loaded_while_serving_are_there_again_after_a_restart() -> None:
+    async def main() -> None:
+        async with served() as client:
+            for name in ("one", "two"):
+                changed = await client.change_adapters(LoadAdapter(name, name, f"/{name}"))
+                assert not changed.error
+            await client.change_adapters(UnloadAdapter("three", "one"))
+            params = SamplingParams(max_new_tokens=60, temperature=0, lora_path="two")
+            answer = asyncio.create_task(collect(client, [3], params))
+            await asyncio.sleep(0.05)
+            strike(client)
+            await until(lambda: not supervisor_of(client)._ready)
+            refused = await client.change_adapters(LoadAdapter("four", "four", "/four"))
+            assert (refused.status, refused.adapters) == (503, {"two": "/two"})
+            assert (await answer).tokens == expected([3], 60)
+            assert client.adapters == {"two": "/two"}
+            with pytest.raises(RequestError, match="no LoRA adapter"):
+                await collect(client, [3], SamplingParams(lora_path="one"))
+
+    finish(main())

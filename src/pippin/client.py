@@ -26,10 +26,12 @@ from pippin.supervisor import Supervisor
 from pippin.transport import ProcessTransport, ThreadTransport, Transport
 from pippin.types import (
     Abort,
+    AdaptersChanged,
     Event,
     Fatal,
     Flush,
     Flushed,
+    LoadAdapter,
     Marks,
     ModelInfo,
     Output,
@@ -41,6 +43,7 @@ from pippin.types import (
     Stats,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 from pippin.worker import CORE, Load
 
@@ -98,6 +101,9 @@ class EngineClient:
         self._info: ModelInfo | None = None
         self._journal: dict[str, Live] = {}
         self._flushes: dict[str, asyncio.Future[Flushed]] = {}
+        self.adapters: dict[str, str] = {}
+        """LoRA adapters that requests can name, with their paths."""
+        self._changes: dict[str, asyncio.Future[AdaptersChanged]] = {}
         self._ready: asyncio.Future[ModelInfo] | None = None
         self._random = random.Random(seed)
         self._count = itertools.count()
@@ -212,6 +218,14 @@ class EngineClient:
         self.transport.send(Flush(id))
         return await self._flushes[id]
 
+    async def change_adapters(self, command: LoadAdapter | UnloadAdapter) -> AdaptersChanged:
+        """Load or forget a LoRA adapter; the answer has an ``error`` if that can't be done."""
+        if self.failure is not None:
+            raise self.failure
+        self._changes[command.id] = asyncio.get_running_loop().create_future()
+        self.transport.send(command)
+        return await self._changes[command.id]
+
     async def close(self) -> None:
         """End the worker, at once if it is still loading; requests still live fail with EngineError."""
         await self.profiler.close(CLOSE_SECONDS)
@@ -237,13 +251,17 @@ class EngineClient:
             case Flushed(id):
                 if (waiter := self._flushes.pop(id, None)) is not None and not waiter.done():
                     waiter.set_result(event)
+            case AdaptersChanged(id, adapters):
+                self.adapters = adapters
+                if (change := self._changes.pop(id, None)) is not None and not change.done():
+                    change.set_result(event)
             case ProfileStarted() | Marks():
                 self.profiler.hear(event)
             case Progress():
                 self.progress = event
                 self.on_progress(event)
             case Ready(info):
-                self._info = info
+                self._info, self.adapters = info, info.lora_paths
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(info)
             case Fatal(kind, message):
@@ -270,7 +288,8 @@ class EngineClient:
         for live in journal.values():
             live.fail(self.failure)
         flushes, self._flushes = self._flushes, {}
-        for waiter in [*flushes.values(), self._ready]:
+        changes, self._changes = self._changes, {}
+        for waiter in [*flushes.values(), *changes.values(), self._ready]:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(self.failure)
 

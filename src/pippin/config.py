@@ -107,6 +107,9 @@ class EngineConfig:
         "checkpoint says, or else the last.",
         choices=POOLINGS,
     )
+    lora_paths: list[str] | None = option(  # noqa: RUF009 - the default is None
+        None, "A LoRA adapter to load, as NAME=DIRECTORY, of PEFT or mlx-lm; may be given several times."
+    )
     random_seed: int | None = option(None, "Seed for requests that bring none.")
     disable_memory_sharing: bool = option(
         False, "Plan as if no other Pippin ran on this machine, and let others plan as if this one did not."

@@ -16,6 +16,7 @@ from pippin.backend import prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
 
+import mlx.nn as nn
 import mlx_lm
 import msgspec
 import numpy as np
@@ -30,7 +31,7 @@ from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
 from pippin.claims import claims_folder, share
 from pippin.config import EngineConfig
-from pippin.errors import ConfigError, RequestError
+from pippin.errors import ConfigError, ModelError, RequestError
 from pippin.grammar.compiler import GrammarCompiler, compiler_of
 from pippin.grammar.matcher import GrammarMatcher
 from pippin.kvdisk import DiskTier, open_tier
@@ -50,6 +51,7 @@ from pippin.memory import (
     watch_memory,
 )
 from pippin.models.load import LoadedModel, load_mlx_model
+from pippin.models.lora import Adapter, Adapters
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.profile.engine import Tell, open_profile
@@ -58,19 +60,23 @@ from pippin.runner import Flight, MlxModelRunner, ModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
 from pippin.types import (
+    AdaptersChanged,
     Batch,
     Finish,
+    LoadAdapter,
     ModelInfo,
     Output,
     Pooling,
     Progress,
     Request,
     RowResult,
+    SamplingParams,
     StartProfile,
     Stats,
     StepOutput,
     StopProfile,
     Submit,
+    UnloadAdapter,
     Work,
 )
 from pippin.watermarks import MemoryWatch
@@ -108,12 +114,14 @@ class EngineCore:
         canary: KVCanary | None = None,
         memory: MemoryWatch | None = None,
         disk: DiskTier | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.info = info
         self._memory = memory
         self._traces = traces
         self._canary = canary
         self._disk = disk
+        self._adapters = adapters
         self._scheduler = scheduler
         self._runner = runner
         self._overlap = self._may_overlap = overlap
@@ -174,6 +182,7 @@ class EngineCore:
             arrival=time.monotonic(),
             eos=self._eos,
             pooling=submit.pooling,
+            adapter=self._adapter_of(submit.params),
         )
         self._check_pooling(request.pooling)
         grammar = request.params.grammar
@@ -187,6 +196,29 @@ class EngineCore:
             generated = request.tokens[request.num_prompt :]
             future = self._grammars.submit(grammar, generated, request.params.ignore_eos)
             self._compiling[request.id] = request, future
+
+    def _adapter_of(self, params: SamplingParams) -> Adapter | None:
+        if params.lora_path is None:
+            return None
+        if self._adapters is None:
+            raise RequestError("LoRA adapters run on MLX only; leave --device torch out", "lora_path")
+        return self._adapters.find(params.lora_path)
+
+    def change_adapters(self, command: LoadAdapter | UnloadAdapter) -> AdaptersChanged:
+        """Loads or forgets a LoRA adapter; the requests that run go on as they are."""
+        if self._adapters is None:
+            return AdaptersChanged(command.id, {}, "LoRA adapters run on MLX only; leave --device torch out")
+        error, field, status = "", None, 400
+        try:
+            if isinstance(command, LoadAdapter):
+                self._adapters.load(command.name, command.path)
+            else:
+                self._adapters.unload(command.name)
+        except RequestError as refused:
+            error, field, status = refused.message, "lora_name", refused.status
+        except ModelError as refused:
+            error, field = str(refused), "lora_path"
+        return AdaptersChanged(command.id, dict(self._adapters.paths), error, field, status)
 
     def _check_pooling(self, pooling: Pooling | None) -> None:
         if pooling is None:
@@ -202,7 +234,7 @@ class EngineCore:
         """Hands a request to the scheduler. Raises RequestError if it can't be served."""
         if request.matcher is not None and request.matcher.ended:  # a resumed stream that had reached its end
             request.finish = Finish("stop")
-        elif self._disk is not None and self._disk.begin(request):
+        elif self._disk is not None and request.adapter is None and self._disk.begin(request):
             return
         else:
             self._scheduler.add(request)
@@ -245,6 +277,8 @@ class EngineCore:
 
     def _keep(self, request: Request) -> None:
         """What an ended request has computed is offered to the disk."""
+        if request.adapter is not None:  # the files are of the model as it is
+            return
         if self._disk is not None and request.finish is not None and request.finish.reason != "error":
             self._disk.offer(request.tokens)
 
@@ -610,6 +644,18 @@ def build_runner(
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 
 
+def load_adapters(model: nn.Module, config: EngineConfig) -> Adapters:
+    """The model's LoRA adapters, those of ``--lora-paths`` loaded. Raises ConfigError that names the one at fault."""
+    adapters = Adapters(model)
+    for given in config.lora_paths or []:
+        name, _, path = given.partition("=")
+        try:
+            adapters.load(name, path or name)
+        except (RequestError, ModelError) as error:
+            raise ConfigError(f"{given}: {error}", "--lora-paths") from error
+    return adapters
+
+
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
     """An engine over a runner that holds what ``info`` says."""
     allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size)
@@ -626,6 +672,9 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
     traces = runner.traces if isinstance(runner, MlxModelRunner) else (lambda: 0)
+    adapters = load_adapters(runner.model, config) if isinstance(runner, MlxModelRunner) else None
+    if adapters is not None:
+        info = msgspec.structs.replace(info, lora_paths=dict(adapters.paths))
     canary = KVCanary(allocator.num_pages * allocator.page_size) if config.kv_canary != "none" else None
     return EngineCore(
         scheduler,
@@ -635,6 +684,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         grammars=compiler_of(config, info),
         traces=traces,
         canary=canary,
+        adapters=adapters,
         memory=watch_memory(info) if info.budget_bytes else None,
         disk=_disk(runner, info, config, scheduler, canary),
     )

@@ -142,8 +142,8 @@ class DecodeGraphs:
         self._table = DecodeTable(pool.page_size)
 
     def takes(self, works: Sequence[Work]) -> bool:
-        """Whether a step can go through a graph: decodes only, and few enough."""
-        return len(works) <= self.most_rows and all(w.decodes for w in works)
+        """Whether a step can go through a graph: decodes of the model as it is only, and few enough."""
+        return len(works) <= self.most_rows and all(w.decodes and w.request.adapter is None for w in works)
 
     def size(self, works: Sequence[Work]) -> int:
         """The rows that the step is padded to."""

@@ -18,6 +18,7 @@ from pippin.cache.pool import KVPool
 from pippin.graph import DecodeGraphs, padded_lengths
 from pippin.inputs import Step
 from pippin.models.deferred import Fusions
+from pippin.models.lora import AdapterRows, adapter_rows
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
 from pippin.pooling import PooledRows, Vectors, pool, pooled_rows, read_vectors, rows_of_tokens
@@ -411,7 +412,7 @@ class MlxModelRunner:
             rows = [step.lasts[i] for i in mine]
             more = _rows_of(step, part, [p for p in prompts if first <= p.work < first + len(part)], first)
             last, kept = rows_of_tokens(step, part, pools, first)
-            logits, hidden = self._run(step, rows + more + last, kept)
+            logits, hidden = self._run(step, rows + more + last, kept, adapter_rows(step, part))
             heads.append(logits[: len(rows)])
             tails.append(logits[len(rows) : len(rows) + len(more)])
             labelled.append(logits[len(rows) + len(more) :][: len(last)])
@@ -429,10 +430,16 @@ class MlxModelRunner:
         found = mx.concatenate(wanted if any(map(len, wanted)) else [logits])
         return found, mx.concatenate(tokens), mx.concatenate(states) if states else None
 
-    def _run(self, step: Step, rows: Sequence[int], kept: Sequence[int] = ()) -> tuple[mx.array, mx.array | None]:
-        """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows."""
+    def _run(
+        self, step: Step, rows: Sequence[int], kept: Sequence[int], adapted: AdapterRows | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows.
+
+        Where adapters change some rows, nothing is put together: joined projections know nothing of adapters.
+        """
         pooled = mx.array([*kept], dtype=mx.int32) if kept else None
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled)
+        fusions = self.fusions if adapted is None else NO_FUSIONS
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), fusions, pooled, adapted)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         if step.states is not None and self.pool.states is not None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pippin.cache.radix import Match, RadixCache
+from pippin.cache.radix import Match, Node, RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
 from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
@@ -397,7 +397,7 @@ class Scheduler:
         if self._policy == "lpm" and self._rows and self._lpm_turn % _LPM_TURNS != _LPM_TURNS - 1:
             return sorted(
                 self._waiting[:_LPM_WINDOW],
-                key=lambda r: (-r.priority, not r.retractions, -self._radix.peek(r.tokens, self.reusable(r)), r.seq),
+                key=lambda r: (-r.priority, not r.retractions, -self._known(r), r.seq),
             )[: len(self._rows)]
         return self._waiting[: len(self._rows)]
 
@@ -406,7 +406,7 @@ class Scheduler:
 
         ``whole``: only if no more tokens than that are left to compute.
         """
-        found = self._radix.match(request.tokens, self.reusable(request))
+        found = self._radix.match(request.tokens, self.reusable(request), self._root(request))
         cached = len(found.slots)
         wanted = self._claim(request) - self._pages(cached)
         if wanted + claimed > self._room() or (whole is not None and request.length - cached > whole):
@@ -486,10 +486,18 @@ class Scheduler:
         limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
         return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
 
+    def _known(self, request: Request) -> int:
+        """How many of a waiting request's tokens are cached."""
+        return self._radix.peek(request.tokens, self.reusable(request), self._root(request))
+
+    def _root(self, request: Request) -> Node:
+        """Where its prefixes begin: K and V of one adapter are no other's."""
+        return self._radix.root_of(request.adapter.key if request.adapter is not None else None)
+
     def _explain(self, request: Request) -> None:
         """Notes why a newcomer finds no more of its prompt."""
         if self._radix.enabled and not request.retractions:
-            request.miss = self._radix.miss(request.tokens, self.reusable(request))
+            request.miss = self._radix.miss(request.tokens, self.reusable(request), self._root(request))
             if request.miss is not None:
                 self._misses[request.miss.reason] += 1
 

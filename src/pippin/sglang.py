@@ -24,7 +24,7 @@ TextOf = Callable[[int], str | None]
 
 _NAMES = tuple(f.name for f in msgspec.structs.fields(SamplingParams))
 # What `generate` says in arguments of its own, so it is no key of sampling_params.
-_NOT_KEYS = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar"}
+_NOT_KEYS = {"logprobs", "top_logprobs", "prompt_logprobs", "grammar", "lora_path"}
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 

@@ -20,6 +20,7 @@ from pippin.restarts import Docket, Restarts, Supervision, Watchdog
 from pippin.transport import OnEnd, OnEvent, Transport
 from pippin.types import (
     Abort,
+    AdaptersChanged,
     CacheMiss,
     Command,
     Event,
@@ -27,6 +28,7 @@ from pippin.types import (
     Finish,
     Flush,
     Flushed,
+    LoadAdapter,
     Marks,
     Output,
     Ping,
@@ -38,6 +40,7 @@ from pippin.types import (
     Stats,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 
 log = logging.getLogger(__name__)
@@ -130,6 +133,8 @@ class Supervisor:
         self._docket = Docket()
         self._jobs: dict[str, Job] = {}
         self._flushes: list[Flush] = []
+        self._adapters: dict[str, str] = {}  # LoRA adapters that a new child is to have
+        self._changing: set[str] = set()
         self._profile: str | None = None
         self._profiling = False
         self._child: Child | None = None
@@ -173,6 +178,11 @@ class Supervisor:
                     return
                 self._flushes.append(command)
                 self._pass(command)
+            case LoadAdapter(id=id) | UnloadAdapter(id=id) if not self._ready:
+                self._tell(self._unchanged(id))
+            case LoadAdapter(id=id) | UnloadAdapter(id=id):
+                self._changing.add(id)
+                self._pass(command)
             case StartProfile(id=id) if not self._ready:
                 self._tell(ProfileStarted(id, 0, 0, "the engine is restarting; try again in a while"))
             case StartProfile(id=id):
@@ -198,6 +208,20 @@ class Supervisor:
     def _tell(self, event: Event) -> None:
         """Hands on an event in a while: whoever sends does not expect answers meanwhile."""
         asyncio.get_running_loop().call_soon(self._on_event, event)
+
+    def _unchanged(self, id: str) -> AdaptersChanged:
+        said = "the engine is restarting; try again in a while"
+        return AdaptersChanged(id, dict(self._adapters), said, status=503)
+
+    def _restored(self, event: Ready) -> Ready:
+        """Gives a new child the LoRA adapters that were loaded and forgotten since the first one began."""
+        assert self._child is not None
+        given = event.info.lora_paths
+        for name in [n for n in given if given[n] != self._adapters.get(n)]:
+            self._child.send(UnloadAdapter("", name))
+        for name in [n for n in self._adapters if given.get(n) != self._adapters[n]]:
+            self._child.send(LoadAdapter("", name, self._adapters[name]))
+        return Ready(msgspec.structs.replace(event.info, lora_paths=dict(self._adapters)))
 
     def _submit(self, submit: Submit) -> None:
         if self._down:
@@ -254,6 +278,9 @@ class Supervisor:
                 self._pinged = False
             case Ready():
                 self._on_ready(event)
+            case AdaptersChanged(id="", error=error):
+                if error:
+                    log.warning("a LoRA adapter could not be loaded again: %s", error)
             case Fatal(_, message) if self._load_seconds is not None:
                 self._said = f"the engine stopped: {message}"  # and the child ends
             case Progress() if self._load_seconds is not None:
@@ -266,6 +293,9 @@ class Supervisor:
         match event:
             case Flushed(id):
                 self._flushes = [flush for flush in self._flushes if flush.id != id]
+            case AdaptersChanged(id, adapters):
+                self._adapters = dict(adapters)
+                self._changing.discard(id)
             case ProfileStarted():
                 self._profiling = not event.error
             case Marks() if event.ended:
@@ -290,7 +320,9 @@ class Supervisor:
         seconds = self._clock() - self._began
         if self._load_seconds is None:
             self._load_seconds = seconds
+            self._adapters = dict(event.info.lora_paths)
         else:
+            event = self._restored(event)
             log.warning("the engine is back after %.1f s; %d requests go on", seconds, len(self._jobs))
         self._watchdog = Watchdog(self.supervision.watchdog_timeout)
         for flush in self._flushes:
@@ -348,6 +380,9 @@ class Supervisor:
         elif self._profile is not None:
             self._on_event(ProfileStarted(self._profile, 0, 0, why))
         self._profile = None
+        for id in self._changing:
+            self._on_event(self._unchanged(id))
+        self._changing.clear()
         for id, job in [*self._jobs.items()]:
             if id == guilty:
                 log.error("request %s is failed: the engine died on it twice", id)

@@ -46,6 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ``stop`` strings are found in the text, outside of the engine process; ``stop_token_ids`` in it.
     ``top_logprobs`` counts the alternatives reported beside each token when ``logprobs`` is set.
     ``prompt_logprobs`` reports each prompt token's logprob too, and so recomputes the whole prompt.
+    ``lora_path`` is the name of a LoRA adapter that is loaded.
     ``grammar`` is what the answer's text must be; its end ends the answer, and nothing else but its limit does before.
 
     Raises RequestError naming the field that is out of range.
@@ -73,6 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
+    lora_path: str | None = None
 
     def __post_init__(self) -> None:
         for name, ok, need in (
@@ -157,6 +159,13 @@ class CacheMiss(msgspec.Struct, frozen=True):
 # --- inside the engine ---
 
 
+class LoraAdapter(Protocol):
+    """A loaded LoRA adapter; ``key`` is no other's, of the same name neither."""
+
+    @property
+    def key(self) -> str: ...
+
+
 class Matcher(Protocol):
     """One answer's place in its grammar: it has taken the tokens that the host has seen, and no others."""
 
@@ -188,7 +197,7 @@ class Request:
     ``miss`` says why no more of the prompt came from the cache. ``arrival`` and ``entered`` are seconds of
     time.monotonic: when it came, and when it first left the queue (None before).
     ``pooling`` asks for a vector and no tokens; ``pooled`` float32 [n] is the sum of what the steps read so far gave,
-    and ``scored`` counts the tokens that are in it (``mean``).
+    and ``scored`` counts the tokens that are in it (``mean``). ``adapter`` changes the model for it.
     """
 
     id: str
@@ -216,6 +225,7 @@ class Request:
     entered: float | None = None
     pooling: Pooling | None = None
     pooled: npt.NDArray[np.float32] | None = None
+    adapter: LoraAdapter | None = None
 
     @property
     def waited(self) -> float:
@@ -309,6 +319,21 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     id: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Reads a LoRA adapter from a directory; the answer is AdaptersChanged."""
+
+    id: str
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forgets a LoRA adapter; the answer is AdaptersChanged. Requests that have it end with it."""
+
+    id: str
+    name: str
+
+
 class StartProfile(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Records the engine's steps; the answer is a ProfileStarted, then Marks come until one that has ``ended``.
 
@@ -339,7 +364,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine process after the step in flight."""
 
 
-Command = Submit | Abort | Flush | StartProfile | StopProfile | Ping | Shutdown
+Command = Submit | Abort | Flush | LoadAdapter | UnloadAdapter | StartProfile | StopProfile | Ping | Shutdown
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -433,6 +458,16 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     """The answer to a Ping."""
 
 
+class AdaptersChanged(msgspec.Struct, frozen=True, tag=True):
+    """The LoRA adapters that are loaded now, name to path; ``error`` says why nothing changed, ``field`` at what."""
+
+    id: str
+    adapters: dict[str, str]
+    error: str = ""
+    field: str | None = None
+    status: int = 400
+
+
 class ProfileStarted(msgspec.Struct, frozen=True, tag=True):
     """A profile runs now, or not: ``error`` says why, ``field`` at what.
 
@@ -502,6 +537,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     activation_bytes: int = 0
     budget_bytes: int = 0
     device_bytes: int = 0
+    lora_paths: dict[str, str] = {}
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -515,4 +551,4 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Event = StepOutput | Flushed | Pong | ProfileStarted | Marks | Progress | Ready | Fatal
+Event = StepOutput | Flushed | AdaptersChanged | Pong | ProfileStarted | Marks | Progress | Ready | Fatal

@@ -29,12 +29,14 @@ from pippin.logs import configure
 from pippin.recorder import Recorder
 from pippin.types import (
     Abort,
+    AdaptersChanged,
     Command,
     Event,
     Fatal,
     Finish,
     Flush,
     Flushed,
+    LoadAdapter,
     Marks,
     ModelInfo,
     Output,
@@ -49,6 +51,7 @@ from pippin.types import (
     StepOutput,
     StopProfile,
     Submit,
+    UnloadAdapter,
 )
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,9 @@ class Core(Protocol):
 
     def watch(self, note: Callable[[Sequence[str]], None]) -> None:
         """From here on ``note`` is told the ids of each step's requests before it is queued."""
+
+    def change_adapters(self, command: LoadAdapter | UnloadAdapter) -> AdaptersChanged:
+        """Load or forget a LoRA adapter. Raises nothing."""
 
     def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Begin to record steps, or end it; ``tell`` hears the answer, and spans as they come. Raises nothing."""
@@ -135,6 +141,9 @@ def serve(core: Core, receive: Receive, send: Send, recorder: Recorder | None = 
                 return
             if isinstance(command, StartProfile | StopProfile):
                 core.profile(command, send)
+                continue
+            if isinstance(command, LoadAdapter | UnloadAdapter):
+                send(core.change_adapters(command))
                 continue
             if recorder is not None and isinstance(command, Submit):
                 recorder.take_in(command.id)

@@ -73,11 +73,16 @@ class RadixCache:
         self.enabled = enabled
         self.snapshots = snapshots
         self.root = Node()
+        self._roots: dict[str, Node] = {}
         self._allocator = allocator
         self._page = allocator.page_size
         self._heap: list[tuple[int, int, Node]] = []  # candidates, by recency; checked when popped
         self._clock = count(1)
         self._ties = count()
+
+    def root_of(self, key: str | None) -> Node:
+        """The pin to begin with for tokens that others of another ``key`` must not share; None is everyone's."""
+        return self.root if key is None else self._roots.setdefault(key, Node())
 
     def peek(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
         """How many tokens ``match`` would find; holds nothing and leaves the order of eviction alone."""
@@ -110,15 +115,16 @@ class RadixCache:
         node = self._node(pin)
         for child, same in self._path(node, tokens, end):
             node = child if same == len(child.tokens) else self._split(child, same)
-        if node.end != end or node.snapshot or node is self.root:
+        if node.end != end or node.snapshot or node.parent is None:
             return None
         return self.snapshots.add(node)
 
-    def miss(self, tokens: Sequence[int], end: int) -> CacheMiss | None:
+    def miss(self, tokens: Sequence[int], end: int, root: Node | None = None) -> CacheMiss | None:
         """Why no more of tokens[:end] can be reused; None if what is cached ends where it has been found."""
-        path = self._path(self.root, tokens, end)
+        root = self._node(root)
+        path = self._path(root, tokens, end)
         at, usable = (sum(same for _, same in part) for part in (path, self._usable(path)))
-        node, same = path[-1] if path else (self.root, 0)
+        node, same = path[-1] if path else (root, 0)
         ended, full = same == len(node.tokens), end - at < self._page
         if ended and not full and any(key == tuple(tokens[at : at + len(key)]) for key in node.gone):
             return CacheMiss("evicted", at)
@@ -191,6 +197,7 @@ class RadixCache:
         """Forgets all there is, held or not, without giving pages back: for when slots are not to be trusted."""
         self.snapshots.reset()
         self.root = Node()
+        self._roots.clear()
         self._heap.clear()
         self.num_cached = self.num_evictable = 0
 

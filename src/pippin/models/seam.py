@@ -33,23 +33,34 @@ class LayerAttention(Protocol):
     def attend(self, q: mx.array | Part, scale: float, mask: object, sinks: mx.array | None) -> mx.array | Attended: ...
 
 
+class Adapted(Protocol):
+    """What adapters add to some rows of a forward; see ``models.lora``."""
+
+    def add(self, path: str, x: mx.array, y: mx.array) -> mx.array: ...
+
+
 class Seam:
     """What the hooks know of the forward under way.
 
     ``owners`` maps the identity of a keys array to the layer that stored it: layers that share another's K and V pass
     that layer's arrays and, some of them, no cache. ``selected`` [n] int32 are the flattened rows for the head.
     ``fusions`` says which values are deferred. ``pooled`` [m] int32 are flattened rows whose hidden states, as the head
-    would get them, are to be kept in ``hidden`` [m, n].
+    would get them, are to be kept in ``hidden`` [m, n]. ``adapted`` are adapters' rows, if there are any.
     """
 
     def __init__(
-        self, selected: mx.array | None, fusions: Fusions = NO_FUSIONS, pooled: mx.array | None = None
+        self,
+        selected: mx.array | None,
+        fusions: Fusions = NO_FUSIONS,
+        pooled: mx.array | None = None,
+        adapted: Adapted | None = None,
     ) -> None:
         self.owners: dict[int, tuple[mx.array | Part, LayerAttention]] = {}
         self.selected = selected
         self.fusions = fusions
         self.pooled = pooled
         self.hidden: mx.array | None = None
+        self.adapted = adapted
 
     def own(self, keys: mx.array | Part, layer: LayerAttention) -> None:
         """Claims ``keys``; holds the array too, so that its identity stays its own."""
@@ -86,6 +97,12 @@ def fusing_now() -> bool:
     """Whether the forward under way puts operations together."""
     seam = _active.get()
     return seam is not None and seam.fusions != NO_FUSIONS
+
+
+def adapted_now() -> Adapted | None:
+    """The adapters' rows of the forward under way."""
+    seam = _active.get()
+    return None if seam is None else seam.adapted
 
 
 def joins_now(names: tuple[str, ...]) -> bool:

@@ -188,7 +188,7 @@ async def asked(service: Service, request: CountRequest, params: SamplingParams,
     found = list(translated(request))
     ask = Ask(
         messages=found,
-        params=params,
+        params=service.adapted(params, request.model),
         rid=rid,
         tools=[tool_dict(tool) for tool in request.tools],
         tool_choice="auto" if choice is None else kinds.get(choice.type) or (choice.name or "",),

@@ -20,7 +20,20 @@ import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.server import anthropic, embeddings, native, ollama, openai, parsing, profile, rerank, responses, ui
+from pippin.server import (
+    adapters,
+    anthropic,
+    embeddings,
+    native,
+    ollama,
+    openai,
+    parsing,
+    profile,
+    rerank,
+    responses,
+    ui,
+)
+from pippin.server.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from pippin.server.anthropic import CountRequest, MessagesRequest
 from pippin.server.embeddings import EmbeddingRequest, EncodeRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from pippin.server.guard import Guard
@@ -79,6 +92,10 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/generate", native.generate, GenerateRequest),
     ("PUT", "/generate", native.generate, GenerateRequest),
     ("GET", "/generate", native.generate, GenerateRequest),
+    ("POST", "/load_lora_adapter", adapters.load, LoadAdapterRequest),
+    ("POST", "/v1/load_lora_adapter", adapters.load, LoadAdapterRequest),
+    ("POST", "/unload_lora_adapter", adapters.unload, UnloadAdapterRequest),
+    ("POST", "/v1/unload_lora_adapter", adapters.unload, UnloadAdapterRequest),
     ("POST", "/encode", embeddings.encode, EncodeRequest),
     ("POST", "/tokenize", native.tokenize, TokenizeRequest),
     ("POST", "/v1/tokenize", native.tokenize, TokenizeRequest),

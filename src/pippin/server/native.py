@@ -45,7 +45,12 @@ async def generate(service: Service, http: Request) -> Response:
     asked, single = await off_loop(
         num_characters(request.text), arguments.resolve, service.tokenizer, service.info, "text"
     )
-    deltas = service.run([Job(one.tokens, one.params, one.id, request.priority) for one in asked])
+    names = request.lora_path if isinstance(request.lora_path, list) else [request.lora_path] * len(asked)
+    if len(names) != len(asked):
+        raise RequestError(f"lora_path has {len(names)} names for {len(asked)} prompts", "lora_path")
+    params = [service.adapted(one.params, None, name) for one, name in zip(asked, names, strict=True)]
+    jobs = [Job(one.tokens, p, one.id, request.priority) for one, p in zip(asked, params, strict=True)]
+    deltas = service.run(jobs)
     text_of = service.tokenizer.token_text if request.return_text_in_logprobs else None
     answers = [Answers(one, text_of) for one in asked]
     single = single and asked[0].params.n == 1
@@ -208,7 +213,7 @@ NOT_HERE = {
     "a server serves the model that it was started with": (
         "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/update_weights_from_disk",
         "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
-        "/get_weights_by_name", "/load_lora_adapter", "/unload_lora_adapter", "/release_memory_occupation",
+        "/get_weights_by_name", "/release_memory_occupation",
         "/resume_memory_occupation",
     ),
     "the prefix cache keeps what requests have in common; there are no sessions to open": (

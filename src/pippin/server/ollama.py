@@ -195,7 +195,7 @@ async def chat(service: Service, http: Request) -> Response:
     messages = [m for i, message in enumerate(request.messages) for m in translated(message, i)]
     ask = Ask(
         messages=messages,
-        params=request.params(service.info.context_length),
+        params=service.adapted(request.params(service.info.context_length), request.model),
         rid=new_id(),
         tools=[tool.as_dict() for tool in request.tools],
         continue_final_message=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
@@ -215,7 +215,7 @@ async def generate(service: Service, http: Request) -> Response:
     messages = [{"role": "system", "content": request.system}] if request.system else []
     ask = Ask(
         messages=[*messages, {"role": "user", "content": request.prompt}],
-        params=request.params(service.info.context_length),
+        params=service.adapted(request.params(service.info.context_length), request.model),
         rid=new_id(),
         **thinking(request.think),
     )

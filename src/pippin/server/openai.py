@@ -61,7 +61,7 @@ def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
     choice = request.tool_choice or "auto"
     return Ask(
         messages=request.messages,
-        params=params,
+        params=service.adapted(params, request.model, request.lora_path),
         rid=rid,
         tools=[tool.as_dict() for tool in request.tools],
         tool_choice=choice if isinstance(choice, str) else (choice.function.name,),
@@ -92,6 +92,7 @@ async def completion_jobs(
         )
     except RequestError as error:
         raise respell(error, {"top_logprobs": "logprobs"}) from error
+    params = service.adapted(params, request.model, request.lora_path)
     return [
         service.job(
             await service.encode(text) if isinstance(text, str) else text,
@@ -201,16 +202,24 @@ class Answer(Generic[C]):
 
 
 async def models(service: Service, http: Request) -> Response:
-    """GET /v1/models: the one model that is served."""
-    name = service.model_name
+    """GET /v1/models: the model that is served, and its LoRA adapters."""
+    adapters = [adapter_card(service, name) for name in service.client.adapters]
+    data = [card(service), *adapters]
     return JsonResponse(
-        {"object": "list", "data": [card(service)], "has_more": False, "first_id": name, "last_id": name}
+        {"object": "list", "data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
     )
+
+
+def adapter_card(service: Service, name: str) -> Json:
+    root = service.client.adapters[name]
+    return card(service) | {"id": name, "display_name": name, "root": root, "parent": service.model_name}
 
 
 async def model(service: Service, http: Request) -> Response:
     """GET /v1/models/{model}. Raises RequestError (404) for another name."""
     name = http.path_params["model"]
+    if name in service.client.adapters:
+        return JsonResponse(adapter_card(service, name))
     if name != service.model_name:
         raise RequestError(f"there is no model {name!r} here; this is {service.model_name!r}", "model", 404)
     return JsonResponse(card(service))

@@ -123,6 +123,7 @@ class OpenAIRequest(Body, kw_only=True):
     spaces_between_special_tokens: bool = True
     priority: Int32 = 0
     rid: str | None = None
+    lora_path: str | None = None
     response_format: Json | None = None
     structured_outputs: Json | None = None
     json_schema: Json | str | bool | None = None
@@ -253,6 +254,7 @@ class GenerateRequest(Body, kw_only=True):
     return_text_in_logprobs: bool = False
     stream: bool = False
     priority: Int32 = 0
+    lora_path: str | list[str | None] | None = None
 
 
 class TokenizeRequest(Body, kw_only=True):

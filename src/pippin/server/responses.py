@@ -150,7 +150,7 @@ def asked(service: Service, request: ResponsesRequest, id: str, messages: list[J
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     return Ask(
         messages=[*system, *messages],
-        params=params_of(service, request),
+        params=service.adapted(params_of(service, request), request.model),
         rid=id,
         tools=[tool_dict(tool) for tool in request.tools],
         tool_choice=choice if isinstance(choice, str) else (choice.name,),

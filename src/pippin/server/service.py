@@ -8,6 +8,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
+
 from pippin.client import EngineClient
 from pippin.completion import Client, Delta, answer_ids, check_prompt, complete, longest_prompt, merge
 from pippin.config import ServerConfig
@@ -87,7 +89,7 @@ class Service:
 
     def check_model(self, model: str | None) -> str:
         """The name to answer with. Raises RequestError (404) for another model's if names are strict."""
-        if self.config.strict_model_name and model not in (None, self.model_name):
+        if self.config.strict_model_name and model not in (None, self.model_name) and not self.adapter_of(model):
             raise RequestError(f"there is no model {model!r} here; this is {self.model_name!r}", "model", 404)
         return model or self.model_name
 
@@ -97,6 +99,28 @@ class Service:
         """The tokens of a prompt, which may be long. Raises RequestError for one that is too long by far."""
         await off_loop(len(text), self.tokenizer.check_length, text, most or longest_prompt(self.info), field)
         return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The LoRA adapter that a model's name asks for: by its own, or behind the model's (``base:adapter``).
+
+        Raises RequestError (404) for one behind the model's name that isn't there.
+        """
+        if model is None or model == self.model_name:
+            return None
+        base, _, name = model.rpartition(":")
+        if base == self.model_name and name not in self.client.adapters:
+            raise RequestError(f"there is no LoRA adapter {name!r} here", "model", 404)
+        return next((n for n in (model, name) if n in self.client.adapters), None)
+
+    def adapted(self, params: SamplingParams, model: str | None, lora_path: str | None = None) -> SamplingParams:
+        """With the LoRA adapter that a request asks for, by SGLang's field or by the model's name.
+
+        Raises RequestError (404) if it isn't loaded.
+        """
+        if lora_path is not None and lora_path not in self.client.adapters:
+            raise RequestError(f"there is no LoRA adapter {lora_path!r} here", "lora_path", 404)
+        name = lora_path or self.adapter_of(model)
+        return params if name is None else msgspec.structs.replace(params, lora_path=name)
 
     def job(self, tokens: list[int], params: SamplingParams, rid: str, priority: int, field: str) -> Job:
         """A checked job. Raises RequestError if the prompt doesn't fit."""
