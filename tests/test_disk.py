@@ -144,19 +144,19 @@ def test_another_server_finds_them_and_so_does_the_next_run(tmp_path: Path) -> N
 
 def test_what_was_not_used_for_longest_goes_first_and_ends_before_beginnings(tmp_path: Path) -> None:
     files = BlockFiles(tmp_path, 100 * SIZE)
-    old, used = put(files, 1, 4), put(files, 2, 4)
+    old, used = put(files, 1, 12), put(files, 2, 4)
     time.sleep(0.01)
-    for name in range(100, 175):
+    for name in range(100, 300):
         put(files, name)
         files.touch(used)
         assert taken(tmp_path) <= 100 * SIZE
-    assert all(files.path(key).exists() for key in used)
-    put(files, 3, 8)
-    put(files, 4, 10)
-    kept = [files.path(key).exists() for key in old]
+        kept = [files.path(key).exists() for key in old]
+        if not all(kept):
+            break
+    assert any(kept)
     assert kept == sorted(kept, reverse=True)
-    assert not all(kept)
-    assert files.counts.drops["evicted"] > 0
+    assert all(files.path(key).exists() for key in used)
+    assert files.counts.drops["evicted"] == kept.count(False)
 
 
 def test_two_servers_together_stay_within_the_bound(tmp_path: Path) -> None:

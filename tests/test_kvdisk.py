@@ -10,17 +10,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pippin import kvdisk
-from pippin.cache.disk import BLOCK, Rows
+from pippin.cache.disk import BLOCK, Rows, block_keys
 from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
 from pippin.errors import ConfigError, RequestError
+from pippin.runner import MlxModelRunner
 from pippin.types import Finish, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
 
@@ -216,6 +219,25 @@ def test_others_go_on_while_a_request_reads(warm: EngineCore, cold: EngineCore) 
     slow.go.set()
     assert drain(warm)["reads"].tokens == answer(cold, prompt(1, 200)).tokens
     assert warm.stats.kv_disk_hit_tokens == 3 * BLOCK
+
+
+def test_blocks_that_come_together_go_where_they_belong(warm: EngineCore) -> None:
+    slow = SlowReads(warm)
+    warm.add(Submit("r", prompt(1, 200), 200, GREEDY))
+    warm.step()
+    slow.go.set()
+    assert warm._disk is not None
+    wait(warm._disk._restoring["r"].reads)
+    warm.step()
+    runner, slots = warm._runner, warm._scheduler.cached_slots(prompt(1, 200), 3 * BLOCK)
+    assert isinstance(runner, MlxModelRunner)
+    restored = [np.array(rows) for rows in runner.read_slots(slots)]
+    drain(warm)
+    keys = block_keys(warm._disk._root, prompt(1, 200), 3)
+    for i, key in enumerate(keys):
+        block = warm._disk._files.read(key, prompt(1, 200)[i * BLOCK : (i + 1) * BLOCK])
+        for rows, kept in zip(restored, block or [], strict=True):
+            assert np.array_equal(rows[i * BLOCK : (i + 1) * BLOCK], kept)
 
 
 def test_many_that_wait_for_one_prefix_read_it_once(warm: EngineCore, cold: EngineCore) -> None:

@@ -298,3 +298,42 @@ def test_long_prompts_run_ahead_of_the_tokens_that_draw(rig: Rig, model: nn.Modu
     runner.launch(Batch(tuple(map(whole, requests_of([20, 10]))))).read()
     assert sum(rows) >= 30
     assert rows[-1] != 2
+
+
+# --- K and V to and from elsewhere ---
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("page", [1, 4])
+def test_slots_that_are_read_and_written_elsewhere_hold_the_same(model: nn.Module, in_place: bool, page: int) -> None:
+    """Both ways there are, the kernels' by page too, which compute the same here in plain MLX."""
+    choice = choose_attention(model, "rows", VOCAB)
+    runner = MlxModelRunner(model, choice.backend, KVPool(choice.shapes, 200, page), max_running=8, vocab_size=VOCAB)
+    request = Request("r", list(range(3, 43)), 40, GREEDY, row=1)
+    pages = np.random.default_rng(3).permutation(np.arange(1, 200 // page))[: 60 // page]
+    slots = (pages[:, None] * page + np.arange(page)).reshape(-1)
+    request.slots = array("i", slots[:40].tolist())
+    flight = runner.launch(Batch((Work(request, 0, 39, False),)))
+    runner.pool.in_place = in_place
+    before = runner._last_token
+    rows = [np.array(r) for r in runner.read_slots(request.slots[8:36].tolist())]
+    assert [r.dtype for r in rows] == [np.uint32] * 4
+    assert (runner._last_token is before) == (not in_place), "the next step waits for the copy"
+    flight.read()
+    for kept, pool in zip(rows, runner.pool.arrays, strict=True):
+        assert np.array_equal(kept.view(np.float32), np.array(pool)[slots[8:36]])
+        assert np.abs(kept.view(np.float32)).sum() > 0
+    before = runner._last_token
+    others = array("i", [s for s in range(page, 200) if s not in set(slots.tolist())][: 28 + page])
+    others = array(
+        "i", [s for s in others if s // page * page + page - 1 in others and s // page * page in others][:28]
+    )
+    runner.write_slots(others, rows)
+    assert (runner._last_token is before) == (not in_place), "the next step waits for the writes"
+    request.slots[8:36] = others
+    runner.pool.in_place = False
+    (result,) = runner.launch(Batch((Work(request, 39, 40, True),))).read()
+    assert result.token == int(exact(model, request.tokens)[-1].argmax())
+    for slot in (0, -1, 200):
+        with pytest.raises(AssertionError, match="without slots of the pool"):
+            runner.write_slots([1, slot], rows)
