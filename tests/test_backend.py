@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -71,3 +72,13 @@ def test_a_thread_that_used_mlx_lets_the_process_end() -> None:
     )
     # Without leave_thread about every second process aborts.
     assert [run(code).returncode for _ in range(8)] == [0] * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for MLX's CUDA build")
+@pytest.mark.parametrize("given", [None, "7"])
+def test_a_whole_step_fits_into_mlxs_buffers_unless_somebody_wants_otherwise(given: str | None) -> None:
+    code = "import os; from pippin.backend import prepare; prepare(); print(os.environ['MLX_MAX_MB_PER_BUFFER'])"
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_MAX_MB_PER_BUFFER"}
+    environment |= {} if given is None else {"MLX_MAX_MB_PER_BUFFER": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (given or "4096")
