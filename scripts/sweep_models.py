@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
+CHECKED = ROOT / "src" / "pippin" / "models" / "checked.json"
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 CHECKS = ("alone", "batched", "chunked", "prefix hit", "retracted")
 TOKENS = 24
@@ -164,6 +165,16 @@ def write(outcomes: Sequence[Outcome]) -> None:
     text = PAGE.read_text()
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     PAGE.write_text(f"{before}{BEGIN}\n{table(outcomes)}{after}")
+    rows = sorted(map(_checked, outcomes), key=lambda row: row["architecture"].lower())
+    CHECKED.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _checked(outcome: Outcome) -> dict[str, Any]:
+    """What ``pippin models`` tells of it."""
+    if outcome.refusal:
+        return {"architecture": outcome.architecture, "refusal": outcome.refusal}
+    passed = [check for check in CHECKS if outcome.checks[check]]
+    return {"architecture": outcome.architecture, "backend": outcome.backend, "checks": passed}
 
 
 def main() -> int:

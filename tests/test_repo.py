@@ -62,6 +62,8 @@ types <- penalties <- sampler <- graph <- runner
 inputs <- pooling <- runner
 inputs <- models
 client <- embedding <- server
+core <- estimate <- cli
+types <- catalogue <- cli
 embedding <- engine
 text <- embedding
 inputs <- attention <- graph

@@ -21,7 +21,7 @@ from pippin import __version__
 from pippin.backend import leave_torch_out, prepare
 from pippin.bench.cli import bench
 from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
-from pippin.errors import ConfigError, PippinError, RequestError
+from pippin.errors import ConfigError, EngineError, PippinError, RequestError
 from pippin.kernels_cli import kernels
 from pippin.options import with_options
 from pippin.types import ModelInfo
@@ -131,6 +131,55 @@ def env(
     else:
         width = None if sys.stdout.isatty() else 200  # in a file no line is broken
         Console(width=width).print(environment.as_table(found))
+
+
+@app.command()
+def models(
+    name: Annotated[str, typer.Argument(help="Only architectures with this in their name.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List the architectures that are served, by which attention backend, and what was checked of each."""
+    from pippin.catalogue import FORMATS, ON_LOAD, architectures
+
+    found = architectures(name)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode({"architectures": found, "formats": FORMATS, "on_load": ON_LOAD}))
+        return
+    if not found:
+        raise RequestError(f"no architecture of mlx-lm has {name!r} in its name; `pippin models` lists all", "name")
+    width = max(len(a.architecture) for a in found)
+    for a in found:
+        said = f"refused: {a.refusal}" if a.refusal else f"{a.backend:<15} {', '.join(a.checks)}"
+        typer.echo(f"{a.architecture:<{width}}  {said}")
+    typer.echo(f"\nCheckpoints: {FORMATS}\nWhile loading: {ON_LOAD}")
+
+
+@app.command()
+@with_options
+def check(
+    engine: EngineConfig,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream, prompt and answer.")] = 4096,
+    prove: Annotated[bool, typer.Option("--prove", help="Load it, and run what is said to fit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Estimate what a model takes of memory, and what fits, before it is loaded; --prove runs it."""
+    prepare()
+    leave_torch_out()
+    import msgspec
+
+    from pippin import estimate
+
+    found = estimate.estimate(engine)
+    proof = estimate.prove(engine, length, lambda text: typer.echo(text, err=True)) if prove else None
+    if as_json:
+        figures = {**dataclasses.asdict(found), "longest": found.longest, "streams": found.streams(length)}
+        typer.echo(msgspec.json.encode(figures | {"proof": dataclasses.asdict(proof) if proof else None}))
+    else:
+        typer.echo(estimate.as_text(found, length, proof))
+    if proof is not None and not proof.holds:
+        raise EngineError("what was planned did not hold: see the lines above")
 
 
 @app.command()

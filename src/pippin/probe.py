@@ -106,8 +106,10 @@ def _fused(
     return choice
 
 
-def measure_caches(model: nn.Module) -> CacheLayout:
+def measure_caches(model: nn.Module, lazily: bool = False) -> CacheLayout:
     """Runs some tokens through the model with its own caches, and looks at what they hold.
+
+    ``lazily``: nothing is computed, so that weights which nobody has read stay unread.
 
     Raises ModelError for caches of kinds that no backend serves, and for states that grow with the context.
     """
@@ -117,7 +119,9 @@ def measure_caches(model: nn.Module) -> CacheLayout:
             raise ModelError(f"its layers keep {type(leaf).__name__}, which no attention backend serves yet")
     model(mx.array([[1] * _SETTLED]), cache=caches)
     states = [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]
-    mx.eval(model(mx.array([[1]]), cache=caches))
+    logits = model(mx.array([[1]]), cache=caches)
+    if not lazily:
+        mx.eval(logits)
     if states != [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]:
         raise ModelError("its recurrent state changes its shape with the context, which no attention backend serves")
     shapes = [_shape_of(leaf) for leaf in _leaves(caches) if not isinstance(leaf, ArraysCache)]

@@ -22,7 +22,7 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.models.corrections import correct, older_names
 from pippin.models.download import find_checkpoint, one_line
-from pippin.models.quantize import BITS, Form, materialize, quantization_of, weight_bytes
+from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
 from pippin.models.vectors import VectorForm, bare_classes, is_bare, read_vector_form
 from pippin.types import Progress
 
@@ -87,6 +87,21 @@ def load_mlx_model(
     form = Form(_wanted_dtype(config), BITS[config.quantization] if config.quantization else None)
     model, facts, found = load_model(path, form, progress, revision=config.revision, trusted=config.trust_remote_code)
     return _described(model, facts, found, config)
+
+
+def read_lazily(path: str | None, config: EngineConfig) -> LoadedModel:
+    """The model that ``load_mlx_model`` would load, in the form asked for, none of whose weights have been read.
+
+    Raises as that does.
+    """
+    form = Form(_wanted_dtype(config), BITS[config.quantization] if config.quantization else None)
+    found = find_model(path, config.revision, None)
+    with as_safetensors(found) as readable:
+        model, facts = _build(found, readable, config.trust_remote_code)
+        if form.bits and (kind := quantization_of(model)):
+            raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
+        convert_lazily(model, form)
+        return _described(model, facts, found, config)
 
 
 def load_model(

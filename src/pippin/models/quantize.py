@@ -62,6 +62,12 @@ def materialize(model: nn.Module, form: Form, progress: Callable[[Progress], Non
     mx.eval(model.parameters())
 
 
+def convert_lazily(model: nn.Module, form: Form) -> None:
+    """As ``materialize``, but all of it stays to be computed: for sizes alone."""
+    for _ in _converted(model, form):
+        pass
+
+
 def _converted(model: nn.Module, form: Form) -> Iterator[tuple[Any, int]]:
     """Replace parameters by cast and quantized ones, still lazy; yield them with the bytes of their sources.
 

@@ -1,0 +1,31 @@
+"""Which architectures are served, by what, and what was checked of each: the outcome of ``make sweep-models``."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import msgspec
+
+FORMATS = (
+    "float32, float16, bfloat16; affine 2 to 8 bits, mxfp4, mxfp8, nvfp4; AWQ and GPTQ (4 bits, no g_idx); "
+    "fp8 with ue8m0 scales; compressed-tensors (nvfp4, mxfp4, pack-quantized); modelopt (NVFP4); bitnet"
+)
+"""What checkpoints may hold, of any architecture: what mlx-lm reads."""
+
+ON_LOAD = "--quantization mlx_q4, mlx_q8 (any that is not quantized); pippin convert --q-bits 2, 3, 4, 5, 6, 8"
+
+
+class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An architecture of mlx-lm: its attention ``backend`` and the checks that it passed, or why it is not served."""
+
+    architecture: str
+    backend: str = ""
+    checks: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def architectures(containing: str = "") -> list[Architecture]:
+    """All that were swept, by name; only those whose name has ``containing`` in it."""
+    text = (files("pippin") / "models" / "checked.json").read_bytes()
+    found = msgspec.json.decode(text, type=list[Architecture])
+    return [a for a in found if containing.lower() in a.architecture.lower()]
