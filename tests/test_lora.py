@@ -11,6 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore, load_core
@@ -200,6 +203,18 @@ def test_an_adapter_that_is_unloaded_serves_those_who_have_it(case: Case) -> Non
         for output in step.outputs if step else ():
             found[output.id] += output.tokens
     assert [found[s.id] for s in asked] == case.want["one"]
+
+
+def test_tokens_are_mlx_lms_with_its_own_adapter(case: Case) -> None:
+    model, _ = load_model(case.path)
+    settings = json.loads((case.adapters["two"] / "adapter_config.json").read_text())
+    settings["num_layers"] = len(model.layers)
+    settings["lora_parameters"] |= {"dropout": 0.0, "keys": list(LAYERS)}
+    (case.adapters["two"] / "adapter_config.json").write_text(json.dumps(settings))
+    model = load_adapters(model, str(case.adapters["two"]))
+    model.set_dtype(mx.float32)
+    for row, want in zip(case.rows, case.want["two"], strict=True):
+        assert [int(token) for token, _ in generate_step(mx.array(row), model, max_tokens=10)] == want
 
 
 def test_vectors_of_an_adapter(case: Case) -> None:
