@@ -6,9 +6,8 @@
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples, and sweep-models
-#   make soak                             the long form of the tests under faults: hours of them in minutes
+#   make soak                             the tests under faults at full length: killed engines, canary, disk
 #   make sweep-models                     every architecture of mlx-lm; writes the table of docs/models.md
-#   make soak                             the tests of tests/chaos at full length
 #   make lint   make format   make docs   make wheel   make clean
 #
 # PYTHON=/path/to/python chooses the interpreter the first time.
@@ -20,7 +19,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity bench-cpu metal-check sweep soak sweep-models soak docs wheel clean setup dev
+.PHONY: help serve test lint format parity bench-cpu metal-check sweep sweep-models soak docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,14 +58,11 @@ metal-check: dev
 sweep-models: dev
 	$(BIN)/python scripts/sweep_models.py $(ARGS)
 
-soak: dev
-	PIPPIN_SOAK=1 $(BIN)/python -m pytest -s tests/chaos
-
 sweep: sweep-models
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
 
 soak: dev
-	PIPPIN_SOAK=1 $(BIN)/python -m pytest --timeout 7200 $(or $(TESTS),tests/test_canary.py tests/test_disk.py tests/test_kvdisk.py)
+	PIPPIN_SOAK=1 $(BIN)/python -m pytest --timeout 7200 $(or $(TESTS),tests/chaos tests/test_canary.py tests/test_disk.py tests/test_kvdisk.py)
 
 docs: dev
 	$(BIN)/python scripts/cli_docs.py
