@@ -184,3 +184,15 @@ def test_newcomers_wait_while_suspects_are_tried() -> None:
     assert docket.next() == []
     docket.heard("a", PROOF)
     assert docket.next() == ["b"]
+
+
+def test_who_gets_on_between_two_deaths_is_not_guilty_of_them() -> None:
+    """Somebody may be killing the engine from outside; a content that kills does so at the same token again."""
+    docket = Docket()
+    docket.add("a")
+    for _ in range(3):
+        assert docket.next() == ["a"]
+        docket.heard("a", PROOF - 1)
+        assert docket.crashed({"a"}) is None
+    assert docket.next() == ["a"]
+    assert docket.crashed({"a"}) == "a", "no further than the last time"

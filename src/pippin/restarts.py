@@ -15,6 +15,9 @@ BACK_OFF = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 PROOF = 4
 """Tokens after which a request counts as one that an engine survives."""
 
+MOST_DEATHS = 4
+"""Crashes of which a request may be suspected while it still gets on, each time, by a token or more."""
+
 MOST_LAPSE = 3.0
 """Of the intervals at which a watchdog looks. More between two looks is time in which nobody here was awake."""
 
@@ -104,6 +107,11 @@ class Record:
     def proven(self) -> bool:
         return self.tokens >= PROOF
 
+    @property
+    def guilty(self) -> bool:
+        """Of a crash that it alone is suspected of: one that its content causes comes again at the same token."""
+        return self.deaths > MOST_DEATHS or (self.deaths > 1 and self.tokens == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -119,7 +127,8 @@ class Docket:
     Suspected of a crash are those in the crashing step that had not had ``PROOF`` tokens yet, if there are any; of
     these, those that were suspected before. After it, all others go first; once those that had run before run again,
     the suspects follow in groups, each when the one before has proven itself. A group under which the engine dies again
-    is cut in two. Who dies alone, having been suspected before, is guilty. Newcomers wait meanwhile.
+    is cut in two. Who dies alone, having been suspected before, is guilty if it got no further than the last time, or
+    if it was suspected often: somebody else may be killing the engine. Newcomers wait meanwhile.
     """
 
     def __init__(self) -> None:
@@ -170,8 +179,9 @@ class Docket:
         blamed = self._blamed(given, step)
         for id in blamed:
             self._records[id].deaths += 1
+        guilty = blamed[0] if len(blamed) == 1 and self._records[blamed[0]].guilty else None
         self._line_up(given, blamed)
-        return blamed[0] if len(blamed) == 1 and self._records[blamed[0]].deaths > 1 else None
+        return guilty
 
     def _blamed(self, given: Sequence[str], step: Collection[str] | None) -> list[str]:
         inside = given if step is None else [id for id in given if id in step]

@@ -115,7 +115,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (GENERATE, {"sampling_params": 5}, "sampling_params", "object"),
     (GENERATE, {"rid": ["a", "b"]}, "rid", "2 entries"),
     (GENERATE, {"text": ["a", "b"], "rid": ["r", "r"]}, "rid", "of its own"),
-    (GENERATE, {"lora_path": "x"}, "lora_path", "not supported yet"),
     (GENERATE, {"stream": 3}, "stream", "bool"),
     ("/tokenize", {"prompt": 5}, "prompt", "str"),
     ("/tokenize", {"text": "a"}, "text", "unknown field"),
