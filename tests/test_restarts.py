@@ -174,6 +174,35 @@ def test_deaths_that_are_nobodys_fault_convict_nobody_that_goes_on() -> None:
         assert docket.crashed(frozenset(given[:1])) is None
 
 
+def test_a_killer_among_64_newcomers_is_found_within_five_deaths() -> None:
+    for killer in (0, 17, 63):
+        engine = Engine({str(killer)}, 1000, tells=True)
+        for i in range(64):
+            engine.add(str(i), 20)
+        for _ in range(500):
+            engine.step()
+        assert (engine.guilty, engine.deaths, engine.left) == ([str(killer)], 5, {})
+
+
+def test_one_of_many_suspects_is_not_guilty_when_it_is_first_tried_alone() -> None:
+    """Somebody outside may have killed the engine both times; alone twice, and nobody else is left."""
+    docket = Docket()
+    for id in "ab":
+        docket.add(id)
+    docket.next()
+    assert docket.crashed({"a", "b"}) is None
+    assert docket.next() == ["a"]
+    assert docket.trying
+    assert docket.crashed({"a"}) is None
+    assert docket.next() == ["a"]
+    assert docket.crashed({"a"}) == "a"
+    docket.ended("a")
+    assert docket.next() == ["b"]
+    docket.heard("b", PROOF)
+    assert docket.next() == []
+    assert not docket.trying
+
+
 def test_newcomers_wait_while_suspects_are_tried() -> None:
     docket = Docket()
     docket.add("a")

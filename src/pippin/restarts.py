@@ -18,6 +18,9 @@ PROOF = 4
 MOST_DEATHS = 4
 """Crashes of which a request may be suspected while it still gets on, each time, by a token or more."""
 
+PARTS = 4
+"""Groups that those suspected of a crash are given out in: a killer among 64 is alone after three crashes."""
+
 MOST_LAPSE = 3.0
 """Of the intervals at which a watchdog looks. More between two looks is time in which nobody here was awake."""
 
@@ -97,11 +100,15 @@ class Watchdog:
 
 @dataclass(slots=True)
 class Record:
-    """What a docket knows of a request: tokens since it was last given out, and crashes that it is suspected of."""
+    """What a docket knows of a request: tokens since it was last given out, and crashes that it is suspected of.
+
+    ``alone``: those of these that no one else is suspected of.
+    """
 
     given: bool = False
     tokens: int = 0
     deaths: int = 0
+    alone: int = 0
 
     @property
     def proven(self) -> bool:
@@ -109,8 +116,11 @@ class Record:
 
     @property
     def guilty(self) -> bool:
-        """Of a crash that it alone is suspected of: one that its content causes comes again at the same token."""
-        return self.deaths > MOST_DEATHS or (self.deaths > 1 and self.tokens == 0)
+        """Of a crash that it alone is suspected of: one that its content causes comes again at the same token.
+
+        Not before the second one of these: somebody outside may have killed the engine just as this one was tried.
+        """
+        return self.alone > 1 and (self.deaths > MOST_DEATHS or self.tokens == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +137,8 @@ class Docket:
     Suspected of a crash are those in the crashing step that had not had ``PROOF`` tokens yet, if there are any; of
     these, those that were suspected before. After it, all others go first; once those that had run before run again,
     the suspects follow in groups, each when the one before has proven itself. A group under which the engine dies again
-    is cut in two. Who dies alone, having been suspected before, is guilty if it got no further than the last time, or
-    if it was suspected often: somebody else may be killing the engine. Newcomers wait meanwhile.
+    is cut further. Who dies alone for the second time is guilty if it got no further than the last time, or if it was
+    suspected often: somebody else may be killing the engine. Newcomers wait meanwhile.
     """
 
     def __init__(self) -> None:
@@ -141,6 +151,11 @@ class Docket:
         """A new request; ``next`` says when it may go."""
         self._records[id] = Record()
         self._newcomers.append(id)
+
+    @property
+    def trying(self) -> bool:
+        """Whether requests that are suspected of a crash, or others because of them, wait to have proven themselves."""
+        return bool(self._lines or self._watched)
 
     def next(self) -> list[str]:
         """Requests to be given to the engine now, in order."""
@@ -163,7 +178,7 @@ class Docket:
             return
         record.tokens += tokens
         if record.proven:
-            record.deaths = 0
+            record.deaths = record.alone = 0
             self._watched.discard(id)
 
     def ended(self, id: str) -> None:
@@ -179,6 +194,7 @@ class Docket:
         blamed = self._blamed(given, step)
         for id in blamed:
             self._records[id].deaths += 1
+            self._records[id].alone += len(blamed) == 1
         guilty = blamed[0] if len(blamed) == 1 and self._records[blamed[0]].guilty else None
         self._line_up(given, blamed)
         return guilty
@@ -191,8 +207,8 @@ class Docket:
 
     def _line_up(self, given: Sequence[str], blamed: Sequence[str]) -> None:
         again = frozenset(blamed)
-        half = len(blamed) // 2 if blamed and self._records[blamed[0]].deaths > 1 else 0
-        groups = [group for group in (blamed[:half], blamed[half:]) if group]
+        size = -(-len(blamed) // PARTS)
+        groups = [blamed[i : i + size] for i in range(0, len(blamed), size or 1)]
         earlier = [[id] for id in given if id not in again and self._records[id].deaths]
         trusted = [id for id in given if id not in again and not self._records[id].deaths]
         # Until those that ran do so again, a crash may be theirs.
