@@ -72,7 +72,7 @@ def timed(
 
 def open_pippin(config: EngineConfig) -> Ask:
     """EngineCore, without a server around it, with room for all prompts in one step, as mlx-lm is given."""
-    from pippin.core import load_core
+    from pippin.loading import load_core
     from pippin.types import SamplingParams, Submit
 
     core = load_core(config)

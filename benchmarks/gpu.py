@@ -30,7 +30,8 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import qwen3, qwen3_moe
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, build_core
+from pippin.core import EngineCore
+from pippin.loading import build_core
 from pippin.models.load import LoadedModel
 from pippin.types import SamplingParams, Submit
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, build_core, load_core
+from pippin.core import EngineCore
+from pippin.loading import build_core, load_core
 from pippin.types import Grammar, Output, SamplingParams, Submit
 
 RECORD = {

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, build_core
+from pippin.core import EngineCore
+from pippin.loading import build_core
 from pippin.models.load import load_mlx_model
 from pippin.types import SamplingParams, Submit
 from tests.checkpoints import family_config, write_checkpoint

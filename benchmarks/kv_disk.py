@@ -19,7 +19,8 @@ import mlx.core as mx
 from benchmarks.checkpoint import FULL, make_checkpoint
 from benchmarks.gpu import SHAPES, make_core, make_model, prompts
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, build_core
+from pippin.core import EngineCore
+from pippin.loading import build_core
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.types import SamplingParams, Submit
 

@@ -82,7 +82,8 @@ def _check(path: Path, outcome: Outcome) -> None:
     from mlx_lm.generate import generate_step
 
     from pippin.config import EngineConfig
-    from pippin.core import EngineCore, build_core
+    from pippin.core import EngineCore
+    from pippin.loading import build_core
     from pippin.models.load import load_mlx_model
     from pippin.probe import measure_caches
     from pippin.types import SamplingParams, Submit

@@ -21,8 +21,8 @@ from pippin.bench.results import read
 from pippin.bench.serving_options import DatasetOptions
 from pippin.cli import run_command
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ConfigError
+from pippin.loading import load_core
 from pippin.text.tokenizer import load_tokenizer
 from pippin.types import ModelInfo
 from tests.fake_core import fake_info

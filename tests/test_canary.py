@@ -13,7 +13,8 @@ import pytest
 from pippin.cache.canary import KVCanary
 from pippin.cache.radix import Match
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
+from pippin.loading import load_core
 from pippin.types import Batch, Finish, Output, Request, SamplingParams, Submit, Work
 from tests.checkpoints import make_checkpoint
 from tests.fake_device import VOCAB, Loop, endless

@@ -21,9 +21,10 @@ from tokenizers import Tokenizer, models
 
 from pippin import kernels
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import RequestError
 from pippin.graph import DecodeFunction, DecodeGraphs
+from pippin.loading import load_core
 from pippin.runner import InFlight, Masks, MlxModelRunner
 from pippin.sampler import SamplingInputs
 from pippin.types import Batch, Finish, Output, SamplingParams, Submit

@@ -13,9 +13,9 @@ import pytest
 from pippin.catalogue import architectures
 from pippin.cli import run_command
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ConfigError, ModelError
 from pippin.estimate import as_text, estimate, prove
+from pippin.loading import load_core
 from tests.checkpoints import make_checkpoint
 
 MODELS = Path(__file__).parents[1] / "docs" / "models.md"

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.graph import DecodeGraphs
+from pippin.loading import load_core
 from pippin.runner import MlxModelRunner
 from pippin.types import Finish, Grammar, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint

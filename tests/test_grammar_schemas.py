@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
+from pippin.loading import load_core
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from pippin.types import Grammar, SamplingParams, Submit
 

@@ -18,10 +18,10 @@ from pippin.attention import backends_to_try
 from pippin.cache.layout import CacheLayout, LayerShape
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ConfigError
 from pippin.kernels import PACKINGS, Packing, checks
 from pippin.kernels.packing import PackedPool, storage
+from pippin.loading import load_core
 from pippin.memory import plan_memory
 from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner

@@ -21,8 +21,9 @@ import pytest
 from pippin import kvdisk
 from pippin.cache.disk import BLOCK, Rows, block_keys
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
+from pippin.loading import load_core
 from pippin.runner import MlxModelRunner
 from pippin.types import Finish, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint

@@ -16,8 +16,9 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
+from pippin.loading import load_core
 from pippin.types import LoadAdapter, Pooling, SamplingParams, Submit, UnloadAdapter
 from tests.checkpoints import make_checkpoint
 

@@ -15,8 +15,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import ModelError, RequestError
+from pippin.loading import load_core
 from pippin.models.load import load_model
 from pippin.models.quantize import Form
 from pippin.models.vectors import VectorForm, read_vector_form

@@ -15,8 +15,9 @@ import pytest
 
 import pippin.profile
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import RequestError
+from pippin.loading import load_core
 from pippin.profile.engine import open_profile
 from pippin.profile.replay import replay
 from pippin.profile.stage import profiled

@@ -35,13 +35,13 @@ DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob(
 # a file or a folder of src/pippin; a folder's own files may import each other.
 CHAINS = """
 errors <- types <- cache <- scheduler <- core
-errors <- config <- core
+errors <- config <- loading
 config <- options <- bench
 config <- logs <- worker
 footprint <- memory
 watermarks <- memory
-claims <- core
-core <- bench
+claims <- loading
+core <- loading <- bench
 engine <- terminal <- bench
 environment <- bench <- cli <- bench_one_batch
 cli <- bench_offline_throughput
@@ -62,7 +62,7 @@ types <- penalties <- sampler <- graph <- runner
 inputs <- pooling <- runner
 inputs <- models
 client <- embedding <- server
-core <- estimate <- cli
+loading <- estimate <- cli
 types <- catalogue <- cli
 embedding <- engine
 text <- embedding
@@ -79,13 +79,14 @@ profile <- worker
 types <- models
 types <- text <- completion <- sglang <- engine <- terminal <- cli
 memory <- environment <- cli
-models <- probe <- memory <- torch <- core
+models <- probe <- memory <- torch <- loading
 runner <- torch
 backend <- environment
 sglang <- server
 scheduler <- kvdisk <- core
 config <- kvdisk
-config <- grammar <- core
+config <- grammar <- constrained <- core
+scheduler <- constrained
 types <- text <- grammar <- sglang
 """
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pippin.attention.padded import Padded
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
-from pippin.core import load_core
+from pippin.loading import load_core
 from pippin.probe import choose_attention
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, RowResult, SamplingParams, Work

@@ -17,8 +17,8 @@ from mlx_lm.models import base, qwen3
 from mlx_lm.utils import load_model
 
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ModelError
+from pippin.loading import load_core
 from pippin.models import seam
 from pippin.models.deferred import Part, settled
 from pippin.models.seam import Seam, active, install

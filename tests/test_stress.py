@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import RequestError
+from pippin.loading import load_core
 from pippin.types import Finish, Output, SamplingParams, Submit, TokenLogprob
 from tests.checkpoints import COMMON, make_checkpoint
 

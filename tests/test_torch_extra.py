@@ -10,8 +10,8 @@ import pytest
 
 from pippin.cli import run_command
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ConfigError
+from pippin.loading import load_core
 from pippin.torch import require_torch
 from pippin.torch.mps import Stream, add_streams
 
@@ -19,7 +19,7 @@ COLD = """
 import sys
 sys.modules["torch"] = None  # importing it raises
 import pippin.torch, pippin.worker, pippin.cli
-from pippin.core import load_core
+from pippin.loading import load_core
 from pippin.config import EngineConfig
 from pippin.types import SamplingParams, Submit
 core = load_core(EngineConfig(max_total_tokens=64))

@@ -17,8 +17,8 @@ from pippin import footprint
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.errors import ConfigError
+from pippin.loading import load_core
 from pippin.memory import set_wired_limit
 from pippin.scheduler import Scheduler
 from pippin.types import Request, RowResult, SamplingParams, Submit
@@ -267,7 +267,7 @@ def test_where_nothing_can_be_written_nothing_is_shared(tmp_path: Path, caplog: 
 
 
 def test_an_engine_leaves_what_another_has_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pippin.core.claims_folder", lambda key: tmp_path / key)
+    monkeypatch.setattr("pippin.loading.claims_folder", lambda key: tmp_path / key)
     config = EngineConfig(device="cpu", max_total_tokens=500)
     first = load_core(config)
     second = load_core(config)

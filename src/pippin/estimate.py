@@ -12,8 +12,9 @@ import mlx.nn as nn
 from pippin import kernels
 from pippin.attention import backends_to_try
 from pippin.config import EngineConfig
-from pippin.core import PAGE, EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import EngineError
+from pippin.loading import PAGE, load_core
 from pippin.memory import Limits, MemoryPlan, limit_rows, limits, plan_memory, use_device
 from pippin.models.load import LoadedModel, read_lazily
 from pippin.probe import Choice, measure_caches

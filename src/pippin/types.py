@@ -134,6 +134,11 @@ class Finish(msgspec.Struct, frozen=True):
     status: int = 500
 
 
+def failed(error: RequestError) -> Finish:
+    """How a request ends that can't be served."""
+    return Finish("error", None, error.message, error.field, error.status)
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """A token's natural-log probability under the model itself, before penalties, bias, grammar and temperature.
 

@@ -99,7 +99,7 @@ Send = Callable[[Event], None]
 Load = Callable[[Callable[[Progress], None]], Core]
 """Makes the engine, reporting progress on the way."""
 
-CORE = "pippin.core:load_core"
+CORE = "pippin.loading:load_core"
 """Where a child finds its engine: a callable of (EngineConfig, progress) -> Core."""
 
 

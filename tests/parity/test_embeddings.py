@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModel
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
+from pippin.loading import load_core
 from pippin.types import Pooling, SamplingParams, Submit
 from tests.parity.reference import build_reference
 

@@ -35,7 +35,7 @@ LEFT_OUT = """
 import sys
 from pippin.backend import leave_torch_out
 leave_torch_out()
-from pippin.core import load_core
+from pippin.loading import load_core
 from pippin.config import EngineConfig
 from pippin.demo import demo_model_path
 from pippin.text.tokenizer import load_tokenizer

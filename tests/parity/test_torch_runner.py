@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pippin.config import EngineConfig
-from pippin.core import EngineCore, load_core
+from pippin.core import EngineCore
 from pippin.errors import ConfigError, ModelError
+from pippin.loading import load_core
 from pippin.torch.runner import TorchModelRunner
 from pippin.types import Grammar, Output, SamplingParams, Submit
 from tests.checkpoints import FAMILIES, make_checkpoint

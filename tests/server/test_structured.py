@@ -13,7 +13,7 @@ import pytest
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig
-from pippin.core import load_core
+from pippin.loading import load_core
 from pippin.text.tokenizer import load_tokenizer
 from tests.server.conftest import Running, serving
 

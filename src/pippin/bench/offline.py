@@ -17,9 +17,9 @@ from pippin.bench.serving_data import TOKEN_DATASETS, Conversation, Ruler, make_
 from pippin.bench.serving_options import DatasetOptions
 from pippin.bench.sides import in_turn, mlx_device
 from pippin.config import EngineConfig
-from pippin.core import load_core
 from pippin.environment import device
 from pippin.errors import ConfigError
+from pippin.loading import load_core
 from pippin.memory import on_gpu, use_device
 from pippin.terminal import LoadingBar
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
