@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pippin.kernels import paged, reference
+from pippin.kernels.form import Form
 from pippin.kernels.host import KernelFault, compiler, host_launcher
 from pippin.kernels.launch import Launcher
 
@@ -42,8 +43,8 @@ class Case:
     seed: int = 0
 
     @property
-    def form(self) -> paged.Form:
-        return paged.Form(self.page_size, self.dim**-0.5, self.window, self.softcap)
+    def form(self) -> Form:
+        return Form(self.page_size, self.dim**-0.5, self.window, self.softcap)
 
 
 @dataclass
@@ -93,18 +94,7 @@ def decoded(case: Case, launch: Launcher) -> tuple[mx.array, mx.array]:
 
 
 def expected(case: Case, a: Arrays) -> mx.array:
-    return reference.paged_decode(
-        a.q,
-        a.k_pool,
-        a.v_pool,
-        a.table,
-        a.lengths,
-        page_size=case.page_size,
-        scale=case.form.scale,
-        window=case.window,
-        sinks=a.sinks,
-        softcap=case.softcap,
-    )
+    return reference.paged_decode(a.q, a.k_pool, a.v_pool, a.table, a.lengths, case.form, sinks=a.sinks)
 
 
 def distance(got: mx.array, want: mx.array) -> float:
@@ -272,19 +262,7 @@ def extended(extend: Extend, launch: Launcher) -> tuple[mx.array, mx.array]:
     most = paged.rows_per_tile(case.group, case.dtype, case.tuning)
     tiles = mx.array(paged.tile_rows(extend.counts, most, extend.pad_to))
     got = paged.paged_extend(launch, q, a.k_pool, a.v_pool, a.table, rows, tiles, case.form, case.tuning, sinks=a.sinks)
-    want = reference.paged_extend(
-        q,
-        a.k_pool,
-        a.v_pool,
-        a.table,
-        rows,
-        tiles,
-        page_size=case.page_size,
-        scale=case.form.scale,
-        window=case.window,
-        sinks=a.sinks,
-        softcap=case.softcap,
-    )
+    want = reference.paged_extend(q, a.k_pool, a.v_pool, a.table, rows, tiles, case.form, sinks=a.sinks)
     return got, want
 
 

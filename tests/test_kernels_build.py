@@ -27,6 +27,7 @@ from pippin.kernels.build.prebuilt import BuiltCuda, Cubins
 from pippin.kernels.build.source import CudaSource, cuda_source
 from pippin.kernels.build.toolchain import Machine, Result, ToolchainError
 from pippin.kernels.build.variants import ModelShape, read_config, shape_of_config, variants
+from pippin.kernels.form import Form
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.launch import Launch
 
@@ -141,7 +142,7 @@ def test_a_models_variants_are_all_that_its_steps_launch() -> None:
             for new in (None, (pool[:5], pool[:5])):
                 cut = tuning.choose("cuda", "decode", mx.bfloat16, units, 8, 2, longest)
                 table = mx.zeros((5, 3), dtype=mx.int32)
-                form = paged.Form(1, 64**-0.5)
+                form = Form(1, 64**-0.5)
                 paged.paged_decode(launch, q, pool, pool, table, mx.zeros(5, dtype=mx.int32), form, cut, new=new)
     assert len(seen) >= 6
     assert seen <= names

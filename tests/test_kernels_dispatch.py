@@ -68,24 +68,15 @@ def batch() -> checks.Sample:
 
 
 def attend(s: checks.Sample, new: bool = False) -> mx.array:
-    return kernels.paged_decode(
-        s.q,
-        s.k_pool,
-        s.v_pool,
-        s.table,
-        s.lengths,
-        page_size=4,
-        scale=0.2,
-        window=70,
-        new=(s.k, s.v) if new else None,
-    )
+    form = kernels.Form(4, 0.2, window=70)
+    return kernels.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, new=(s.k, s.v) if new else None)
 
 
 def extend(s: checks.Sample) -> mx.array:
     lengths = mx.array([36, 37, 150], dtype=mx.int32)
     tiles = mx.array(kernels.tile_rows((2, 1), kernels.rows_per_tile(8, 2, mx.float32), pad_to=3))
     table = mx.stack([s.table[2], s.table[0]])
-    return kernels.paged_extend(s.q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=4, scale=0.2)
+    return kernels.paged_extend(s.q, s.k_pool, s.v_pool, table, lengths, tiles, kernels.Form(4, 0.2))
 
 
 def everything() -> dict[str, mx.array]:
@@ -130,7 +121,7 @@ def test_without_a_gpu_nothing_is_verified_and_plain_mlx_runs() -> None:
     assert kernels.backend() is None
     assert kernels.verify() == {}
     assert not kernels.writes_in_place(s.k_pool, s.v_pool)
-    want = reference.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, page_size=4, scale=0.2, window=70)
+    want = reference.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, kernels.Form(4, 0.2, window=70))
     assert mx.array_equal(attend(s), want)
 
 

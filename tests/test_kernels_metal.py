@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 
 from pippin.kernels import fused, paged
+from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, small_inputs
 from pippin.kernels.packing import PACKINGS, PackedPool, Pool
 from pippin.kernels.packing import line as line_of
@@ -98,7 +99,7 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
     def record_pools(dtype: mx.Dtype, pool: Pool) -> None:
         q, k = mx.zeros((3, 8, 128), dtype=dtype), mx.zeros((3, 2, 128), dtype=dtype)
         table, lengths = mx.zeros((3, 4), dtype=mx.int32), mx.zeros(3, dtype=mx.int32)
-        form = paged.Form(1, 0.1, window=5, softcap=2.0)
+        form = Form(1, 0.1, window=5, softcap=2.0)
         paged.kv_write(record, pool, pool, k, k, lengths)
         paged.kv_gather(record, pool, pool, table, 1)
         for splits in (1, 2):

@@ -128,12 +128,12 @@ def test_kernels_of_quantized_slots_run_where_there_is_a_gpu(gpu: Gpu, packing: 
     gpu.launched.clear()
     s, plain = checks.sample(mx.float32, packing), checks.sample(mx.float32, packing)
     assert kernels.writes_in_place(s.k_pool, s.v_pool)
-    options: dict[str, Any] = {"page_size": 4, "scale": 0.2, "window": 70}
-    got = kernels.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, new=(s.k, s.v), **options)
+    form = kernels.Form(4, 0.2, window=70)
+    got = kernels.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, new=(s.k, s.v))
     assert gpu.launched == ["kv_write_packed", "paged_decode_packed"]
     slots = kernels.reference.newest_slots(plain.table, plain.lengths, 4)
     kernels.reference.kv_write(plain.k_pool, plain.v_pool, plain.k, plain.v, slots)
-    want = kernels.reference.paged_decode(plain.q, plain.k_pool, plain.v_pool, plain.table, plain.lengths, **options)
+    want = kernels.reference.paged_decode(plain.q, plain.k_pool, plain.v_pool, plain.table, plain.lengths, form)
     assert mx.allclose(got, want, atol=1e-4)
 
 

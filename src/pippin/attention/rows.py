@@ -11,7 +11,7 @@ from pippin.attention.plain import fetch, group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.inputs import Group, Step, row_step
-from pippin.kernels import Heads, paged_decode, rope_kv_write
+from pippin.kernels import Form, Heads, paged_decode, rope_kv_write
 from pippin.models.deferred import Attended, Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
@@ -155,9 +155,7 @@ class RowLayer:
             *self._pool.layer(self._layer),
             group.pages,
             self._lengths(group),
-            page_size=self._pool.page_size,
-            scale=scale,
-            window=window,
+            Form(self._pool.page_size, scale, window),
             sinks=sinks,
             after=self._step.after if new else self._written,
             new=new,

@@ -80,7 +80,7 @@ def _grid(quick: bool, has_matrix: bool) -> Iterator[tuple[BatchShape, paged.Tun
 def check_decode(launch: Launcher, shape: BatchShape, cut: paged.Tuning, options: dict[str, float]) -> Outcome:
     """Stores the newest token and attends, in one launch; both pools and the result must be the reference's."""
     mine, theirs = make_batch(shape), make_batch(shape)
-    form = paged.Form(shape.page_size, shape.dim**-0.5, _window(options), options.get("softcap"))
+    form = kernels.Form(shape.page_size, shape.dim**-0.5, _window(options), options.get("softcap"))
     sinks = mx.random.normal((shape.heads,), key=mx.random.key(5)).astype(DTYPES[shape.dtype]) if options else None
     new = mine.k[: shape.rows] * 0.5, mine.v[: shape.rows] * 0.5
     mx.eval(new)
@@ -89,18 +89,7 @@ def check_decode(launch: Launcher, shape: BatchShape, cut: paged.Tuning, options
     with mx.stream(mx.cpu):
         slots = reference.newest_slots(theirs.table, theirs.lengths, shape.page_size)
         reference.kv_write(theirs.k, theirs.v, *new, slots)
-        want = reference.paged_decode(
-            theirs.q,
-            theirs.k,
-            theirs.v,
-            theirs.table,
-            theirs.lengths,
-            page_size=form.page_size,
-            scale=form.scale,
-            window=form.window,
-            sinks=sinks,
-            softcap=form.softcap,
-        )
+        want = reference.paged_decode(theirs.q, theirs.k, theirs.v, theirs.table, theirs.lengths, form, sinks=sinks)
         same = bool((mx.array_equal(mine.k, theirs.k) & mx.array_equal(mine.v, theirs.v)).item())
         mx.eval(want)
     error = largest_difference(got, want) if same else float("inf")
@@ -113,13 +102,11 @@ def check_extend(launch: Launcher, shape: BatchShape, cut: paged.Tuning) -> Outc
     lengths = [n - count + 1 + i for n, count in zip(shape.lengths, counts, strict=False) for i in range(count)]
     q = mx.random.normal((sum(counts), shape.heads, shape.dim), key=mx.random.key(6)).astype(DTYPES[shape.dtype])
     tiles = mx.array(paged.tile_rows(counts, paged.rows_per_tile(shape.group, DTYPES[shape.dtype], cut)))
-    rows, form = mx.array(np.array(lengths, np.int32)), paged.Form(shape.page_size, shape.dim**-0.5)
+    rows, form = mx.array(np.array(lengths, np.int32)), kernels.Form(shape.page_size, shape.dim**-0.5)
     got = paged.paged_extend(launch, q, batch.k, batch.v, batch.table, rows, tiles, form, cut)
     mx.eval(got)
     with mx.stream(mx.cpu):
-        want = reference.paged_extend(
-            q, batch.k, batch.v, batch.table, rows, tiles, page_size=form.page_size, scale=form.scale
-        )
+        want = reference.paged_extend(q, batch.k, batch.v, batch.table, rows, tiles, form)
         mx.eval(want)
     error = largest_difference(got, want)
     return Outcome("extend", error <= TOLERANCE[shape.dtype], error, _detail(shape, cut, {}))
@@ -144,8 +131,9 @@ def _order_steps(batch: Batch, shape: BatchShape, steps: int, settled: bool) -> 
         token = kernels.kv_write(batch.k, batch.v, new, new, slots, after=after)
         if settled:
             mx.eval(token, batch.k, batch.v)
+        form = kernels.Form(1, 0.3)
         whole = kernels.paged_decode(
-            q, batch.k, batch.v, batch.table, batch.lengths, page_size=1, scale=0.3, after=token, longest=shape.context
+            q, batch.k, batch.v, batch.table, batch.lengths, form, after=token, longest=shape.context
         )
         k, v = kernels.kv_gather(batch.k, batch.v, batch.table, page_size=1, after=token)
         q = whole + mx.fast.scaled_dot_product_attention(q[:, :, None], k, v, scale=0.3)[:, :, 0]
@@ -164,7 +152,7 @@ def check_compiled() -> Outcome:
 
     def step(b: Batch, q: mx.array, after: mx.array) -> mx.array:
         token = kernels.kv_write(b.k, b.v, q[:, :: shape.group], q[:, :: shape.group], slots, after=after)
-        return kernels.paged_decode(q, b.k, b.v, b.table, b.lengths, page_size=1, scale=0.1, after=token, longest=100)
+        return kernels.paged_decode(q, b.k, b.v, b.table, b.lengths, kernels.Form(1, 0.1), after=token, longest=100)
 
     compiled = mx.compile(lambda q, after: step(batch, q, after))
     mine, theirs, after = batch.q, other.q, mx.zeros(8, dtype=mx.int32)

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -104,6 +104,7 @@ def decode_cases(shape: BatchShape) -> Iterator[Case]:
     """As the engine cuts it, alone and with the write; beside MLX's, K and V in one piece or gathered first."""
     batches = [make_batch(shape, i) for i in range(max(1, min(12, _CACHES // shape.kv_bytes)))]
     scale, longest = shape.dim**-0.5, max(shape.lengths)
+    form = kernels.Form(shape.page_size, scale)
     new = batches[0].k[1 : shape.rows + 1], batches[0].v[1 : shape.rows + 1]
     slots = reference.slots_of(batches[0].table, shape.page_size)[:, : shape.context]
     pieces = tuple(mx.contiguous(pool[slots].transpose(0, 2, 1, 3)) for pool in (batches[0].k, batches[0].v))
@@ -111,9 +112,7 @@ def decode_cases(shape: BatchShape) -> Iterator[Case]:
 
     def ours(i: int, q: mx.array, new: tuple[mx.array, mx.array] | None = None) -> mx.array:
         b = batches[i % len(batches)]
-        return kernels.paged_decode(
-            q, b.k, b.v, b.table, b.lengths, page_size=shape.page_size, scale=scale, longest=longest, new=new
-        )
+        return kernels.paged_decode(q, b.k, b.v, b.table, b.lengths, form, longest=longest, new=new)
 
     def whole(_: int, q: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q[:, :, None], *pieces, scale=scale)[:, :, 0]
@@ -132,12 +131,12 @@ def decode_cases(shape: BatchShape) -> Iterator[Case]:
 
 def packed_cases(shape: BatchShape) -> Iterator[Case]:
     """Decodes over full slots, and over quantized ones that hold the same."""
-    batch, scale = make_batch(shape), shape.dim**-0.5
+    batch, form = make_batch(shape), kernels.Form(shape.page_size, shape.dim**-0.5)
 
     def over(k: kernels.Pool, v: kernels.Pool) -> Step:
         mx.eval(kernels.storage(k), kernels.storage(v))
-        options: dict[str, Any] = {"page_size": shape.page_size, "scale": scale, "longest": max(shape.lengths)}
-        return lambda _, q: kernels.paged_decode(q, k, v, batch.table, batch.lengths, **options)
+        longest = max(shape.lengths)
+        return lambda _, q: kernels.paged_decode(q, k, v, batch.table, batch.lengths, form, longest=longest)
 
     yield Case("paged_decode, full slots", shape.name, shape.kv_bytes, batch.q, over(batch.k, batch.v))
     for packing in kernels.PACKINGS:
@@ -156,7 +155,7 @@ def extend_case(shape: BatchShape, rows: int) -> Case:
     mx.eval(q, lengths, tiles)
 
     def ours(_: int, q: mx.array) -> mx.array:
-        return kernels.paged_extend(q, b.k, b.v, b.table, lengths, tiles, page_size=shape.page_size, scale=scale)
+        return kernels.paged_extend(q, b.k, b.v, b.table, lengths, tiles, kernels.Form(shape.page_size, scale))
 
     def theirs(_: int, q: mx.array) -> mx.array:
         k, v = (pool[b.table[0]].transpose(1, 0, 2)[None] for pool in (b.k, b.v))

@@ -110,7 +110,7 @@ def gpu_measure() -> Measure:
 
     def measure(point: Point, cut: paged.Tuning) -> float:
         shape = point.shape
-        batch, form = make_batch(shape), paged.Form(1, shape.dim**-0.5)
+        batch, form = make_batch(shape), kernels.Form(1, shape.dim**-0.5)
         if point.kernel == "decode":
 
             def step(_: int, q: mx.array) -> mx.array:

@@ -22,6 +22,7 @@ import mlx.core as mx
 from pippin.kernels import fused, paged, products, reference, tuning
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, verdicts
+from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packed, packing_of, storage
@@ -30,6 +31,7 @@ from pippin.kernels.products import Weights
 
 __all__ = [
     "PACKINGS",
+    "Form",
     "Heads",
     "Norm",
     "PackedPool",
@@ -202,12 +204,9 @@ def paged_decode(
     v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
+    form: Form,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
     sinks: mx.array | None = None,
-    softcap: float | None = None,
     after: mx.array | None = None,
     new: tuple[mx.array, mx.array] | None = None,
     longest: int | None = None,
@@ -222,40 +221,16 @@ def paged_decode(
     contexts are split; the table's width if left out. ``joined``: heads come out side by side, [R, 1, heads *
     value_dim], as the next projection takes them. The rest as in ``reference``.
     """
-    form = paged.Form(page_size, scale, window, softcap)
     launch = _launcher("paged_decode" if new is None else "paged_decode_write", k_pool, v_pool)
     if launch is not None:
-        cut = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * page_size, window)
+        cut = tuning_for(q.shape[0], q, k_pool, longest or table.shape[1] * form.page_size, form.window)
         return paged.paged_decode(launch, q, k_pool, v_pool, table, lengths, form, cut, sinks, after, new, joined)
     if new is not None:
-        after = kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, page_size), after=after)
+        after = kv_write(k_pool, v_pool, *new, reference.newest_slots(table, lengths, form.page_size), after=after)
         return paged_decode(
-            q,
-            k_pool,
-            v_pool,
-            table,
-            lengths,
-            page_size=page_size,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-            softcap=softcap,
-            after=after,
-            longest=longest,
-            joined=joined,
+            q, k_pool, v_pool, table, lengths, form, sinks=sinks, after=after, longest=longest, joined=joined
         )
-    out = reference.paged_decode(
-        q,
-        k_pool,
-        v_pool,
-        table,
-        lengths,
-        page_size=page_size,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-    )
+    out = reference.paged_decode(q, k_pool, v_pool, table, lengths, form, sinks=sinks)
     return out.reshape(q.shape[0], 1, -1) if joined else out
 
 
@@ -266,12 +241,9 @@ def paged_extend(
     table: mx.array,
     lengths: mx.array,
     tiles: mx.array,
+    form: Form,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
     sinks: mx.array | None = None,
-    softcap: float | None = None,
     after: mx.array | None = None,
     longest: int | None = None,
 ) -> mx.array:
@@ -283,23 +255,10 @@ def paged_extend(
     """
     launch = _launcher("paged_extend", k_pool, v_pool)
     if launch is None:  # row by row, by the kernel for that if there is one
-        return paged_decode(
-            q,
-            k_pool,
-            v_pool,
-            table[reference.owners(tiles, q.shape[0])],
-            lengths,
-            page_size=page_size,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-            softcap=softcap,
-            after=after,
-            longest=longest,
-        )
-    form = paged.Form(page_size, scale, window, softcap)
-    cut = tuning_for(tiles.shape[0], q, k_pool, longest or table.shape[1] * page_size, window, "extend")
-    cut = replace(cut, unroll=2)
+        lines = table[reference.owners(tiles, q.shape[0])]
+        return paged_decode(q, k_pool, v_pool, lines, lengths, form, sinks=sinks, after=after, longest=longest)
+    units, seen = tiles.shape[0], longest or table.shape[1] * form.page_size
+    cut = replace(tuning_for(units, q, k_pool, seen, form.window, "extend"), unroll=2)
     return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, cut, sinks, after)
 
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 from pippin.kernels import fused, paged, products, reference
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
+from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
 from pippin.kernels.packing import Packing, Pool, packed, storage
 
@@ -111,8 +112,8 @@ def check_kv_gather(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, pac
 def check_paged_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
     """In one launch, and split in four with a window, sinks and a soft cap."""
     s, sinks = sample(dtype, packing), mx.arange(8).astype(dtype) / 4
-    plain = paged.Form(_PAGE, _SCALE)
-    rich = paged.Form(_PAGE, _SCALE, window=100, softcap=2.0)
+    plain = Form(_PAGE, _SCALE)
+    rich = Form(_PAGE, _SCALE, window=100, softcap=2.0)
     whole = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, plain, tuning)
     split = paged.paged_decode(
         launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, rich, replace(tuning, splits=4), sinks=sinks
@@ -127,27 +128,25 @@ def check_paged_decode_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tu
 
 
 def _writes_and_attends(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    s, form = sample(dtype), paged.Form(_PAGE, _SCALE)
+    s, form = sample(dtype), Form(_PAGE, _SCALE)
     want_k, want_v = copied(s.k_pool), copied(s.v_pool)
     reference.kv_write(want_k, want_v, s.k, s.v, reference.newest_slots(s.table, s.lengths, _PAGE))
     mx.eval(storage(want_k), storage(want_v))
     got = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, tuning, new=(s.k, s.v))
     mx.eval(got)
-    want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, page_size=_PAGE, scale=_SCALE)
+    want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, form)
     # Padding rows have no slot of their own here; the kernel leaves scratch alone, the reference writes it.
     return _close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
 
 
 def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
     """Five rows of one sequence and three of another, together; in one launch, and split."""
-    s, form = sample(dtype, packing), paged.Form(_PAGE, _SCALE, window=100)
+    s, form = sample(dtype, packing), Form(_PAGE, _SCALE, window=100)
     q = mx.concatenate([s.q, s.q, s.q[:2]])
     lengths = mx.array([146, 147, 148, 149, 150, 35, 36, 37], dtype=mx.int32)
     table = mx.stack([s.table[0], s.table[2]])
     tiles = mx.array(paged.tile_rows((5, 3), paged.rows_per_tile(4, dtype, tuning), pad_to=4))
-    want = reference.paged_extend(
-        q, s.k_pool, s.v_pool, table, lengths, tiles, page_size=_PAGE, scale=_SCALE, window=form.window
-    )
+    want = reference.paged_extend(q, s.k_pool, s.v_pool, table, lengths, tiles, form)
     tunings = (replace(tuning, splits=splits, unroll=2) for splits in (1, 2))
     found = [paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, cut) for cut in tunings]
     return all(_close(got, want) for got in found)
@@ -338,19 +337,8 @@ def _passes(check: Check, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tunin
         return False
 
 
-def _decode(s: Sample, form: paged.Form, sinks: mx.array | None = None) -> mx.array:
-    return reference.paged_decode(
-        s.q,
-        s.k_pool,
-        s.v_pool,
-        s.table,
-        s.lengths,
-        page_size=form.page_size,
-        scale=form.scale,
-        window=form.window,
-        sinks=sinks,
-        softcap=form.softcap,
-    )
+def _decode(s: Sample, form: Form, sinks: mx.array | None = None) -> mx.array:
+    return reference.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, sinks=sinks)
 
 
 def _close(got: mx.array, want: mx.array) -> bool:

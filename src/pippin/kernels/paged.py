@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher, Source, nothing, params
 from pippin.kernels.packing import Packing, Pool, packing_of, storage
 
@@ -32,16 +33,6 @@ MOST_SPLITS = 64
 _SHARED_BYTES = 16384
 # Queries in one matrix product.
 _QUERIES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What attention computes, apart from the arrays; see ``reference``."""
-
-    page_size: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

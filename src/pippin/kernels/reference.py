@@ -1,17 +1,16 @@
 """What each kernel computes, in plain MLX: the truth that every kernel is compared with, and what runs without a GPU.
 
 Everywhere: ``k_pool`` [slots, kv_heads, dim] and ``v_pool`` [slots, kv_heads, value_dim] share a dtype, and may both be
-quantized (``packing.PackedPool``); token ``t`` of
-a sequence lies in slot ``table[s, t // page_size] * page_size + t % page_size``; a row of length 0 is padding and
-gives zeros. ``window`` counts the latest tokens attended to, the row's own included. ``sinks`` [heads] are logits that
-take part in the softmax and add nothing. ``softcap`` bounds logits: ``softcap * tanh(logit / softcap)``. Sums are in
-float32.
+quantized (``packing.PackedPool``); token ``t`` of a sequence lies in slot
+``table[s, t // page_size] * page_size + t % page_size``; a row of length 0 is padding and
+gives zeros. ``sinks`` [heads] are logits that take part in the softmax and add nothing. Sums are in float32.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
 from pippin.kernels.packing import Pool
 
@@ -52,12 +51,9 @@ def paged_decode(
     v_pool: Pool,
     table: mx.array,
     lengths: mx.array,
+    form: Form,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
     sinks: mx.array | None = None,
-    softcap: float | None = None,
 ) -> mx.array:
     """Attention of one query per row: q [R, heads, dim] to [R, heads, value_dim], in q's dtype.
 
@@ -65,17 +61,17 @@ def paged_decode(
     """
     rows, heads, dim = q.shape
     kv_heads = k_pool.shape[1]
-    slots = slots_of(table, page_size)
+    slots = slots_of(table, form.page_size)
     keys = k_pool[slots].transpose(0, 2, 3, 1).astype(mx.float32)
     values = v_pool[slots].transpose(0, 2, 1, 3).astype(mx.float32)
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, dim).astype(mx.float32)
-    logits = (grouped * scale) @ keys
-    if softcap is not None:
-        logits = mx.tanh(logits / softcap) * softcap
-    seen = _seen(lengths, slots.shape[1], window)[:, None, None]
-    weights = _softmax(mx.where(seen, logits, -mx.inf), sinks)
+    logits = (grouped * form.scale) @ keys
+    if form.softcap is not None:
+        logits = mx.tanh(logits / form.softcap) * form.softcap
+    seen = _seen(lengths, slots.shape[1], form.window)
+    weights = _softmax(mx.where(seen[:, None, None], logits, -mx.inf), sinks)
     # What lies in slots that a row does not see may be anything, NaN too: 0 times it must stay 0.
-    values = mx.where(_seen(lengths, slots.shape[1], window)[:, None, :, None], values, 0.0)
+    values = mx.where(seen[:, None, :, None], values, 0.0)
     return (weights @ values).reshape(rows, heads, -1).astype(q.dtype)
 
 
@@ -86,12 +82,9 @@ def paged_extend(
     table: mx.array,
     lengths: mx.array,
     tiles: mx.array,
+    form: Form,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
     sinks: mx.array | None = None,
-    softcap: float | None = None,
 ) -> mx.array:
     """Attention of several rows of each sequence: q [T, heads, dim] to [T, heads, value_dim].
 
@@ -99,18 +92,7 @@ def paged_extend(
     int32 says whose the rows are: (first row, number of rows, sequence); 0 rows is padding. Rows in no tile give
     whatever: the caller does not read them.
     """
-    return paged_decode(
-        q,
-        k_pool,
-        v_pool,
-        table[owners(tiles, q.shape[0])],
-        lengths,
-        page_size=page_size,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-    )
+    return paged_decode(q, k_pool, v_pool, table[owners(tiles, q.shape[0])], lengths, form, sinks=sinks)
 
 
 def owners(tiles: mx.array, rows: int) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from pippin.errors import ModelError
 from pippin.kernels import fused, paged
 from pippin.kernels.build.prebuilt import Recorded
+from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -138,5 +139,5 @@ def _record_fused(record: Launcher, shape: ModelShape, k_pool: mx.array, v_pool:
             fused.rope_kv_write(record, y, k_pool, v_pool, heads, rope, where, where, norms, None)
 
 
-def _forms(shape: ModelShape) -> list[paged.Form]:
-    return [paged.Form(shape.page_size, shape.dim**-0.5, window, shape.softcap) for window in shape.windows]
+def _forms(shape: ModelShape) -> list[Form]:
+    return [Form(shape.page_size, shape.dim**-0.5, window, shape.softcap) for window in shape.windows]
