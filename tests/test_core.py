@@ -130,6 +130,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Nothing is compiled, which on a CPU takes a compiler and would capture arrays that the definitions replace.
     """
     monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
+    monkeypatch.setattr("pippin.kernels.rows_by_page", lambda *_: 8)
     monkeypatch.setattr("pippin.runner.DecodeGraphs", partial(DecodeGraphs, compile=lambda run: run))
 
 

@@ -91,6 +91,32 @@ def test_padding_goes_to_scratch_and_changes_no_token(works: list[Work]) -> None
         assert list(np.asarray(group.slots)[i, : w.end]) == list(w.request.slots[: w.end])
 
 
+@given(works=batches(), several=st.sampled_from([1, 3, 6]), page=st.sampled_from([1, 4]))
+def test_works_of_few_tokens_are_one_group_that_reads_pages(works: list[Work], several: int, page: int) -> None:
+    for w in works:  # whole pages, as a pool of pages has them
+        w.request.slots = array("i", [page * (100 * w.request.row + i // page) + i % page for i in range(w.end)])
+    step = row_step(works, LAST, page, several)
+    counts = [w.end - w.start for w in works]
+    assert sum(g.rows == 1 for g in step.groups) <= 1
+    few = [g for g in step.groups if g.counts is not None]
+    assert len(few) == any(1 < n <= several for n in counts)
+    positions, slots = np.asarray(step.positions), np.asarray(step.write_slots)
+    at, seen = 0, 0
+    for group in step.groups:
+        assert group.tokens.start == at
+        at = group.tokens.stop
+        assert group.pages is not None
+        assert (group.counts is not None) == (1 < group.rows <= several)
+        first = group.tokens.start
+        for line, count in zip(np.asarray(group.pages), group.counts or [group.rows] * group.count, strict=True):
+            last = positions[first + count - 1]
+            assert list(positions[first : first + count]) == list(range(last - count + 1, last + 1))
+            assert line[last // page] * page + last % page == slots[first + count - 1]
+            first, seen = first + count, seen + 1
+        assert first == at
+    assert (at, seen) == (sum(counts), len(works))
+
+
 def test_single_tokens_are_padded_to_at_most_twice_the_shortest_beyond_256() -> None:
     contexts = [5, 250, 300, 700, 1500, 40]
     step = row_step([work(i, c - 1, 1, False) for i, c in enumerate(contexts)], LAST)

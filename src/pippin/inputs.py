@@ -7,7 +7,7 @@ Two layouts. **Rows**: every token is a row of its own, ``[T, 1]``, with its own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,7 @@ class Group:
     ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32
     is the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
     ``pages`` [count, n] int32 are page numbers instead, where a kernel reads the pool by page; ``slots`` is None then.
+    ``counts`` are each work's tokens, ``rows`` at most, where a kernel takes several of each at once; None: ``rows``.
     """
 
     first: int
@@ -36,6 +37,12 @@ class Group:
     slots: mx.array | None
     starts: mx.array
     pages: mx.array | None = None
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def tokens(self) -> slice:
+        """Where the group's tokens lie in the step's."""
+        return slice(self.first, self.first + (sum(self.counts) if self.counts else self.count * self.rows))
 
     def head_rows(self, kv_heads: int) -> mx.array:
         """Where the pool, seen as lines of one head each, has the context's heads: int32 [count, kv_heads, context]."""
@@ -74,12 +81,13 @@ class Step:
         return self.decodes and all(g.pages is not None for g in self.groups)
 
 
-def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
+def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None, several: int = 1) -> Step:
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
 
-    With ``page_size``, groups name pages, for kernels that read the pool, and all single tokens are one group.
+    With ``page_size``, groups name pages, for kernels that read the pool. All single tokens are one group then, and
+    all works of up to ``several`` tokens another.
     """
-    order = sorted(range(len(works)), key=lambda i: _group_key(works[i]))
+    order = sorted(range(len(works)), key=lambda i: _group_key(works[i], several))
     starts, total = [0] * len(works), 0
     for i in order:
         starts[i] = total
@@ -98,7 +106,7 @@ def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None 
         tokens=_with_unseen(tokens, unseen, last_token)[:, None],
         positions=mx.array(positions),
         write_slots=mx.array(slots),
-        groups=tuple(_groups([works[i] for i in order], page_size)),
+        groups=tuple(_groups([works[i] for i in order], page_size, several)),
         lasts=tuple(starts[i] + w.end - w.start - 1 for i, w in enumerate(works)),
         decodes=all(w.decodes for w in works),
     )
@@ -124,14 +132,14 @@ def padded_step(works: Sequence[Work], last_token: mx.array, page_size: int | No
     )
 
 
-def _group_key(work: Work) -> tuple[bool, int]:
-    """Single tokens first, shortest context first, so that neighbours pad little; the rest as scheduled."""
-    single = work.end - work.start == 1
-    return (not single, work.end if single else 0)
+def _group_key(work: Work, several: int) -> tuple[int, int]:
+    """Single tokens first, shortest context first, so that neighbours pad little; then works of few; then the rest."""
+    count = work.end - work.start
+    return (0, work.end) if count == 1 else (1 if count <= several else 2, 0)
 
 
-def _groups(works: Sequence[Work], page_size: int | None) -> list[Group]:
-    """Cuts works (singles by length, then the rest) into runs that can attend together.
+def _groups(works: Sequence[Work], page_size: int | None, several: int) -> list[Group]:
+    """Cuts works, as ``_group_key`` orders them, into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
     works attend together only where both their rows and their contexts are equal, which needs no mask.
@@ -141,15 +149,20 @@ def _groups(works: Sequence[Work], page_size: int | None) -> list[Group]:
     while at < len(works):
         head = works[at]
         rows, stop = head.end - head.start, at + 1
-        while stop < len(works) and _fits(head, works[stop], paged=page_size is not None):
+        few = page_size is not None and 1 < rows <= several
+        while stop < len(works) and _fits(head, works[stop], page_size is not None, several if few else 0):
             stop += 1
-        groups.append(_group(works[at:stop], first, rows, page_size))
-        first += rows * (stop - at)
+        counts = [w.end - w.start for w in works[at:stop]]
+        group = _group(works[at:stop], first, max(counts), page_size)
+        groups.append(replace(group, counts=tuple(counts)) if few else group)
+        first += sum(counts)
         at = stop
     return groups
 
 
-def _fits(head: Work, work: Work, paged: bool) -> bool:
+def _fits(head: Work, work: Work, paged: bool, several: int) -> bool:
+    if several:
+        return work.end - work.start <= several
     if work.end - work.start != head.end - head.start:
         return False
     if head.end - head.start == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from pippin.attention.plain import fetch, group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
 from pippin.inputs import Group, Step, row_step
-from pippin.kernels import Form, Heads, paged_decode, rope_kv_write
+from pippin.kernels import Form, Heads, paged_decode, paged_extend, rope_kv_write, rows_per_tile, tile_rows
 from pippin.models.deferred import Attended, Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
@@ -28,9 +28,9 @@ class RowLayer:
     """The cache object that one layer gets for one forward."""
 
     def __init__(
-        self, layer: int, step: Step, pool: KVPool, seam: Seam, gathers: dict[tuple[int, int], mx.array]
+        self, layer: int, step: Step, pool: KVPool, seam: Seam, shared: dict[tuple[int | str, ...], mx.array]
     ) -> None:
-        self._gathers = gathers
+        self._shared = shared
         self.offset = step.positions
         self._layer = layer
         self._step = step
@@ -118,8 +118,7 @@ class RowLayer:
             return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
         parts = []
         for group in groups:
-            rows = queries[group.first : group.first + group.count * group.rows]
-            parts.append(self._attend_group(rows, group, scale, window, sinks))
+            parts.append(self._attend_group(queries[group.tokens], group, scale, window, sinks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
     def _reads_pages(self, group: Group) -> bool:
@@ -133,6 +132,8 @@ class RowLayer:
         if self._reads_pages(group):
             return self._decode(q, group, scale, window, sinks)[:, :, None]
         assert self._written is not None
+        if group.counts is not None:
+            return self._extend(q, group, Form(self._pool.page_size, scale, window), sinks)[:, :, None]
         keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
         return group_attention(q[:, :, None], keys, values, group, scale, window, sinks)
 
@@ -166,20 +167,36 @@ class RowLayer:
             self._written = out  # for another layer that shares these keys: it reads after the write
         return out
 
+    def _extend(self, q: mx.array, group: Group, form: Form, sinks: mx.array | None) -> mx.array:
+        """Several rows of each sequence by page, its K and V read once for up to a tile of them."""
+        assert group.pages is not None
+        assert group.counts is not None
+        pools = self._pool.layer(self._layer)
+        most = rows_per_tile(q.shape[1], pools[0].shape[1], pools[0].dtype)
+        tiles = self._once((group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most)))
+        lengths, after = self._lengths(group), self._written
+        return paged_extend(
+            q, *pools, group.pages, lengths, tiles, form, sinks=sinks, after=after, longest=group.context
+        )
+
     def _lengths(self, group: Group) -> mx.array:
-        """How many tokens each row attends to, [count] int32; made once a step for all layers."""
-        key = group.first, 0
-        if key not in self._gathers:
-            self._gathers[key] = group.starts + 1
-        return self._gathers[key]
+        """How many tokens each row attends to, int32 [count], or of several rows a work one for each."""
+
+        def make() -> mx.array:
+            return (group.starts if group.counts is None else self.offset[group.tokens]) + 1
+
+        return self._once((group.first, "lengths"), make)
 
     def _head_rows(self, group: Group) -> mx.array:
-        """``Group.head_rows``, made once a step for all layers of as many heads."""
+        """``Group.head_rows``."""
         kv_heads = self._pool.layer(self._layer)[0].shape[1]
-        key = group.first, kv_heads
-        if key not in self._gathers:
-            self._gathers[key] = group.head_rows(kv_heads)
-        return self._gathers[key]
+        return self._once((group.first, "heads", kv_heads), lambda: group.head_rows(kv_heads))
+
+    def _once(self, key: tuple[int | str, ...], make: Callable[[], mx.array]) -> mx.array:
+        """What all layers share, made for the first of them that wants it."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
 
 def _flat(x: mx.array) -> mx.array:
@@ -196,8 +213,8 @@ class Rows:
         return [works]
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
-        return row_step(works, last_token, pool.page_size if pool.in_place else None)
+        return row_step(works, last_token, pool.page_size if pool.in_place else None, pool.rows_by_page)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
-        gathers: dict[tuple[int, int], mx.array] = {}
-        return pool.layout.nest([RowLayer(i, step, pool, seam, gathers) for i in range(len(pool.shapes))])
+        shared: dict[tuple[int | str, ...], mx.array] = {}
+        return pool.layout.nest([RowLayer(i, step, pool, seam, shared) for i in range(len(pool.shapes))])

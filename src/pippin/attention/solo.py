@@ -113,7 +113,7 @@ class Solo:
         if self._padded:
             step, placed = padded_step(works, last_token, page_size), list(works)
         else:
-            step = row_step(works, last_token, page_size)
+            step = row_step(works, last_token, page_size, pool.rows_by_page)
             placed = [work for _, work in sorted(zip(step.lasts, works, strict=True), key=lambda pair: pair[0])]
             if works[0].end - works[0].start > 1:
                 step = replace(step, tokens=step.tokens.reshape(1, -1))
@@ -128,8 +128,8 @@ class Solo:
             alone = [AloneLayer(p, step.groups[0], w) for p, w in zip(padded, windows, strict=True)]
             kv += alone if self._alone else padded
         else:
-            gathers: dict[tuple[int, int], mx.array] = {}
-            rows = [RowLayer(i, step, pool, seam, gathers) for i in range(count)]
+            shared: dict[tuple[int | str, ...], mx.array] = {}
+            rows = [RowLayer(i, step, pool, seam, shared) for i in range(count)]
             kv += rows if step.tokens.shape[1] == 1 else [ChunkLayer(layer, seam) for layer in rows]
         return pool.layout.nest(kv, step.states.caches if step.states else ())
 

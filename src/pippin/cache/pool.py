@@ -22,6 +22,8 @@ class KVPool:
     place as long as nothing else holds the buffer: each array is written once in a step, before it is read, and
     nobody outside keeps a reference. Slots are not checked here, nor by MLX: the runner does, on the host.
 
+    ``rows_by_page`` is the most rows of one sequence that attend to the pool itself together; more gather first.
+
     ``states`` holds what the model keeps beside K and V, None for most; ``layout`` says how all of it is arranged.
     """
 
@@ -40,7 +42,9 @@ class KVPool:
         self.page_size = page_size
         self._layers = [_arrays_of(s, num_slots) if s else None for s in self.shapes]
         mx.eval(self.arrays)
-        self.in_place = all(kernels.writes_in_place(*layer) for layer in self._layers if layer)
+        stored = [layer for layer in self._layers if layer]
+        self.in_place = all(kernels.writes_in_place(*layer) for layer in stored)
+        self.rows_by_page = min((kernels.rows_by_page(*layer) for layer in stored), default=1) if self.in_place else 1
 
     @property
     def arrays(self) -> list[mx.array]:

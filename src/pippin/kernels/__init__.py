@@ -49,6 +49,7 @@ __all__ = [
     "paged_extend",
     "quantized_product",
     "rope_kv_write",
+    "rows_by_page",
     "rows_per_tile",
     "storage",
     "swiglu",
@@ -304,6 +305,17 @@ def _product_launcher(x: mx.array, weights: Weights) -> Launcher | None:
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
     """Most rows that a tile of ``paged_extend`` may have here, for so many heads and a pool of ``dtype``."""
     return paged.rows_per_tile(heads // kv_heads, dtype, tuning.table(backend() or "cuda").base)
+
+
+def rows_by_page(k_pool: Pool, v_pool: Pool) -> int:
+    """Most rows of one sequence that ``paged_extend`` should take, 1 where no kernel does; for more, gather first.
+
+    On an H200 64 rows behind 8k tokens took 179 µs, gathering 318, and longer contexts do not change the ratio. Without
+    matrix products a tile has 4 to 8 rows, each of which reads K and V once: not measured, so no more than a few tiles.
+    """
+    if _launcher("paged_extend", k_pool, v_pool) is None:
+        return 1
+    return 64 if tuning.table(backend() or "cuda").base.matrix and k_pool.dtype != mx.float32 else 16
 
 
 def forget() -> None:
