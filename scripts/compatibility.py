@@ -12,6 +12,7 @@ from pippin.server.app import ROUTES
 from pippin.server.native import NOT_HERE
 from pippin.server.ollama import Options
 from pippin.server.protocol import Body, ChatRequest
+from pippin.server.response_tools import HOSTED
 from pippin.server.responses import ITEM_FIELDS, ResponsesRequest
 from pippin.text import chat
 
@@ -19,11 +20,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 
 HEAD = """# Compatibility
 
-Every field of every endpoint: supported, refused with a 400 that names it, or accepted without effect for the reason
-given. Nothing else is taken, and nothing is ignored in silence: a field that is not in these tables is an unknown
-field, and refused. What a supported field does is in [api.md](api.md), [tools.md](tools.md) and
-[structured-output.md](structured-output.md). `make docs` writes this page from the code that reads requests; tests
-compare it with that code, and the code with every field that the official clients can send.
+Every field of every endpoint: supported, refused with a 400 that names it, accepted without effect for the reason
+given, or left out with a word about it in the response. Nothing else is taken, and nothing is ignored in silence: a
+field that is not in these tables is an unknown field, and refused. What a supported field does is in
+[api.md](api.md), [tools.md](tools.md) and [structured-output.md](structured-output.md). `make docs` writes this page
+from the code that reads requests; tests compare it with that code, and the code with every field that the official
+clients can send.
 """
 
 TAIL = """
@@ -95,7 +97,11 @@ def table(body: type[Body]) -> str:
 def inside(found: inspect.Type, path: str) -> Iterator[tuple[str, str]]:
     """The fields of the objects in a body, each with its place."""
     match found:
+        case inspect.StructType() if found.cls in HOSTED:
+            yield f"{path} ({found.tag})", f"left out, which `warnings` of the response says: {found.cls.left_out}"
         case inspect.StructType():
+            if found.tag_field:
+                yield f"{path}.{found.tag_field}", "supported, required"
             for field in found.fields:
                 place = f"{path}.{field.encode_name}" if path else field.encode_name
                 if path:

@@ -137,7 +137,7 @@ def test_the_store_is_bounded() -> None:
         ({"input": [{"role": "user", "content": "a", "mood": 1}]}, "input[0].mood"),
         ({"input": [{"role": "king", "content": "a"}]}, "input[0].role"),
         ({"input": []}, "messages"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),

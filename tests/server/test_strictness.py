@@ -34,6 +34,9 @@ FREE = {
     "chat_template_kwargs": "variables of the template",
     "cache_control": "no effect: every prompt is cached",
     "caller": "no effect: told by us, sent back",
+    "filters": "of a tool that is left out",
+    "user_location": "of a tool that is left out",
+    "input_image_mask": "of a tool that is left out",
 }
 """Objects that may hold anything, by the last name of their place."""
 

@@ -58,13 +58,13 @@ def chat_ask(service: Service, request: ChatRequest, rid: str) -> Ask:
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
     )
-    choice = request.tool_choice or "auto"
+    tools, choice = request.chosen()
     return Ask(
         messages=request.messages,
         params=service.adapted(params, request.model, request.lora_path),
         rid=rid,
-        tools=[tool.as_dict() for tool in request.tools],
-        tool_choice=choice if isinstance(choice, str) else (choice.function.name,),
+        tools=tools,
+        tool_choice=choice,
         parallel=request.parallel_tool_calls,
         effort=request.reasoning_effort,
         budget=request.thinking_budget,

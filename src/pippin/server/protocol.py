@@ -209,9 +209,17 @@ class FunctionName(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["function"] = "function"
+class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
     function: FunctionName
+
+
+class AllowedFunctions(Struct, kw_only=True, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: tuple[NamedTool, ...]
+
+
+class AllowedTools(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    allowed_tools: AllowedFunctions
 
 
 class ChatRequest(OpenAIRequest, kw_only=True):
@@ -225,12 +233,21 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: Json = {}
     tools: list[Tool] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     thinking_budget: Annotated[int, msgspec.Meta(ge=1)] | None = None
     separate_reasoning: bool = True
     stream_reasoning: bool = True
+
+    def chosen(self) -> tuple[list[Json], str | tuple[str]]:
+        """The tools that may be called, as templates want them, and which of them must be. Raises RequestError."""
+        tools, choice = [tool.as_dict() for tool in self.tools], self.tool_choice or "auto"
+        if isinstance(choice, str):
+            return tools, choice
+        if isinstance(choice, NamedTool):
+            return tools, (choice.function.name,)
+        return allowed(tools, choice.allowed_tools), choice.allowed_tools.mode
 
     @property
     def limit(self) -> int | None:
@@ -239,6 +256,16 @@ class ChatRequest(OpenAIRequest, kw_only=True):
         if len(both) > 1:
             raise RequestError("max_tokens and max_completion_tokens differ; send one of them", "max_tokens")
         return both.pop() if both else None
+
+
+def allowed(tools: Sequence[Json], choice: AllowedFunctions) -> list[Json]:
+    """The tools that ``tool_choice`` leaves. Raises RequestError for one that isn't there."""
+    names = [tool.function.name for tool in choice.tools]
+    given = {tool["function"]["name"] for tool in tools}
+    for i, name in enumerate(names):
+        if name not in given:
+            raise RequestError(f"there is no tool {name!r} among the tools", f"tool_choice.allowed_tools.tools[{i}]")
+    return [tool for tool in tools if tool["function"]["name"] in names]
 
 
 class GenerateRequest(Body, kw_only=True):

@@ -24,6 +24,7 @@ from pippin.server.chat import Ask, Step, Usage, begin
 from pippin.server.http import EventStream, JsonResponse, encode, error_parts, primed, read_body, unless_gone
 from pippin.server.logprobs import chat_logprobs
 from pippin.server.protocol import Body, Json, respell
+from pippin.server.response_tools import ResponseTool, ResponseTools, ToolChoice, flat
 from pippin.server.service import Service
 from pippin.server.store import Stored
 from pippin.types import Grammar, SamplingParams
@@ -31,19 +32,6 @@ from pippin.types import Grammar, SamplingParams
 TOP_LOGPROBS = 20
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
-
-
-class FunctionTool(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: Json | None = None
-    strict: bool | None = None
-
-
-class NamedFunction(Struct, kw_only=True, forbid_unknown_fields=True):
-    type: Literal["function"]
-    name: str
 
 
 class ReasoningConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -74,8 +62,8 @@ class ResponsesRequest(Body, kw_only=True):
     temperature: float = 1.0
     top_p: float = 1.0
     max_output_tokens: int | None = None
-    tools: tuple[FunctionTool, ...] = ()
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
+    tools: tuple[ResponseTool, ...] = ()
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning: ReasoningConfig | None = None
     text: TextConfig | None = None
@@ -107,7 +95,7 @@ async def responses(service: Service, http: Request) -> Response:
     request = await read_body(http, ResponsesRequest)
     id = f"resp_{uuid.uuid4().hex}"
     answer = Answer(service, request, id)
-    conversation = await begin(service, asked(service, request, id, answer.messages))
+    conversation = await begin(service, asked(service, request, id, answer))
     if not request.stream:
         return JsonResponse(await unless_gone(http, answer.whole(conversation.steps())))
     steps = await primed(http, conversation.steps())
@@ -145,15 +133,15 @@ def missing(id: str, field: str = "response_id", status: int = 404) -> RequestEr
     return RequestError(f"there is no response {id!r}: it was never stored, or is forgotten", field, status)
 
 
-def asked(service: Service, request: ResponsesRequest, id: str, messages: list[Json]) -> Ask:
-    choice = request.tool_choice
+def asked(service: Service, request: ResponsesRequest, id: str, answer: Answer) -> Ask:
+    functions, choice = answer.tools.chosen(request.tool_choice)
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     return Ask(
-        messages=[*system, *messages],
+        messages=[*system, *answer.messages],
         params=service.adapted(params_of(service, request), request.model),
         rid=id,
-        tools=[tool_dict(tool) for tool in request.tools],
-        tool_choice=choice if isinstance(choice, str) else (choice.name,),
+        tools=functions,
+        tool_choice=choice,
         parallel=request.parallel_tool_calls,
         effort=request.reasoning.effort if request.reasoning else None,
     )
@@ -188,18 +176,11 @@ def grammar_in(config: TextConfig | None) -> Grammar | None:
         raise RequestError(error.message, named.replace("response_format", "text.format")) from error
 
 
-def tool_dict(tool: FunctionTool) -> Json:
-    """A tool as templates want it."""
-    function: Json = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    function["strict"] = tool.strict or None
-    return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
-
-
 # --- items to messages ---
 
 ITEM_FIELDS = {
     "message": {"type", "id", "role", "content", "status", "phase"},
-    "function_call": {"type", "id", "call_id", "name", "arguments", "status"},
+    "function_call": {"type", "id", "call_id", "name", "namespace", "arguments", "status"},
     "function_call_output": {"type", "id", "call_id", "output", "status"},
     "reasoning": {"type", "id", "summary", "content", "encrypted_content", "status"},
 }
@@ -244,7 +225,9 @@ def assistant_part(kind: str, item: Json, field: str) -> Json:
     if kind == "reasoning":
         return {"role": "assistant", "reasoning_content": thought_of(item, field)}
     if kind == "function_call":
-        function = {"name": text_in(item, "name", field), "arguments": text_in(item, "arguments", field)}
+        namespace = text_in(item, "namespace", field) if item.get("namespace") is not None else None
+        name = flat(namespace, text_in(item, "name", field))
+        function = {"name": name, "arguments": text_in(item, "arguments", field)}
         call = {"id": text_in(item, "call_id", field), "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
     role, content = item.get("role"), item.get("content")
@@ -308,6 +291,7 @@ class Answer:
         self._id = id
         self._model = service.check_model(request.model)
         self._created = int(time.time())
+        self.tools = ResponseTools(request.tools)
         self._input = with_ids(request.input)
         self._usage = Usage()
         self._blocks = Blocks()
@@ -388,11 +372,12 @@ class Answer:
             "temperature": request.temperature,
             "text": msgspec.to_builtins(request.text) if request.text else {"format": {"type": "text"}},
             "tool_choice": msgspec.to_builtins(request.tool_choice),
-            "tools": [msgspec.to_builtins(tool) for tool in request.tools],
+            "tools": self.tools.told,
             "top_logprobs": request.top_logprobs,
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": self._usage_dict() if ended else None,
+            **({"warnings": self.tools.warnings} if self.tools.warnings else {}),
         }
 
     def _usage_dict(self) -> Json:
@@ -409,7 +394,7 @@ class Answer:
         id = self._ids.setdefault(block, f"{PREFIXES[block.kind]}_{uuid.uuid4().hex}")
         if block.kind == "call":
             return {
-                "type": "function_call", "id": id, "call_id": block.id, "name": block.name,
+                "type": "function_call", "id": id, "call_id": block.id, **self.tools.called(block.name).as_json(),
                 "arguments": block.text, "status": status,
             }  # fmt: skip
         if block.kind == "text":
@@ -450,7 +435,7 @@ class Answer:
     def _closed(self, block: Block, at: Json) -> Iterator[bytes]:
         item = self._item(block, "completed")
         if block.kind == "call":
-            named = {"item_id": item["id"], "name": block.name, "arguments": block.text}
+            named = {"item_id": item["id"], "name": item["name"], "arguments": block.text}
             yield self._event(f"{EVENTS['call']}.done", **at, **named)
         else:
             part = self._part(block)
