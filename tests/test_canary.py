@@ -123,7 +123,7 @@ def frees_early(loop: Loop, every: int) -> None:
 
 def computes_too_little(loop: Loop, every: int) -> None:
     """A request skips a token that nobody computed."""
-    reuse, calls = loop.scheduler._reuse, 0
+    reuse, calls = loop.scheduler.holdings._reuse, 0
 
     def wrong(request: Request, found: Match) -> None:
         nonlocal calls
@@ -133,7 +133,7 @@ def computes_too_little(loop: Loop, every: int) -> None:
             request.slots.extend(loop.allocator.slots_of(loop.allocator.allocate(1) or ()))
             request.computed += 1
 
-    loop.scheduler._reuse = wrong  # type: ignore[method-assign]
+    loop.scheduler.holdings._reuse = wrong  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("plant", [hands_out_twice, finds_others, frees_early, computes_too_little])

@@ -230,7 +230,7 @@ def test_blocks_that_come_together_go_where_they_belong(warm: EngineCore) -> Non
     assert warm._disk is not None
     wait(warm._disk._restoring["r"].reads)
     warm.step()
-    runner, slots = warm._runner, warm._scheduler.cached_slots(prompt(1, 200), 3 * BLOCK)
+    runner, slots = warm._runner, warm._scheduler.holdings.cached_slots(prompt(1, 200), 3 * BLOCK)
     assert isinstance(runner, MlxModelRunner)
     restored = [np.array(rows) for rows in runner.read_slots(slots)]
     drain(warm)

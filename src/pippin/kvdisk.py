@@ -194,10 +194,10 @@ class DiskTier:
 
         Raises RequestError if it can't be served.
         """
-        tokens, count = request.tokens, self._scheduler.reusable(request) // BLOCK
+        tokens, count = request.tokens, self._scheduler.holdings.reusable(request) // BLOCK
         if not count or time.monotonic() < self._paused:
             return False
-        at = len(self._scheduler.cached_slots(tokens, count * BLOCK)) // BLOCK
+        at = len(self._scheduler.holdings.cached_slots(tokens, count * BLOCK)) // BLOCK
         if at == count:
             return False
         keys = block_keys(self._root, tokens, count)
@@ -276,7 +276,7 @@ class DiskTier:
 
     def _read_ahead(self, restore: _Restore) -> None:
         """Goes on after what others have put into the tree meanwhile, and reads on."""
-        known = len(self._scheduler.cached_slots(restore.request.tokens, restore.end)) // BLOCK
+        known = len(self._scheduler.holdings.cached_slots(restore.request.tokens, restore.end)) // BLOCK
         while restore.at < known:
             restore.at += 1
             if restore.reads:
@@ -312,8 +312,8 @@ class DiskTier:
         """Writes blocks into slots of the tree; False if there is no room, or what comes before has gone."""
         tokens, begin = restore.request.tokens, restore.at * BLOCK
         end = begin + len(blocks) * BLOCK
-        known = len(self._scheduler.cached_slots(tokens, end))
-        slots = self._scheduler.adopt(tokens, begin, end)
+        known = len(self._scheduler.holdings.cached_slots(tokens, end))
+        slots = self._scheduler.holdings.adopt(tokens, begin, end)
         if slots is None:
             self._files.drop("no_room")
             return False
@@ -342,7 +342,7 @@ class DiskTier:
             stop = save.at
             while stop < min(len(save.keys), save.at + self._turn_blocks) and not self._is_written(save.keys[stop]):
                 stop += 1
-            slots = self._scheduler.cached_slots(save.tokens, stop * BLOCK)
+            slots = self._scheduler.holdings.cached_slots(save.tokens, stop * BLOCK)
             stop = min(stop, len(slots) // BLOCK)
             if stop <= save.at:
                 self._give_up(self._saves.popleft(), "evicted_first")

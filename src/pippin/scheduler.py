@@ -8,13 +8,12 @@ moves, and no one who has a Work in the batch being built can lose his slots.
 from __future__ import annotations
 
 import time
-from array import array
 from bisect import insort
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pippin.cache.radix import Match, Node, RadixCache
+from pippin.cache.holdings import Holdings
+from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
 from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
@@ -55,7 +54,6 @@ class Scheduler:
     ) -> None:
         self._allocator = allocator
         self._radix = radix
-        self._snapshots = radix.snapshots
         self._chunk = chunk
         self._policy = policy
         self._context_length = context_length
@@ -68,13 +66,11 @@ class Scheduler:
         self._retractions = 0
         self._prefilled = 0
         self._decoded = 0
-        self._cached_tokens = 0
         self._prompt_tokens = 0
         self._forced = 0
-        self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
-        self._misses: Counter[str] = Counter()
         self.held = False  # memory is short: no one is admitted while others run
         self._suspects: set[Request] = set()  # run alone until they have drawn a token
+        self.holdings = Holdings(allocator, radix, self._suspects)
 
     @property
     def has_work(self) -> bool:
@@ -95,16 +91,16 @@ class Scheduler:
             steps=steps,
             prefill_tokens=self._prefilled,
             decode_tokens=self._decoded,
-            cached_tokens=self._cached_tokens,
+            cached_tokens=self.holdings.cached_tokens,
             prompt_tokens=self._prompt_tokens,
             retractions=self._retractions,
             overlapped_steps=overlapped_steps,
             step_seconds=step_seconds,
             graph_traces=graph_traces,
             forced_tokens=self._forced,
-            snapshots=len(self._snapshots),
-            snapshots_evicted=self._snapshots.num_evicted,
-            misses=dict(self._misses),
+            snapshots=len(self._radix.snapshots),
+            snapshots_evicted=self._radix.snapshots.num_evicted,
+            misses=dict(self.holdings.misses),
         )
 
     def add(self, request: Request) -> None:
@@ -133,7 +129,7 @@ class Scheduler:
 
     def flush(self) -> int:
         """Empties the cache of what no running request holds; returns the slots freed."""
-        return self._radix.flush() * self._allocator.page_size
+        return self.holdings.flush()
 
     def schedule(self) -> Batch | None:
         """The next step, or None if no one can run before a step in flight is read.
@@ -142,7 +138,7 @@ class Scheduler:
         what they leave goes back to the prompts in progress.
         """
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
-        self._saves.clear()
+        self.holdings.plan()
         if self._suspects and self._alone(min(self._suspects, key=_rank), plan):
             return self._batch(plan)
         before = self._retractions
@@ -236,7 +232,7 @@ class Scheduler:
             self._end(guilty, finish)
         for request in tuple(self._running):
             self._retract(request, keep=False)
-        self._radix.flush()
+        self.holdings.flush()
         return guilty
 
     def _undo(self, work: Work) -> None:
@@ -259,42 +255,16 @@ class Scheduler:
             request.length -= work.samples
             if work.logprobs_from is not None:
                 request.scored = work.logprobs_from - 1
+        self.holdings.reset(self._running)
         for request in self._running:
-            self._restore(request, None)
-            self._snapshots.keeper.release(request.row)
-            self._vacate(request)
-        self._retractions += len(self._running)
-        for request in self._running:
+            self._rows.append(request.row)
+            request.row = -1
             request.retractions += 1
             insort(self._waiting, request, key=_queue_rank)
+        self._retractions += len(self._running)
         self._running.clear()
-        self._radix.reset()
-        self._allocator.reset()
         for request, finish in faulty.items():
             self._end(request, finish)
-
-    # --- prefixes that come from elsewhere ---
-
-    def cached_slots(self, tokens: Sequence[Token], end: int) -> array[int]:
-        """The slots of tokens[:end], as far as they are cached; good until the next step is scheduled."""
-        return self._radix.slots(tokens, end)
-
-    def adopt(self, tokens: Sequence[Token], begin: int, end: int) -> array[int] | None:
-        """Slots of tokens[:end], all of them in the cache now: the caller writes those that were not there.
-
-        They are the last ones, from where ``cached_slots`` ended before, and are to be written before the next step is
-        queued. None if tokens[:begin] are not all cached, or there is no room but by taking it from those who run.
-        """
-        found = self._radix.match(tokens, end)
-        pin, slots = found.pin, found.slots
-        missing = self._pages(end) - self._pages(len(slots))
-        room = len(slots) >= begin and missing <= self._room()
-        if room and missing:
-            self._radix.evict(missing - self._allocator.num_free)
-            slots = slots + self._allocator.slots_of(self._allocator.allocate(missing) or ())
-            pin = self._radix.insert(tokens, slots, end, pin).pin
-        self._radix.release(pin)
-        return slots if room else None
 
     # --- limits ---
 
@@ -324,16 +294,9 @@ class Scheduler:
         asked = request.num_prompt + request.params.max_new_tokens
         return min(asked, self._context_length, self._allocator.capacity + 1)
 
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // self._allocator.page_size)
-
     def _claim(self, request: Request) -> int:
         """Pages that a request is to hold for the tokens that it has and its next few."""
-        return self._pages(min(request.length + HEADROOM, self._limit(request) - 1))
-
-    def _room(self) -> int:
-        """Pages that can be had without taking them from a running request."""
-        return self._allocator.num_free + self._radix.num_evictable
+        return self.holdings.pages(min(request.length + HEADROOM, self._limit(request) - 1))
 
     # --- building a step ---
 
@@ -365,7 +328,7 @@ class Scheduler:
 
     def _alone(self, request: Request, plan: dict[Request, int]) -> bool:
         """Plans a step of this request only; False if it waits for room that others hold."""
-        claimed = sum(self._claim(r) - self._pages(len(r.slots)) for r in self._running)
+        claimed = sum(self._claim(r) - self.holdings.pages(len(r.slots)) for r in self._running)
         if request.row < 0 and not (self._rows and self._enter(request, claimed, None)):
             return False
         return self._compute(request, self._chunk, plan) > 0
@@ -375,7 +338,7 @@ class Scheduler:
         if not self._waiting:
             return left
         busy = any(map(_is_prefill, self._running))
-        claimed = sum(self._claim(r) - self._pages(len(r.slots)) for r in self._running)
+        claimed = sum(self._claim(r) - self.holdings.pages(len(r.slots)) for r in self._running)
         admitted = 0
         for request in self._order():
             # While others prefill, a prompt that the rest of the budget would cut does better first in the next step.
@@ -387,7 +350,7 @@ class Scheduler:
             if not self._enter(request, claimed, whole):
                 break
             left -= self._compute(request, left, plan)
-            claimed += self._claim(request) - self._pages(len(request.slots))
+            claimed += self._claim(request) - self.holdings.pages(len(request.slots))
             admitted += 1
         self._lpm_turn += bool(admitted)
         return left
@@ -397,7 +360,7 @@ class Scheduler:
         if self._policy == "lpm" and self._rows and self._lpm_turn % _LPM_TURNS != _LPM_TURNS - 1:
             return sorted(
                 self._waiting[:_LPM_WINDOW],
-                key=lambda r: (-r.priority, not r.retractions, -self._known(r), r.seq),
+                key=lambda r: (-r.priority, not r.retractions, -self.holdings.known(r), r.seq),
             )[: len(self._rows)]
         return self._waiting[: len(self._rows)]
 
@@ -406,51 +369,40 @@ class Scheduler:
 
         ``whole``: only if no more tokens than that are left to compute.
         """
-        found = self._radix.match(request.tokens, self.reusable(request), self._root(request))
+        found = self.holdings.find(request)
         cached = len(found.slots)
-        wanted = self._claim(request) - self._pages(cached)
-        if wanted + claimed > self._room() or (whole is not None and request.length - cached > whole):
-            self._radix.release(found.pin)
+        wanted = self._claim(request) - self.holdings.pages(cached)
+        if wanted + claimed > self.holdings.room or (whole is not None and request.length - cached > whole):
+            self.holdings.give_back(found)
             return False
         self._waiting.remove(request)
         insort(self._running, request, key=_rank)
         request.row = self._rows.pop()
-        request.pin = found.pin
         request.entered = time.monotonic() if request.entered is None else request.entered
-        self._explain(request)
-        self._reuse(request, found)
+        self.holdings.enter(request, found)
         return True
 
     def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans up to ``budget`` more tokens of a request, as far as pages go; returns how many."""
         prefill = _is_prefill(request)
         if prefill and request not in plan:
-            self._rematch(request)
-        elif prefill and self._radix.known(request.tokens, self.reusable(request), request.pin):
+            self.holdings.rematch(request)
+        elif prefill and self.holdings.is_known(request):
             return 0  # a newcomer computes what comes next
-        elif prefill and not self._unsave(request):
+        elif prefill and not self.holdings.unsave(request):
             return 0
         begin = request.computed
         end = min(request.length, begin + budget)
         if request.scored < request.num_prompt and request.params.prompt_logprobs:
             end = min(end, plan.get(request, begin) + _SCORED_CHUNK)
-        end = self._reach(request, self._boundary(request, begin, end) if prefill else end)
+        end = self.holdings.reach(request, self.holdings.boundary(request, begin, end) if prefill else end)
         if end <= begin:
             return 0
         plan.setdefault(request, begin)
         request.computed = end
         if prefill:
-            self._publish(request)
+            self.holdings.publish(request)
         return end - begin
-
-    def _reach(self, request: Request, end: int) -> int:
-        """Gives a request slots up to ``end``, or as far as pages go; returns how far."""
-        missing = self._pages(end) - self._pages(len(request.slots))
-        if missing > 0:
-            missing = min(missing, self._room())
-            self._radix.evict(missing - self._allocator.num_free)
-            request.slots.extend(self._allocator.slots_of(self._allocator.allocate(missing) or ()))
-        return min(end, len(request.slots))
 
     def _batch(self, plan: dict[Request, int]) -> Batch:
         works = [self._work(request, start) for request, start in plan.items()]
@@ -468,125 +420,8 @@ class Scheduler:
             scores = request.scored + 1
             request.scored = min(end, request.num_prompt)
         request.length += samples
-        restore, save = request.restore, self._saves.get(request)
-        self._restore(request, None)
-        if save not in self._snapshots:
-            save = None  # it was given up meanwhile
+        restore, save = self.holdings.planned(request)
         return Work(request, start, end, samples, scores, restore, save, _pools_from(request, end))
-
-    # --- the tree ---
-
-    def reusable(self, request: Request) -> int:
-        """How many tokens may come from the cache: the last is needed for its logits, and scored ones for theirs.
-
-        Of a suspect none: what is cached may be what was wrong.
-        """
-        if request in self._suspects:
-            return 0
-        limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
-        return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
-
-    def _known(self, request: Request) -> int:
-        """How many of a waiting request's tokens are cached."""
-        return self._radix.peek(request.tokens, self.reusable(request), self._root(request))
-
-    def _root(self, request: Request) -> Node:
-        """Where its prefixes begin: K and V of one adapter are no other's."""
-        return self._radix.root_of(request.adapter.key if request.adapter is not None else None)
-
-    def _explain(self, request: Request) -> None:
-        """Notes why a newcomer finds no more of its prompt."""
-        if self._radix.enabled and not request.retractions:
-            request.miss = self._radix.miss(request.tokens, self.reusable(request), self._root(request))
-            if request.miss is not None:
-                self._misses[request.miss.reason] += 1
-
-    def _rematch(self, request: Request) -> None:
-        """Skips what others have computed of this prompt since its last chunk."""
-        found = self._radix.match(request.tokens, self.reusable(request), request.pin)
-        request.pin = found.pin
-        own = request.slots[request.shared : request.shared + len(found.slots)]
-        self._allocator.free(self._allocator.pages_of(own))
-        self._reuse(request, found)
-
-    def _reuse(self, request: Request, found: Match) -> None:
-        """Puts the tree's slots after those that are shared already, and skips what they hold."""
-        self._share(request, found.slots)
-        if request.shared > request.computed:
-            self._restore(request, found.snapshot or None)
-            skipped = min(request.shared, request.num_prompt) - min(request.computed, request.num_prompt)
-            request.computed = request.shared
-            if not request.retractions:
-                request.num_cached += skipped
-                self._cached_tokens += skipped
-
-    def _publish(self, request: Request) -> None:
-        """Gives the tree the prompt pages that this step fills.
-
-        Pages that it has already stay private until the end: the step writes them, and must not write the tree's. So do
-        a suspect's.
-        """
-        if request in self._suspects:
-            return
-        end = request.computed
-        if not self._radix.known(request.tokens, end, request.pin):
-            self._insert(request, end)
-        id = self._radix.mark(request.tokens, end, request.pin)
-        if id is not None:
-            self._snapshots.recede(request.saved)
-            request.saved = self._saves[request] = id
-
-    def _insert(self, request: Request, end: int) -> None:
-        found = self._radix.insert(request.tokens, request.slots, end, request.pin)
-        request.pin = found.pin
-        self._share(request, found.slots)
-
-    def _share(self, request: Request, slots: array[int]) -> None:
-        end = request.shared + len(slots)
-        request.slots[request.shared : end] = slots
-        request.shared = end
-
-    # --- recurrent states ---
-
-    def _boundary(self, request: Request, begin: int, end: int) -> int:
-        """Where a chunk is to stop short of ``end``, so that the state after it will be of use.
-
-        That is where a cached prompt parts from this one: a third may well do so too. And the end of a page, since the
-        tree holds whole pages: for the last chunk the last one before the prompt's end, where the next turn goes on.
-        """
-        if not self._snapshots.most:
-            return end
-        known = request.shared + self._radix.known(request.tokens, self.reusable(request), request.pin)
-        if begin < known < end:
-            return known
-        last = min(end, request.length - 1) if self._allocator.page_size > 1 else end
-        aligned = last - last % self._allocator.page_size
-        return aligned if aligned > begin else end
-
-    def _unsave(self, request: Request) -> bool:
-        """Takes back the snapshot at the end of a Work that is to be longer; False if another starts from it."""
-        id = self._saves.get(request, 0)
-        if self._snapshots.is_held(id):
-            return False
-        if id in self._snapshots:
-            self._snapshots.drop(id)
-        return True
-
-    def _restore(self, request: Request, id: int | None) -> None:
-        """Makes a snapshot what the request's next Work begins with, and holds it until that is planned."""
-        if request.restore is not None:
-            self._snapshots.unhold(request.restore)
-        if id is not None:
-            self._snapshots.hold(id)
-        request.restore = id
-
-    def _keep(self, request: Request) -> None:
-        """Keeps the state of a request that leaves, if all its tokens so far are in the tree."""
-        end = request.computed
-        if request.shared == end:  # one that has yet to start from a snapshot is where that already is
-            id = self._radix.mark(request.tokens, end, request.pin)
-            if id is not None:
-                self._snapshots.keeper.keep(request.row, id)
 
     # --- ends ---
 
@@ -605,7 +440,7 @@ class Scheduler:
             self._suspects.add(request)
             if request.row >= 0:
                 self._retract(request, keep=False)
-        self._radix.flush()
+        self.holdings.flush()
 
     def _take(self, work: Work, result: RowResult) -> RowResult:
         """Appends a token that was drawn, and ends the request if it is its last; returns what is worth telling."""
@@ -660,26 +495,11 @@ class Scheduler:
         insort(self._waiting, request, key=_queue_rank)
 
     def _leave(self, request: Request, keep: bool = True) -> None:
-        """Ends a request's run: what it computed goes to the tree, unpinned; the rest is free.
-
-        ``keep`` False: its recurrent state is not to be trusted.
-        """
-        self._insert(request, min(len(request.tokens), request.computed))
-        if keep:
-            self._keep(request)
-        self._restore(request, None)
-        self._snapshots.keeper.release(request.row)
-        self._radix.release(request.pin)
-        self._allocator.free(self._allocator.pages_of(request.slots[request.shared :]))
+        """Ends a request's run. ``keep`` False: its recurrent state is not to be trusted."""
+        self.holdings.leave(request, keep)
         self._running.remove(request)
-        self._vacate(request)
-
-    def _vacate(self, request: Request) -> None:
-        """A request that has left has nothing."""
         self._rows.append(request.row)
-        request.row, request.pin = -1, None
-        request.slots = request.slots[:0]
-        request.shared = request.computed = 0
+        request.row = -1
 
 
 def _rank(request: Request) -> tuple[int, int]:
