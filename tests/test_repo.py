@@ -69,10 +69,12 @@ text <- embedding
 inputs <- attention <- graph
 demo <- models
 demo <- text
-config <- worker <- transport <- supervisor <- client <- completion <- server <- cli <- launch_server
+config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server
 types <- worker
 recorder <- worker
-restarts <- supervisor
+types <- journal
+types <- carried
+restarts <- journal <- supervisor
 restarts <- server
 types <- profile <- runner
 profile <- worker
@@ -94,6 +96,7 @@ types <- text <- grammar <- sglang
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots", "cache.snapshots",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
+    "journal", "carried",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",
     "profile.control", "profile.summary",
 )  # fmt: skip

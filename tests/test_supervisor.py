@@ -16,8 +16,9 @@ import pytest
 from pippin.client import EngineClient
 from pippin.config import EngineConfig
 from pippin.errors import EngineError, RequestError
+from pippin.journal import Job
 from pippin.restarts import Supervision
-from pippin.supervisor import Job, Supervisor
+from pippin.supervisor import Supervisor
 from pippin.types import CacheMiss, LoadAdapter, Output, SamplingParams, Submit, TokenLogprob, UnloadAdapter
 from tests.fake_core import HANG, KILL, PYTHONPATH, expected
 
@@ -97,7 +98,7 @@ def test_streams_go_on_where_they_stopped_whenever_the_child_is_killed() -> None
                 await until(lambda: supervisor_of(client)._ready and supervisor_of(client).pid != pid)  # noqa: B023
                 await asyncio.sleep(source.random() / 10)
                 # Two deaths under one that has had no token yet are what makes it guilty, whoever kills.
-                await until(lambda: not supervisor_of(client)._docket.trying)
+                await until(lambda: not supervisor_of(client).journal.docket.trying)
                 pid = strike(client)
             found = await asyncio.gather(*answers)
             assert found[:3] == undisturbed
@@ -108,7 +109,7 @@ def test_streams_go_on_where_they_stopped_whenever_the_child_is_killed() -> None
             assert client.stats.restarts == 4
             assert client.stats.resumed >= 24
             assert client.live == ()
-            assert supervisor_of(client)._jobs == {}
+            assert len(supervisor_of(client).journal) == 0
 
     finish(main())
 
@@ -178,7 +179,7 @@ def test_what_is_asked_during_a_restart_waits_for_it() -> None:
             assert (await first).tokens == expected([1], 60)
             assert (await later).tokens == expected([3], 60)
             assert (await flushed).id
-            assert supervisor._jobs == {}
+            assert len(supervisor.journal) == 0
 
     finish(main())
 
