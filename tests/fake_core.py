@@ -107,6 +107,7 @@ class FakeCore:
         self.prompt_tokens = 0
         self.marks: list[int] | None = None
         self.note: Callable[[Sequence[str]], None] = lambda ids: None
+        self.closed = 0
 
     @property
     def has_work(self) -> bool:
@@ -175,6 +176,9 @@ class FakeCore:
             return
         self.marks = []
         tell(ProfileStarted(command.id, time.perf_counter_ns(), os.getpid()))
+
+    def close(self) -> None:
+        self.closed += 1
 
     def step(self) -> StepOutput | None:
         if not self.has_work:

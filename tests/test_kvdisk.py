@@ -292,6 +292,27 @@ def test_a_device_that_fails_to_take_a_block(
 # --- whose they are ---
 
 
+def test_no_more_is_copied_than_was_planned_with(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = kvdisk.BLOCK * 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, their width, bytes
+    monkeypatch.setattr(kvdisk, "_TURN_BYTES", block)
+    monkeypatch.setattr(kvdisk, "_WRITING_BYTES", 3 * block)
+    core, go = make(checkpoint, tmp_path), threading.Event()
+    assert core._disk is not None
+    core._disk._writer.submit(go.wait)
+    for seed in range(4):
+        core.add(Submit(str(seed), prompt(seed, 250), 250, GREEDY))
+    drain(core, 100)
+    waiting = [write for write in core._disk._writes if not write.done()]
+    copied = [key for part in core._disk._copied for key in part.keys]
+    assert 3 <= len(waiting) + len(copied) <= kvdisk.copy_bytes(block // BLOCK) // block
+    go.set()
+    drain(core)
+    core.close()
+    assert len(files_of(tmp_path)) == 4 * 3
+
+
 def test_another_model_finds_nothing(checkpoint: Path, tmp_path: Path) -> None:
     core = make(checkpoint, tmp_path / "kv")
     answer(core, prompt(1, 200))

@@ -169,6 +169,17 @@ def test_what_does_not_fit_is_refused_with_the_sizes(
         plan(**options)
 
 
+def test_what_is_copied_for_the_disk_is_taken_from_the_slots(device: Any, tmp_path: Path) -> None:
+    device(16 * GB, gpu=True)
+    without, found = plan(context=10**7), plan(context=10**7, kv_disk=str(tmp_path))
+    assert found.copy_bytes > 256 << 20, "what may wait for the writer"
+    assert found.total_bytes <= found.budget_bytes
+    assert without.slots - found.slots == -(-found.copy_bytes // 320)
+    device(4 * GB, gpu=True)
+    with pytest.raises(ModelError, match=r"and copies for --kv-disk \(0\.\d+ GB\), leave no room"):
+        plan(weights=2 * GB, kv_disk=str(tmp_path))
+
+
 def test_a_short_context_for_one_request_is_still_served(device: Any) -> None:
     """The most that requests can use may be less than the sixteen slots that a pool has at least."""
     assert plan(context=8, running=1).slots == 16

@@ -86,7 +86,7 @@ runner <- torch
 backend <- environment
 sglang <- server
 scheduler <- kvdisk <- core
-config <- kvdisk
+config <- kvdisk <- memory
 config <- grammar <- constrained <- core
 scheduler <- constrained
 types <- text <- grammar <- sglang

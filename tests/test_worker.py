@@ -127,6 +127,18 @@ def test_start_up_is_reported() -> None:
     assert [type(e) for e in events] == [Progress, StepOutput, Ready], "the pool's size is known when it is ready"
 
 
+@pytest.mark.parametrize("ends", ["told to", "of itself"])
+def test_however_it_ends_the_engine_is_closed(ends: str) -> None:
+    core = FakeCore(0) if ends == "told to" else Broken(0)
+    script = iter([submit("a", [1]), *[None] * 4, Shutdown()])
+    logging.disable(logging.CRITICAL)
+    try:
+        assert run(lambda progress: core, lambda wait: next(script), lambda event: None) == (ends == "told to")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert core.closed == 1
+
+
 @pytest.mark.parametrize(("error", "kind"), [(ModelError("no"), "ModelError"), (MemoryError(), "MemoryError")])
 def test_a_failed_start_is_fatal_and_says_why(error: Exception, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     events: list[Event] = []

@@ -66,6 +66,11 @@ class GrammarRequests:
                 request.finish = Finish("error", None, message)
             yield request
 
+    def close(self) -> None:
+        """Ends threads."""
+        if self._compiler is not None:
+            self._compiler.close()
+
     def wait(self, seconds: float) -> None:
         """Until a grammar is ready, or so long."""
         wait([future for _, future in self._compiling.values()], seconds, FIRST_COMPLETED)

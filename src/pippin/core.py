@@ -232,9 +232,13 @@ class EngineCore:
             self._disk.offer(request.tokens)
 
     def close(self) -> None:
-        """Ends threads. What waits to be written to the disk is."""
+        """Ends threads. What has been copied for the disk is written. Raises nothing."""
+        self._grammars.close()
         if self._disk is not None:
-            self._disk.close()
+            try:
+                self._disk.close()
+            except Exception:
+                log.exception("what waited for the disk could not be written")
 
     def abort(self, id: str) -> None:
         """Ends a request now; the next step reports it. Its slots are free at once. Unknown ids are ignored."""

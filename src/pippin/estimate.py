@@ -191,6 +191,7 @@ def as_text(found: Estimate, length: int, proof: Proof | None = None) -> str:
         f"  weights      {_gb(plan.weight_bytes)}",
         f"  activations  {_gb(plan.activation_bytes)} about",
         *([f"  states       {_gb(states)}, {plan.snapshots} snapshots in it"] if states else []),
+        *([f"  disk copies  {_gb(plan.copy_bytes)}"] if plan.copy_bytes else []),
         f"  KV slots     {_gb(plan.pool_bytes)}: {plan.slots} tokens of {found.slot_bytes} bytes",
         f"Longest request: {found.longest} tokens (the context is {found.context_length}).",
         f"Streams of {length} tokens at a time: {found.streams(length)}; more wait, or share prefixes.",

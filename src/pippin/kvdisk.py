@@ -41,6 +41,18 @@ PATIENCE = 5.0
 _PAUSE = 60.0
 
 
+def copy_bytes(slot_bytes: int) -> int:
+    """The most that blocks on their way take beside the pool, where a token has ``slot_bytes``."""
+    turn, writing = _blocks_of(slot_bytes * BLOCK)
+    reading = _RESTORING * _AHEAD + 2 * turn  # in host memory, and then joined and on the device
+    return (writing + turn + reading) * slot_bytes * BLOCK
+
+
+def _blocks_of(block_bytes: int) -> tuple[int, int]:
+    """How many blocks are copied in a turn, and how many may wait for the writer."""
+    return max(1, _TURN_BYTES // block_bytes), max(1, _WRITING_BYTES // block_bytes)
+
+
 class Array(Protocol):
     """An array of the device, which numpy can take."""
 
@@ -149,9 +161,7 @@ class DiskTier:
         self._scheduler = scheduler
         self._device = device
         self._canary = canary
-        self._block_bytes = block_bytes
-        self._turn_blocks = max(1, _TURN_BYTES // block_bytes)
-        self._most_writing = max(1, _WRITING_BYTES // block_bytes)
+        self._turn_blocks, self._most_writing = _blocks_of(block_bytes)
         self._restoring: dict[str, _Restore] = {}
         self._saves: deque[_Save] = deque()
         self._copied: list[_Copied] = []

@@ -239,6 +239,7 @@ def _info(
         page_size=config.page_size,
         weight_bytes=plan.weight_bytes,
         activation_bytes=plan.activation_bytes,
+        copy_bytes=plan.copy_bytes,
         budget_bytes=plan.budget_bytes,
         device_bytes=plan.device_bytes,
         pool_bytes=plan.pool_bytes,

@@ -14,6 +14,7 @@ from pippin.cache.layout import bytes_per_slot
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.footprint import free_bytes, process_bytes
+from pippin.kvdisk import copy_bytes
 from pippin.probe import Choice
 from pippin.types import ModelInfo
 from pippin.watermarks import MemoryWatch, Reading, Watermarks
@@ -50,7 +51,8 @@ class MemoryPlan:
     """Bytes by part; ``slots`` is what the pool holds beside its scratch page.
 
     ``state_bytes`` are recurrent states of the requests in a step in flight (those of the step that is measured are
-    activations), ``snapshots`` how many more may be kept for reuse, of ``snapshot_bytes`` in all.
+    activations), ``snapshots`` how many more may be kept for reuse, of ``snapshot_bytes`` in all. ``copy_bytes`` are on
+    their way between the pool and the disk.
     """
 
     device_bytes: int
@@ -62,10 +64,12 @@ class MemoryPlan:
     state_bytes: int = 0
     snapshot_bytes: int = 0
     snapshots: int = 0
+    copy_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes + self.pool_bytes + self.state_bytes + self.snapshot_bytes
+        states = self.state_bytes + self.snapshot_bytes
+        return self.weight_bytes + self.activation_bytes + self.pool_bytes + states + self.copy_bytes
 
 
 def on_gpu() -> bool:
@@ -166,7 +170,10 @@ def plan_memory(
     budget = _budget(config, device, gpu)
     slot, page = bytes_per_slot(choice.shapes), config.page_size
     each = choice.layout.state_bytes
-    left = budget - weight_bytes - activation_bytes - max_running * each
+    copies = copy_bytes(slot) if config.kv_disk is not None and slot else 0
+    left = budget - weight_bytes - activation_bytes - max_running * each - copies
+    others = f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)})"
+    others += f", and copies for --kv-disk ({_gb(copies)})," if copies else ""
     snapshots = _snapshots(config, each, left, gpu)
     left -= snapshots * each
     fit = max(0, (left // slot if slot else _FREE_SLOTS) - page)  # beside the scratch page
@@ -182,16 +189,15 @@ def plan_memory(
             )
         if want > fit:
             raise ConfigError(
-                f"{want} slots take {_gb(want * slot)}, but weights ({_gb(weight_bytes)}) and activations "
-                f"({_gb(activation_bytes)}) leave room for {fit} of the {_gb(budget)} allowed; "
-                "lower it, or raise --mem-fraction-static",
+                f"{want} slots take {_gb(want * slot)}, but {others} leave room for {fit} of the {_gb(budget)} "
+                "allowed; lower it, or raise --mem-fraction-static",
                 "--max-total-tokens",
             )
     slots = want // page * page
     if slots < least:
         raise ModelError(
-            f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)}) leave no room for KV slots in "
-            f"{_gb(budget)}; use --quantization, a smaller --chunked-prefill-size or a larger --mem-fraction-static"
+            f"{others} leave no room for KV slots in {_gb(budget)}; use --quantization, a smaller "
+            "--chunked-prefill-size or a larger --mem-fraction-static"
         )
     return MemoryPlan(
         device,
@@ -203,6 +209,7 @@ def plan_memory(
         state_bytes=max_running * each,
         snapshot_bytes=snapshots * each,
         snapshots=snapshots,
+        copy_bytes=copies,
     )
 
 

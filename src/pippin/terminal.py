@@ -94,12 +94,14 @@ def ready(info: ModelInfo, url: str, name: str | None, needs_key: bool) -> str:
 
 def budget(info: ModelInfo) -> str:
     """The memory budget, a line a part, as ``--dry-run`` prints it and ``ready`` does at start."""
+    states, copies, steps = info.state_bytes, info.copy_bytes, info.activation_bytes
     parts = (
         ("weights", info.weight_bytes, ""),
         (f"KV cache, {info.max_total_tokens} slots", info.pool_bytes, ""),
-        ("recurrent states and their snapshots", info.state_bytes, ""),
-        ("activations of the largest step, measured", info.activation_bytes, ""),
-        ("together", info.weight_bytes + info.pool_bytes + info.state_bytes + info.activation_bytes, "of"),
+        ("recurrent states and their snapshots", states, ""),
+        ("activations of the largest step, measured", steps, ""),
+        ("copies on their way to and from the disk", copies, ""),
+        ("together", info.weight_bytes + info.pool_bytes + states + steps + copies, "of"),
         ("the budget", info.budget_bytes, f"of {info.device_bytes / 2**20:.0f} MiB ({info.device})"),
     )
     return "\n".join(f"  {name:<42}{size / 2**20:>9.0f} MiB {note}".rstrip() for name, size, note in parts if size)

@@ -540,6 +540,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     pooling: str = ""
     normalizes: bool = True
     activation_bytes: int = 0
+    copy_bytes: int = 0
     budget_bytes: int = 0
     device_bytes: int = 0
     lora_paths: dict[str, str] = {}

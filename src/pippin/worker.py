@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -91,6 +92,9 @@ class Core(Protocol):
     def profile(self, command: StartProfile | StopProfile, tell: Callable[[ProfileStarted | Marks], None]) -> None:
         """Begin to record steps, or end it; ``tell`` hears the answer, and spans as they come. Raises nothing."""
 
+    def close(self) -> None:
+        """End threads; what waits to be written is. Called once, after the last step, whatever ended it."""
+
 
 Receive = Callable[[bool], Command | None]
 """The next command; None if there is none yet and the argument, ``wait``, is False."""
@@ -120,11 +124,12 @@ def run(load: Load, receive: Receive, send: Send, recorder: Recorder | None = No
     """Load, say Ready, and serve until Shutdown. False, after a Fatal, if the engine could not start or go on."""
     try:
         core = load(send)
-        if recorder is not None:
-            core.watch(recorder.step)
-        send(StepOutput([], core.stats))  # so that the pool's size is known before the first step
-        send(Ready(core.info))
-        serve(core, receive, send, recorder)
+        with closing(core):
+            if recorder is not None:
+                core.watch(recorder.step)
+            send(StepOutput([], core.stats))  # so that the pool's size is known before the first step
+            send(Ready(core.info))
+            serve(core, receive, send, recorder)
     except Exception as error:
         if not isinstance(error, PippinError):
             log.exception("the engine stopped")
