@@ -295,11 +295,12 @@ def test_a_device_that_fails_to_take_a_block(
 def test_no_more_is_copied_than_was_planned_with(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = kvdisk.BLOCK * 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, their width, bytes
+    block = BLOCK * 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, their width, bytes
     monkeypatch.setattr(kvdisk, "_TURN_BYTES", block)
     monkeypatch.setattr(kvdisk, "_WRITING_BYTES", 3 * block)
     core, go = make(checkpoint, tmp_path), threading.Event()
     assert core._disk is not None
+    assert core.info.copy_bytes == kvdisk.copy_bytes(block // BLOCK)
     core._disk._writer.submit(go.wait)
     for seed in range(4):
         core.add(Submit(str(seed), prompt(seed, 250), 250, GREEDY))
