@@ -376,7 +376,8 @@ def write_checkpoint(path: Path, config: dict[str, Any], dtype: mx.Dtype = mx.fl
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """A model of mlx-lm's own class, as config.json describes it."""
+    """A model of mlx-lm's own class, as config.json describes it; what it draws at random is the same each time."""
+    mx.random.seed(0)
     model_class, args_class = mlx_lm.utils._get_classes(config)
     return model_class(args_class.from_dict(config))
 
