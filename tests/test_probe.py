@@ -68,7 +68,7 @@ def tiny(family: str, **overrides: Any) -> Any:
         ("gemma3_text", {"sliding_window": 4, "sliding_window_pattern": 2}, "rows"),
         ("gpt_oss", {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}, "rows"),
         ("gemma2", {}, "padded_grouped"),
-        ("deepseek_v3", MLA, "padded"),
+        ("deepseek_v3", MLA, "latent"),
     ],
 )
 def test_each_family_gets_the_backend_that_is_exact(family: str, overrides: dict[str, Any], backend: str) -> None:
@@ -157,7 +157,7 @@ def test_recurrent_models_are_refused_where_nobody_minds_their_state(name: str) 
 
 
 def test_an_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"--attention-backend: must be one of mlx, rows, padded.* 'flash'"):
+    with pytest.raises(ConfigError, match=r"--attention-backend: must be one of mlx, rows, latent, padded.* 'flash'"):
         choose_attention(tiny("qwen3"), "flash", 300)
 
 

@@ -30,7 +30,7 @@ RECURRENT = ("qwen3_next", "qwen3_5_text", "granitemoehybrid", "lfm2", "mamba", 
 VARIANTS |= {family: (family, {}) for family in RECURRENT} | {
     "jamba-dense": ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
 }
-BACKENDS = {"gemma2": "padded_grouped", "deepseek_v3": "padded"} | dict.fromkeys([*HYBRIDS, "qwen3_5"], "solo")
+BACKENDS = {"gemma2": "padded_grouped", "deepseek_v3": "latent"} | dict.fromkeys([*HYBRIDS, "qwen3_5"], "solo")
 """Of models that compute with their mask or hide their queries; all others run as rows."""
 
 Model = tuple[Reference, Engine]

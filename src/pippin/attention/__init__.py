@@ -7,6 +7,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from pippin.attention.latent import Latent
 from pippin.attention.padded import Padded
 from pippin.attention.rows import Rows
 from pippin.attention.solo import Solo
@@ -43,6 +44,7 @@ _BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
         Rows(),
+        Latent(),
         Padded("padded", grouped=False),
         Padded("padded_grouped", grouped=True),
         Solo("solo", padded=False),

@@ -70,7 +70,7 @@ class RowLayer:
 
     def _write(self) -> mx.array:
         keys, values = (settled(x) for x in self.keys_and_values())
-        return self._pool.write(self._layer, self._step.write_slots, _flat(keys), _flat(values), self._step.after)
+        return self._pool.write(self._layer, self._step.write_slots, flat(keys), flat(values), self._step.after)
 
     def _rotate_and_write(self, q: mx.array | Part) -> mx.array:
         """Stores K and V that are parts, and returns the queries [T, heads, dim]; at once if they are a part too."""
@@ -80,7 +80,7 @@ class RowLayer:
         assert keys.turn is not None
         if not isinstance(q, Part) or q.source is not keys.source or not self._turns_alike(q, keys):
             self._written = self._write()
-            return _flat(settled(q))
+            return flat(settled(q))
         rows, self._written = rope_kv_write(
             q.source.y,
             *self._pool.layer(self._layer),
@@ -112,7 +112,7 @@ class RowLayer:
         if self._written is None and isinstance(self.keys_and_values()[0], Part):
             queries = self._rotate_and_write(q)
         else:
-            queries = _flat(settled(q))
+            queries = flat(settled(q))
         groups = self._step.groups
         if len(groups) == 1 and self._reads_pages(groups[0]) and self._seam.fusions.joined:
             return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
@@ -150,7 +150,7 @@ class RowLayer:
         new = None
         if self._written is None:
             stored = self.keys_and_values()
-            new = _flat(settled(stored[0])), _flat(settled(stored[1]))
+            new = flat(settled(stored[0])), flat(settled(stored[1]))
         out = paged_decode(
             q,
             *self._pool.layer(self._layer),
@@ -199,7 +199,7 @@ class RowLayer:
         return self._shared[key]
 
 
-def _flat(x: mx.array) -> mx.array:
+def flat(x: mx.array) -> mx.array:
     """[T, heads, 1, dim] to [T, heads, dim], without a copy."""
     return x.reshape(x.shape[0], x.shape[1], x.shape[3])
 

@@ -19,9 +19,11 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, paged, products, reference, tuning
+from pippin.kernels import fused, latent, paged, products, reference, tuning
+from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
-from pippin.kernels.checks import KernelName, verdicts
+from pippin.kernels.checks import KernelName, Slots, fingerprint, verdicts
+from pippin.kernels.contest import Contests
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
@@ -44,6 +46,7 @@ __all__ = [
     "expert_product",
     "kv_gather",
     "kv_write",
+    "latent_decode",
     "packed",
     "paged_decode",
     "paged_extend",
@@ -72,15 +75,15 @@ def backend() -> Platform | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def verify(dtype: mx.Dtype = mx.bfloat16, packing: Packing | None = None) -> dict[KernelName, bool]:
+def verify(dtype: mx.Dtype = mx.bfloat16, kind: Slots | None = None) -> dict[KernelName, bool]:
     """Which kernels compute what ``reference`` does here, for pools of ``dtype``; those that fail are logged.
 
-    ``packing`` asks for those of quantized pools that are read as ``dtype``.
+    ``kind`` asks for those of quantized pools that are read as ``dtype``, or of latents.
 
     The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
     """
     platform = backend()
-    return {} if platform is None else _verdicts(platform, dtype, packing)
+    return {} if platform is None else _verdicts(platform, dtype, kind)
 
 
 def kv_write(
@@ -263,6 +266,69 @@ def paged_extend(
     return paged.paged_extend(launch, q, k_pool, v_pool, table, lengths, tiles, form, cut, sinks, after)
 
 
+def latent_decode(
+    q: mx.array,
+    q_turned: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
+    table: mx.array,
+    lengths: mx.array,
+    form: Form,
+    *,
+    after: mx.array | None = None,
+    longest: int | None = None,
+) -> mx.array:
+    """Absorbed latent attention: q [R, heads, dim] and q_turned [R, heads, turned] to [R, heads, dim], in q's dtype.
+
+    ``k_pool`` [slots, 1, dim] has latents, ``v_pool`` [slots, 1, turned] their turned keys; ``q_turned`` is scaled
+    already. The rest as in ``reference`` and ``paged_decode``. The kernel reads them where they lie, where it is right
+    and was found to be faster than products of gathered ones.
+    """
+    launch = _latent_launcher(q, q_turned.shape[2], k_pool, v_pool)
+    if launch is not None:
+        chip = tuning.table(backend() or "cuda")
+        cut = latent.cut_of(chip.base, q.shape[0], q.shape[1], longest or table.shape[1] * form.page_size, chip.cores)
+        return latent.latent_decode(launch, q, q_turned, k_pool, v_pool, table, lengths, form, cut, after)
+    latents, keys = kv_gather(k_pool, v_pool, table, page_size=form.page_size, after=after)
+    return latent.over_gathered(q, q_turned, latents, keys, lengths, form.scale)
+
+
+def _latent_launcher(q: mx.array, turned: int, k_pool: Pool, v_pool: Pool) -> Launcher | None:
+    """What runs the kernel for so many rows, None where MLX's products are to be taken."""
+    platform = backend()
+    if platform is None or not latent.takes(k_pool, v_pool):
+        return None
+    if not _verdicts(platform, k_pool.dtype, "latents")["latent_decode"]:
+        return None
+    _, heads, dim = q.shape
+    few, many = _latent_winners(platform, (heads, dim, turned), (q.dtype, k_pool.dtype))
+    return _gpu(platform) if (few if q.shape[0] <= latent.FEW_ROWS else many) == "kernel" else None
+
+
+@cache
+def _latent_winners(
+    platform: Platform, shape: tuple[int, int, int], dtypes: tuple[mx.Dtype, mx.Dtype]
+) -> tuple[str, str]:
+    """Whether the kernel is faster for few rows of a long context, and for many of a short one.
+
+    Held once, as the probe runs the model, so that no step that is being compiled finds it open.
+    """
+    table, launch, held = tuning.table(platform), _gpu(platform), contests(platform)
+    found = []
+    for rows, context in latent.SAMPLES:
+        cut = latent.cut_of(table.base, rows, shape[0], context, table.cores)
+        key = " ".join(["latents", *map(str, (rows, context, *shape, *dtypes))])
+        found.append(held.hold(key, latent.ways(launch, shape, dtypes, rows, context, cut)))
+    held.keep()
+    return found[0], found[1]
+
+
+@cache
+def contests(platform: Platform) -> Contests:
+    """What was found to be fastest on this machine."""
+    return Contests(store.cache_folder() / f"fastest-{fingerprint(platform)}.json")
+
+
 def _launcher(name: KernelName, k_pool: Pool, v_pool: Pool) -> Launcher | None:
     """What runs this kernel for these pools, None for plain MLX.
 
@@ -270,12 +336,14 @@ def _launcher(name: KernelName, k_pool: Pool, v_pool: Pool) -> Launcher | None:
     the kernels that read them are right, and otherwise not at all.
     """
     platform = backend()
-    if platform is None or not paged.supported(k_pool, v_pool):
+    wide = latent.are_wide(k_pool, v_pool)
+    if platform is None or not (wide or paged.supported(k_pool, v_pool)):
         return None
-    right = _verdicts(platform, k_pool.dtype, packing_of(k_pool))
+    right = _verdicts(platform, k_pool.dtype, "latents" if wide else packing_of(k_pool))
     if name not in right:
         return None
-    needed: tuple[KernelName, ...] = (name, "kv_gather", "paged_decode") if name in _IN_PLACE else (name,)
+    readers: tuple[KernelName, ...] = ("kv_gather",) if wide else ("kv_gather", "paged_decode")
+    needed = (name, *readers) if name in _IN_PLACE else (name,)
     return _gpu(platform) if all(right[n] for n in needed) else None
 
 
@@ -322,6 +390,8 @@ def forget() -> None:
     """Makes the next call ask anew which kernels are right, as a new process does."""
     _gpu.cache_clear()
     _verdicts.cache_clear()
+    _latent_winners.cache_clear()
+    contests.cache_clear()
     tuning.forget()
 
 
@@ -331,11 +401,11 @@ def _gpu(platform: Platform) -> Launcher:
 
 
 @cache
-def _verdicts(platform: Platform, dtype: mx.Dtype, packing: Packing | None = None) -> dict[KernelName, bool]:
-    log.info("checking the %s kernels for %s, once on this machine", platform, packing or dtype)
+def _verdicts(platform: Platform, dtype: mx.Dtype, kind: Slots | None = None) -> dict[KernelName, bool]:
+    log.info("checking the %s kernels for %s, once on this machine", platform, kind or dtype)
     gpu = mx.Device(mx.gpu)
     launcher = prefer_built(platform, gpu_launcher(platform, gpu), gpu)
-    found = verdicts(platform, launcher, dtype, tuning.table(platform).base, packing)
+    found = verdicts(platform, launcher, dtype, tuning.table(platform).base, kind)
     if isinstance(launcher, BuiltCuda) and launcher.refused is not None:
         _gpu.cache_clear()
     for name, ok in found.items():

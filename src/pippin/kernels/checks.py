@@ -19,12 +19,12 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, paged, products, reference
+from pippin.kernels import fused, latent, paged, products, reference
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
-from pippin.kernels.packing import Packing, Pool, packed, storage
+from pippin.kernels.packing import PackedPool, Packing, Pool, packed, storage
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,10 @@ KernelName = Literal[
     "add_rms_norm",
     "swiglu",
     "product",
+    "latent_decode",
 ]
+Slots = Packing | Literal["latents"]
+"""What lies in slots, where that is not heads of full numbers."""
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 2e-2}
@@ -58,27 +61,31 @@ class Sample:
     v: mx.array
 
 
-def sample(dtype: mx.Dtype, packing: Packing | None = None) -> Sample:
-    """The same batch each time; 8 heads over 2 KV heads of 64. With ``packing`` the pools are quantized."""
+def sample(dtype: mx.Dtype, kind: Slots | None = None) -> Sample:
+    """The same batch each time; 8 heads over 2 KV heads of 64, in full slots or in those of ``kind``.
+
+    Latents are 512 wide, and turned keys 64.
+    """
     keys = mx.random.split(mx.random.key(7), 6)
     lengths, pages = (150, 0, 37), 40
+    heads, dim = (1, 512) if kind == "latents" else (2, 64)
 
     def normal(i: int, *shape: int) -> mx.array:
         return mx.random.normal(shape, key=keys[i]).astype(dtype)
 
-    def pool(i: int) -> Pool:
-        numbers = normal(i, (3 * pages + 1) * _PAGE, 2, 64)
-        return numbers if packing is None else packed(numbers, packing)
+    def pool(i: int, dim: int) -> Pool:
+        numbers = normal(i, (3 * pages + 1) * _PAGE, heads, dim)
+        return numbers if kind is None or kind == "latents" else packed(numbers, kind)
 
     table = mx.random.permutation(3 * pages, key=keys[5]).reshape(3, pages).astype(mx.int32) + 1
     made = Sample(
-        k_pool=pool(0),
-        v_pool=pool(1),
+        k_pool=pool(0, dim),
+        v_pool=pool(1, 64),
         table=table,
         lengths=mx.array(lengths, dtype=mx.int32),
-        q=normal(2, 3, 8, 64),
-        k=normal(3, 3, 2, 64),
-        v=normal(4, 3, 2, 64),
+        q=normal(2, 3, 8, dim),
+        k=normal(3, 3, heads, dim),
+        v=normal(4, 3, heads, 64),
     )
     mx.eval(storage(made.k_pool), storage(made.v_pool), made.table, made.lengths, made.q, made.k, made.v)
     return made
@@ -89,9 +96,9 @@ def copied(pool: Pool) -> Pool:
     return mx.array(pool) if isinstance(pool, mx.array) else replace(pool, lines=mx.array(pool.lines))
 
 
-def check_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
+def check_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
     """The rows land in their slots, and nothing else changes."""
-    s = sample(dtype, packing)
+    s = sample(dtype, kind)
     slots = reference.newest_slots(s.table, s.lengths, _PAGE)
     want_k, want_v = copied(s.k_pool), copied(s.v_pool)
     reference.kv_write(want_k, want_v, s.k, s.v, slots)
@@ -100,18 +107,19 @@ def check_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, pack
     return _equal_pools(s, want_k, want_v)
 
 
-def check_kv_gather(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
+def check_kv_gather(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
     """K and V come out heads first, exactly as they are; or as near as a scale can be multiplied."""
-    s = sample(dtype, packing)
+    s = sample(dtype, kind)
     got = paged.kv_gather(launch, s.k_pool, s.v_pool, s.table, _PAGE)
     want = reference.kv_gather(s.k_pool, s.v_pool, s.table, page_size=_PAGE)
-    same = _close if packing else lambda a, b: bool(mx.array_equal(a, b).item())
+    quantized = isinstance(s.k_pool, PackedPool)
+    same = _close if quantized else lambda a, b: bool(mx.array_equal(a, b).item())
     return all(same(a, b) for a, b in zip(got, want, strict=True))
 
 
-def check_paged_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
+def check_paged_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
     """In one launch, and split in four with a window, sinks and a soft cap."""
-    s, sinks = sample(dtype, packing), mx.arange(8).astype(dtype) / 4
+    s, sinks = sample(dtype, kind), mx.arange(8).astype(dtype) / 4
     plain = Form(_PAGE, _SCALE)
     rich = Form(_PAGE, _SCALE, window=100, softcap=2.0)
     whole = paged.paged_decode(launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, plain, tuning)
@@ -139,9 +147,9 @@ def _writes_and_attends(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning)
     return _close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
 
 
-def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> bool:
+def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
     """Five rows of one sequence and three of another, together; in one launch, and split."""
-    s, form = sample(dtype, packing), Form(_PAGE, _SCALE, window=100)
+    s, form = sample(dtype, kind), Form(_PAGE, _SCALE, window=100)
     q = mx.concatenate([s.q, s.q, s.q[:2]])
     lengths = mx.array([146, 147, 148, 149, 150, 35, 36, 37], dtype=mx.int32)
     table = mx.stack([s.table[0], s.table[2]])
@@ -152,11 +160,9 @@ def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, 
     return all(_close(got, want) for got in found)
 
 
-def check_rope_kv_write(
-    launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None
-) -> bool:
+def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
     """8 heads of q, 2 of k and v of 64, half of each head rotated, behind 16 numbers that are none of theirs."""
-    s = sample(dtype, packing)
+    s = sample(dtype, kind)
     heads = fused.Heads(8, 2, 64, 64, q_at=16, k_at=528, v_at=656)
     keys = mx.random.split(mx.random.key(11), 2)
     y = mx.random.normal((3, 784), key=keys[0]).astype(dtype)
@@ -170,7 +176,7 @@ def check_rope_kv_write(
     mx.eval(y, slots, want_q, storage(want_k), storage(want_v))
     got = fused.rope_kv_write(launch, y, s.k_pool, s.v_pool, heads, rope, positions, slots, norms, None)
     mx.eval(got)
-    if packing is not None:
+    if kind is not None:
         return _equal_pools(s, want_k, want_v) and _close(got[0], want_q)
     same = bool(mx.array_equal(storage(s.v_pool), storage(want_v)).item())
     return same and _close(storage(s.k_pool), storage(want_k)) and _close(got[0], want_q)
@@ -231,10 +237,25 @@ CHECKS: dict[KernelName, Check] = {
 }
 
 
-PackedCheck = Callable[[Launcher, mx.Dtype, paged.Tuning, Packing], bool]
+def check_latent_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots = "latents") -> bool:
+    """Nine heads over latents, in one launch and split in three."""
+    s, form = sample(dtype, kind), Form(_PAGE, _SCALE / 4)
+    keys = mx.random.split(mx.random.key(15), 2)
+    q, turned = ((mx.random.normal((3, 9, d), key=k) / 8).astype(dtype) for d, k in zip((512, 64), keys, strict=True))
+    want = reference.latent_decode(q, turned, s.k_pool, s.v_pool, s.table, s.lengths, form)
+    mx.eval(q, turned, want)
+    cut = latent.cut_of(tuning, 3, 9, 150, 1)
+    found = [
+        latent.latent_decode(launch, q, turned, s.k_pool, s.v_pool, s.table, s.lengths, form, replace(cut, splits=n))
+        for n in (1, 3)
+    ]
+    return all(_close(got, want) for got in found)
+
+
+KindCheck = Callable[[Launcher, mx.Dtype, paged.Tuning, Slots], bool]
 
 # What runs on quantized pools: nothing stores there as it attends.
-PACKED_CHECKS: dict[KernelName, PackedCheck] = {
+PACKED_CHECKS: dict[KernelName, KindCheck] = {
     "kv_write": check_kv_write,
     "kv_gather": check_kv_gather,
     "paged_decode": check_paged_decode,
@@ -242,34 +263,41 @@ PACKED_CHECKS: dict[KernelName, PackedCheck] = {
     "rope_kv_write": check_rope_kv_write,
 }
 
+LATENT_CHECKS: dict[KernelName, KindCheck] = {
+    "kv_write": check_kv_write,
+    "kv_gather": check_kv_gather,
+    "latent_decode": check_latent_decode,
+}
 
-def checks_for(packing: Packing | None) -> dict[KernelName, Check]:
-    """Those of full pools, or of quantized ones."""
-    if packing is None:
+
+def checks_for(kind: Slots | None) -> dict[KernelName, Check]:
+    """Those of full pools, or of quantized ones, or of latents."""
+    if kind is None:
         return CHECKS
-    return {name: _of_packing(check, packing) for name, check in PACKED_CHECKS.items()}
+    chosen = LATENT_CHECKS if kind == "latents" else PACKED_CHECKS
+    return {name: _of_kind(check, kind) for name, check in chosen.items()}
 
 
-def _of_packing(check: PackedCheck, packing: Packing) -> Check:
+def _of_kind(check: KindCheck, kind: Slots) -> Check:
     @wraps(check)
     def run(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-        return check(launch, dtype, tuning, packing)
+        return check(launch, dtype, tuning, kind)
 
     return run
 
 
 def check_all(
-    launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None
+    launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None
 ) -> dict[KernelName, bool]:
     """Each kernel's verdict for pools of ``dtype``; one that raises (it may not compile there) has failed.
 
     ``launch`` must say itself where it runs.
     """
     with mx.stream(mx.cpu):
-        return {name: _passes(check, launch, dtype, tuning) for name, check in checks_for(packing).items()}
+        return {name: _passes(check, launch, dtype, tuning) for name, check in checks_for(kind).items()}
 
 
-def recorded(dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None) -> list[Recorded]:
+def recorded(dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> list[Recorded]:
     """Every launch of the checks, with its inputs; nothing of ours runs. A check must launch all before it compares."""
     found: list[Recorded] = []
 
@@ -277,32 +305,32 @@ def recorded(dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = No
         found.append((what, list(inputs)))
         return [mx.zeros(shape, dtype=kind) for shape, kind in what.outputs]
 
-    check_all(record, dtype, tuning, packing)
+    check_all(record, dtype, tuning, kind)
     return found
 
 
 def verdicts(
-    platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, packing: Packing | None = None
+    platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None
 ) -> dict[KernelName, bool]:
     """``check_all``, kept in the user's cache for this machine and these sources.
 
     Kernels that are not compiled yet are, all together, before the first check. If one that we compiled is wrong,
     MLX's JIT compiles them all from then on, and those are checked.
     """
-    kind = "-".join([str(dtype).rpartition(".")[2], *([packing] if packing else [])])
-    path = store.cache_folder() / f"kernels-{kind}-{fingerprint(platform)}.json"
-    known = _read(path, checks_for(packing))
+    name = "-".join([str(dtype).rpartition(".")[2], *([kind] if kind else [])])
+    path = store.cache_folder() / f"kernels-{name}-{fingerprint(platform)}.json"
+    known = _read(path, checks_for(kind))
     if known is not None:
         return known
     if isinstance(launch, BuiltCuda):
-        launch.prepare(recorded(dtype, tuning, packing))
-    found = check_all(launch, dtype, tuning, packing)
+        launch.prepare(recorded(dtype, tuning, kind))
+    found = check_all(launch, dtype, tuning, kind)
     key, wrong = store.Key.here(platform), [name for name, ok in found.items() if not ok]
     why = f"compiled by us, {', '.join(wrong)} went wrong here"
     if wrong and isinstance(launch, BuiltCuda) and launch.refused is None:
         launch.refuse(why)
         store.refuse(key, why)
-        found = check_all(launch, dtype, tuning, packing)
+        found = check_all(launch, dtype, tuning, kind)
     elif wrong and store.in_use(key):  # MLX has a .metallib's functions for good: the next process does without
         store.refuse(key, why)
         return found

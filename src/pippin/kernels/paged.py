@@ -349,15 +349,16 @@ def _launches(
         ((queries, tuning.splits, shape.value_dim), mx.float32),
         ((queries, tuning.splits, 2), mx.float32),
     )
-    reduce_constants: tuple[Constant, ...] = (
-        ("T", shape.dtype),
-        ("DV", shape.value_dim),
-        ("HQ", shape.heads),
-        ("SINKS", sinks),
-        ("THREADS", 128),
-    )
     first = Launch(source, constants, (blocks, tuning.splits), threads, parts)
-    return first, Launch(REDUCE, reduce_constants, (queries, 1), 128, whole)
+    return first, reduce_launch(queries, shape.heads, whole[0], sinks, shape.value_dim)
+
+
+def reduce_launch(
+    queries: int, heads: int, out: tuple[tuple[int, ...], mx.Dtype], sinks: bool = False, width: int | None = None
+) -> Launch:
+    """Sums the parts of ``queries`` queries of ``heads`` heads a row, each ``width`` wide, out's last axis if None."""
+    constants = (("T", out[1]), ("DV", width or out[0][-1]), ("HQ", heads), ("SINKS", sinks), ("THREADS", 128))
+    return Launch(REDUCE, constants, (queries, 1), 128, (out,))
 
 
 def _attend(launch: Launcher, first: Launch, second: Launch | None, inputs: list[mx.array]) -> mx.array:

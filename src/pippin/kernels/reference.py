@@ -95,6 +95,29 @@ def paged_extend(
     return paged_decode(q, k_pool, v_pool, table[owners(tiles, q.shape[0])], lengths, form, sinks=sinks)
 
 
+def latent_decode(
+    q: mx.array,
+    q_turned: mx.array,
+    k_pool: Pool,
+    v_pool: Pool,
+    table: mx.array,
+    lengths: mx.array,
+    form: Form,
+) -> mx.array:
+    """Absorbed latent attention: q [R, heads, dim] and q_turned [R, heads, turned] to [R, heads, dim], in q's dtype.
+
+    Latents ``k_pool`` [slots, 1, dim] are keys and values of all heads, ``v_pool`` [slots, 1, turned] turned keys; a
+    logit is ``q . latent * scale + q_turned . key``. DeepSeek-V2, arXiv 2405.04434.
+    """
+    slots = slots_of(table, form.page_size)
+    latents, keys = (pool[slots][:, :, 0].astype(mx.float32) for pool in (k_pool, v_pool))
+    wide, turned = (x.astype(mx.float32) for x in (q, q_turned))
+    logits = (wide * form.scale) @ latents.swapaxes(1, 2) + turned @ keys.swapaxes(1, 2)
+    seen = _seen(lengths, slots.shape[1], None)
+    weights = _softmax(mx.where(seen[:, None], logits, -mx.inf)[:, None], None)[:, 0]
+    return (weights @ mx.where(seen[..., None], latents, 0.0)).astype(q.dtype)
+
+
 def owners(tiles: mx.array, rows: int) -> mx.array:
     """The sequence of each of ``rows`` rows, [rows] int32; 0 for a row that is in no tile."""
     steps = mx.arange(rows, dtype=mx.int32)[None]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from pippin import kernels
@@ -160,6 +161,8 @@ def install(model: nn.Module, vocab_size: int) -> None:
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             put_before(module, _Flattening)
+        if isinstance(module, (MultiLinear, QuantizedMultiLinear)):
+            put_before(module, _ByHead)
         if isinstance(module, SwitchGLU):
             put_before(module, _Routing)
         if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
@@ -234,6 +237,18 @@ class _Flattening(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
         weights = kernels.Weights(self["weight"], self["scales"], self.get("biases"), self.bits, self.group_size)
         out = kernels.quantized_product(x.reshape(-1, x.shape[-1]), weights, self.mode)
         return out.reshape(*x.shape[:-1], -1) if x.ndim != 2 else out
+
+
+class _ByHead(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before the class of a layer with a matrix a head: single tokens [T, heads, 1, in] are rows of its products.
+
+    As they lie, each of them is a product of one row for each head.
+    """
+
+    def __call__(self, x: Any, transpose: bool = True) -> Any:
+        if x.ndim != 4 or x.shape[2] != 1 or min(x.shape[:2]) == 1:
+            return super().__call__(x, transpose)
+        return super().__call__(x.transpose(2, 1, 0, 3), transpose).transpose(2, 1, 0, 3)
 
 
 class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
