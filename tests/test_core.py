@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import random
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,28 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models
 
 from pippin import kernels
-from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import RequestError
 from pippin.graph import DecodeFunction, DecodeGraphs
-from pippin.loading import load_core
-from pippin.runner import InFlight, Masks, MlxModelRunner
+from pippin.runner import MlxModelRunner
 from pippin.sampler import SamplingInputs
-from pippin.types import Batch, Finish, Output, SamplingParams, Submit
+from pippin.types import Finish, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
-
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+from tests.cores import (
+    GREEDY,
+    collect,
+    drain,
+    greedy_by_mlx_lm,
+    make_core,
+    prompts,
+    replace_params,
+    run,
+    submits,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,51 +47,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def core(checkpoint: Path) -> EngineCore:
     return make_core(checkpoint)
-
-
-def make_core(path: Path, **options: Any) -> EngineCore:
-    return load_core(EngineConfig(model_path=str(path), **{"max_total_tokens": 2000, **options}))
-
-
-def prompts(count: int, longest: int = 60, seed: int = 5) -> list[list[int]]:
-    source = random.Random(seed)
-    return [[source.randrange(3, 280) for _ in range(source.randrange(1, longest))] for _ in range(count)]
-
-
-def run(core: EngineCore, submits: Sequence[Submit]) -> dict[str, list[int]]:
-    """Adds all at once and steps until nothing is left; every request must have ended."""
-    found = collect(core, submits)
-    assert all(outputs[-1].finish is not None for outputs in found.values())
-    return {id: [t for o in outputs for t in o.tokens] for id, outputs in found.items()}
-
-
-def collect(core: EngineCore, submits: Sequence[Submit]) -> dict[str, list[Output]]:
-    found: dict[str, list[Output]] = {s.id: [] for s in submits}
-    for submit in submits:
-        core.add(submit)
-    for output in drain(core):
-        found[output.id].append(output)
-    return found
-
-
-def drain(core: EngineCore) -> Iterator[Output]:
-    for _ in range(5000):
-        if not core.has_work:
-            return
-        step = core.step()
-        yield from step.outputs if step else ()
-    raise AssertionError("the engine never came to rest")
-
-
-def submits(rows: Sequence[Sequence[int]], params: SamplingParams = GREEDY, name: str = "r") -> list[Submit]:
-    return [Submit(f"{name}{i}", list(row), len(row), params) for i, row in enumerate(rows)]
-
-
-def greedy_by_mlx_lm(path: Path, row: Sequence[int], count: int) -> list[int]:
-    model, _ = load_model(path)
-    model.set_dtype(mx.float32)
-    steps = generate_step(mx.array(list(row)), model, max_tokens=count)
-    return [int(token) for token, _ in steps]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -359,12 +318,6 @@ def test_the_tokenizers_end_ends_an_answer_too_and_ids_that_it_skips_are_still_d
         assert found[-1].finish == Finish("stop", end)
 
 
-def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
-    import msgspec
-
-    return msgspec.structs.replace(params, **changes)
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 def test_stop_tokens_end_a_request_and_its_slots_come_back(checkpoint: Path, overlap: bool) -> None:
     core = make_core(checkpoint, disable_overlap_schedule=not overlap)
@@ -390,184 +343,6 @@ def test_prompts_that_cannot_be_served_are_refused_by_name(core: EngineCore, tok
         core.add(Submit("x", tokens, len(tokens), GREEDY))
     assert caught.value.field == "prompt"
     assert not core.has_work
-
-
-class FlakyRunner:
-    """A runner whose launches or reads fail when told to."""
-
-    def __init__(self, runner: MlxModelRunner, poison: tuple[str, str] = ("", "")) -> None:
-        self.runner = runner
-        self.fail: set[str] = set()
-        self.poison = poison  # where steps with this request fail, always
-        self.resets = 0
-        self.lost = False
-
-    def launch(self, batch: Batch) -> FlakyFlight:
-        where, who = self.poison
-        poisoned = any(work.request.id == who for work in batch.works)
-        if "launch" in self.fail or (poisoned and where == "launch"):
-            self.fail.clear()
-            raise MemoryError("planted")
-        return FlakyFlight(self.runner.launch(batch), {where} if poisoned else self.fail)
-
-    def reset(self) -> None:
-        self.resets += 1
-        if self.lost:
-            raise RuntimeError("the device is lost")
-        self.runner.reset()
-
-
-class FlakyFlight:
-    def __init__(self, flight: InFlight, fail: set[str]) -> None:
-        self._flight = flight
-        self._fail = fail
-        self.batch = flight.batch
-
-    def draw(self, masks: Masks) -> None:
-        self._flight.draw(masks)
-
-    def read(self) -> list[Any]:
-        if "read" in self._fail:
-            self._fail.clear()
-            raise RuntimeError("planted")
-        return self._flight.read()
-
-
-def test_after_a_step_that_failed_midway_there_is_one_pool_not_two(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        logging.getLogger("pippin.core"), "disabled", True
-    )  # pytest keeps what is logged, traceback too
-    core = make_core(checkpoint, max_total_tokens=60_000)
-    runner = core._runner
-    assert isinstance(runner, MlxModelRunner)
-    size, last = runner.pool.nbytes, runner.model.model.layers[-1]
-    planted, last.mlp = last.mlp, None  # the last layer raises, and its caches are in the traceback
-    core.add(submits(prompts(1))[0])
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    steps = [core.step() for _ in range(2)]  # it is tried again
-    assert steps[0] is not None
-    assert steps[0].outputs == []
-    assert steps[1] is not None
-    assert steps[1].outputs[0].finish is not None
-    assert steps[1].outputs[0].finish.reason == "error"
-    assert mx.get_peak_memory() - before < size / 4
-    last.mlp = planted
-    assert run(core, submits(prompts(1)))["r0"] == greedy_by_mlx_lm(checkpoint, prompts(1)[0], 12)
-
-
-@pytest.mark.parametrize("where", ["launch", "read"])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_step_that_fails_once_is_done_again_and_nobody_sees_it(checkpoint: Path, where: str, overlap: bool) -> None:
-    rows = prompts(4)
-    core = make_core(checkpoint, max_running_requests=2, disable_overlap_schedule=not overlap)
-    flaky = FlakyRunner(core._runner)  # type: ignore[arg-type]
-    core._runner = flaky
-    asked = submits(rows)
-    tokens = {submit.id: list[int]() for submit in asked}
-    for submit in asked:
-        core.add(submit)
-    for turn in range(2000):
-        if not core.has_work:
-            break
-        if turn in (4, 9, 20):
-            flaky.fail.add(where)
-        step = core.step()
-        for output in step.outputs if step else ():
-            assert output.finish is None or output.finish.reason != "error"
-            tokens[output.id] += output.tokens
-    assert flaky.resets == 3, "nothing in the pool is trusted after that"
-    for i in range(4):
-        assert tokens[f"r{i}"] == greedy_by_mlx_lm(checkpoint, rows[i], 12)
-    assert core.stats.slots_cached > 0
-    core.flush()
-    assert core.stats.slots_free == core.stats.slots_total
-
-
-@pytest.mark.parametrize("where", ["launch", "read"])
-def test_the_request_that_makes_steps_fail_ends_alone(checkpoint: Path, where: str) -> None:
-    rows = prompts(4)
-    core = make_core(checkpoint)
-    core._runner = FlakyRunner(core._runner, poison=(where, "r2"))  # type: ignore[arg-type]
-    for submit in submits(rows[:2]):
-        core.add(submit)
-    for _ in range(3):
-        core.step()
-    told: dict[str, list[Output]] = {f"r{i}": [] for i in range(4)}
-    for submit in submits(rows)[2:]:
-        core.add(submit)
-    ends = {}
-    for output in drain(core):
-        told[output.id].append(output)
-        if output.finish is not None:
-            ends[output.id] = output.finish
-    assert {id: end.reason for id, end in ends.items()} == {
-        "r0": "length",
-        "r1": "length",
-        "r2": "error",
-        "r3": "length",
-    }
-    assert "the engine failed on this request" in ends["r2"].message
-    assert [t for o in told["r3"] for t in o.tokens] == greedy_by_mlx_lm(checkpoint, rows[3], 12)
-
-
-def test_a_lost_device_is_told_and_takes_no_request_with_it(checkpoint: Path) -> None:
-    """The process ends then, and another one goes on."""
-    core = make_core(checkpoint)
-    flaky = FlakyRunner(core._runner)  # type: ignore[arg-type]
-    core._runner = flaky
-    for submit in submits(prompts(2)):
-        core.add(submit)
-    flaky.fail.add("launch")
-    flaky.lost = True
-    with pytest.raises(RuntimeError, match="lost"):
-        core.step()
-
-
-def test_numbers_that_are_not_finite_in_a_shared_prefix_harm_nobody(checkpoint: Path) -> None:
-    """Who reads them starts over from nothing; who comes later never sees them."""
-    core = make_core(checkpoint)
-    runner = core._runner
-    assert isinstance(runner, MlxModelRunner)
-    prefix = [(i * 7) % 90 + 5 for i in range(40)]
-    asked = [Submit(f"s{i}", [*prefix, i + 3], len(prefix) + 1, GREEDY) for i in range(4)]
-    expected = [greedy_by_mlx_lm(checkpoint, submit.tokens, 12) for submit in asked]
-    tokens = {submit.id: list[int]() for submit in asked}
-    for submit in asked[:3]:
-        core.add(submit)
-    for turn in range(500):
-        if turn == 4:
-            request = core._scheduler._requests["s0"]
-            slot = request.slots[3]
-            for array in runner.pool.arrays:
-                array[slot] = mx.nan
-            core.add(asked[3])  # finds the prefix in the tree
-        step = core.step()
-        for output in step.outputs if step else ():
-            assert output.finish is None or output.finish.reason == "length"
-            tokens[output.id] += output.tokens
-        if not core.has_work:
-            break
-    assert [tokens[f"s{i}"] for i in range(4)] == expected
-
-
-def test_logits_without_a_finite_number_end_that_request_alone(checkpoint: Path) -> None:
-    core = make_core(checkpoint)
-    runner = core._runner
-    assert isinstance(runner, MlxModelRunner)
-    embedding = runner.model.model.embed_tokens
-    embedding.weight = mx.where(mx.arange(embedding.weight.shape[0])[:, None] == 77, mx.nan, embedding.weight)
-    mx.eval(embedding.weight)
-    found = collect(core, [Submit("bad", [5, 77, 6], 3, GREEDY), Submit("good", [6, 5, 7], 3, GREEDY)])
-    finish = found["bad"][-1].finish
-    assert finish is not None
-    assert finish.reason == "error"
-    assert "finite" in finish.message
-    good = found["good"][-1].finish
-    assert good is not None
-    assert good.reason == "length"
 
 
 def test_peak_memory_over_200_overlapped_steps_is_less_than_a_pool_array_above_its_start(checkpoint: Path) -> None:

@@ -27,7 +27,8 @@ from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
 from tests.checkpoints import build_model, family_config, make_checkpoint, random_weights
-from tests.test_core import GREEDY, as_on_a_gpu, make_core, prompts, replace_params, run, submits
+from tests.cores import GREEDY, make_core, prompts, replace_params, run, submits
+from tests.test_core import as_on_a_gpu
 from tests.test_kernels_dispatch import Gpu, gpu, needs_compiler
 
 __all__ = ["as_on_a_gpu", "gpu"]

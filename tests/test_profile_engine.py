@@ -26,7 +26,7 @@ from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDU
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Marks, ProfileStarted, SamplingParams, Span, StartProfile, StopProfile, Submit
 from tests.checkpoints import make_checkpoint
-from tests.test_core import FlakyRunner
+from tests.test_core_faults import FlakyRunner
 from tests.test_profile import RecordedMetal
 from tests.trace_checks import check_events, read_events
 

@@ -17,7 +17,7 @@ from pippin.runner import MlxModelRunner
 from pippin.types import CacheMiss, Request, SamplingParams, Submit, Work
 from tests.architectures import small_config
 from tests.checkpoints import make_checkpoint, write_checkpoint
-from tests.test_core import GREEDY, collect, greedy_by_mlx_lm, make_core, prompts, replace_params, run, submits
+from tests.cores import GREEDY, collect, greedy_by_mlx_lm, make_core, prompts, replace_params, run, submits
 
 FAMILIES = ["qwen3_next", "mamba2", "falcon_h1", "recurrent_gemma", "kimi_linear", "longcat_flash_ngram"]
 """Attention and states; states only; both in a layer; a window, and a first token that differs; masks; odd shapes."""
