@@ -3,6 +3,7 @@
 #   make serve [MODEL=… PORT=… ARGS="…"]   an OpenAI-compatible server, of the shipped model if MODEL is left out
 #   make test                             linters, types, tests; no torch
 #   make parity                           logits against transformers (installs torch)
+#   make clients                          client libraries in an environment of their own, against the shipped model
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples, and sweep-models
@@ -19,7 +20,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity bench-cpu metal-check sweep sweep-models soak docs wheel clean setup dev
+.PHONY: help serve test lint format parity clients bench-cpu metal-check sweep sweep-models soak docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +50,10 @@ parity:
 	@scripts/setup.sh parity
 	.venv-parity/bin/python -m pytest -o addopts= -q --strict-markers --strict-config tests/parity
 
+clients: dev
+	@scripts/setup.sh clients
+	$(BIN)/python -m pytest -o addopts= -q --strict-markers --strict-config tests/clients
+
 bench-cpu: dev
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
@@ -73,5 +78,5 @@ wheel: dev
 	@ls -l dist
 
 clean:
-	rm -rf .venv .venv-parity build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

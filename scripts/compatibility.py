@@ -38,9 +38,9 @@ Answered with a 400 that says why:
 
 BY_HAND: dict[type[Body], dict[str, Iterable[str]]] = {
     ChatRequest: {
-        "messages[]": chat.FIELDS,
+        "messages[]": chat.FIELDS | chat.SENT_BACK,
         "messages[].content[]": chat.PART_FIELDS,
-        "messages[].tool_calls[]": chat.CALL_FIELDS,
+        "messages[].tool_calls[]": chat.CALL_FIELDS | chat.SENT_BACK,
         "messages[].tool_calls[].function": chat.FUNCTION_FIELDS,
     },
     ResponsesRequest: {f"input[] ({kind})": names for kind, names in ITEM_FIELDS.items()},
@@ -55,6 +55,8 @@ NO_EFFECT = {
     "signature": "told by us, sent back",
     "phase": "told by OpenAI's models, sent back",
     "status": "told by us, sent back",
+    "provider_specific_fields": "litellm's notes on an answer, sent back",
+    "annotations": "quotations by OpenAI's models, sent back",
     "refusal": "told by OpenAI's models, sent back",
     "reasoning.summary": "reasoning is given whole",
     "reasoning.generate_summary": "reasoning is given whole",

@@ -4,6 +4,7 @@
 #   scripts/setup.sh serve   .venv: Pippin with MLX's build for this machine
 #   scripts/setup.sh dev     .venv: the same, and what the tests and linters need
 #   scripts/setup.sh parity  .venv-parity: the same, and torch, which only the parity tests use
+#   scripts/setup.sh clients .venv-clients: client libraries that can't live beside the tests' own, for `make clients`
 #   scripts/setup.sh browser Chromium from the system's packages, for tests that look at pages; they are skipped without it
 #   scripts/setup.sh extra   prints which extra of pyproject.toml brings MLX's build for this machine
 #
@@ -114,6 +115,18 @@ browser() {
   say "without Chromium the tests that look at pages are skipped. To mend: apt-get install chromium"
 }
 
+# Of SGLang the frontend language alone: what its server needs (torch) stays out.
+clients() {
+  local venv=.venv-clients list=tests/clients/requirements.txt want
+  want=$(cksum <"$list")
+  sound "$venv" || make_venv "$(find_python)" "$venv"
+  [ "$(cat "$venv/.pippin-clients" 2>/dev/null)" != "$want" ] || return 0
+  say "installing client libraries into $venv"
+  "$venv/bin/python" -m pip install --disable-pip-version-check -q -r "$list"
+  "$venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps sglang==0.4.6
+  printf '%s\n' "$want" >"$venv/.pippin-clients"
+}
+
 # --- the environment ---
 
 make_venv() {
@@ -148,9 +161,10 @@ main() {
     serve) extras=$extra ;;
     dev) extras=${extra:+$extra,}dev ;;
     parity) extras=${extra:+$extra,}dev,torch venv=.venv-parity ;;
+    clients) clients && return 0 ;;
     browser) browser && return 0 ;;
     extra) echo "$extra" && return 0 ;;
-    *) die "usage: scripts/setup.sh serve|dev|parity|browser|extra" ;;
+    *) die "usage: scripts/setup.sh serve|dev|parity|clients|browser|extra" ;;
   esac
   stamp=$venv/.pippin-$mode
   # What the environment was made from: when any of it changes, pip looks again.

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -266,12 +267,26 @@ def test_loading_bar_takes_events_without_a_terminal(capsys: Lines) -> None:
 
 
 def test_ready_says_where_what_and_how_to_try() -> None:
-    text = ready(fake_info("it's/mine"), "http://127.0.0.1:1", None, True)
+    text = ready(fake_info("it's/mine"), "http://127.0.0.1:1", None, True, False)
+    assert "Chat and dashboard" not in text
     assert "http://127.0.0.1:1" in text.splitlines()[0]
     assert "Authorization: Bearer $API_KEY" in text
     info = msgspec.structs.replace(fake_info(), pool_bytes=2**30, budget_bytes=2**32, device_bytes=2**33)
-    assert "KV cache, 100000 slots" in (text := ready(info, "http://127.0.0.1:1", None, False))
+    assert "KV cache, 100000 slots" in (text := ready(info, "http://127.0.0.1:1", None, False, True))
     assert re.search(r"the budget +4096 MiB of 8192 MiB", text)
+
+
+@pytest.mark.parametrize(
+    ("url", "page"),
+    [
+        ("http://127.0.0.1:1", "http://127.0.0.1:1/"),
+        ("http://10.0.0.7:1", "http://10.0.0.7:1/"),
+        ("http://0.0.0.0:1", "http://127.0.0.1:1/"),
+        ("http://[::]:1", "http://[::1]:1/"),
+    ],
+)
+def test_ready_says_where_the_page_is(url: str, page: str) -> None:
+    assert ready(fake_info(), url, None, False, True).splitlines()[-1] == f"Chat and dashboard: {page}"
 
 
 def test_serve_starts_answers_its_own_curl_line_and_stops(checkpoint: Path) -> None:
@@ -286,11 +301,14 @@ def test_serve_starts_answers_its_own_curl_line_and_stops(checkpoint: Path) -> N
             lines.append(process.stdout.readline())
             assert lines[-1]
         seconds = time.monotonic() - began
+        page = process.stdout.readline().removeprefix("Chat and dashboard: ").strip()
         assert re.match(r"Pippin serves .* at http://127\.0\.0\.1:\d+$", lines[0]), lines
         curl = lines[-1].removeprefix("Try: ")
         if shutil.which("curl"):
             done = subprocess.run(["sh", "-c", curl.replace("curl", "curl -s", 1)], capture_output=True, timeout=60)
             assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
+        with urllib.request.urlopen(page, timeout=60) as response:
+            assert b"<title>" in response.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert seconds < 30  # 2 s on an idle machine

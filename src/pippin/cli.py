@@ -63,7 +63,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
 
         def on_ready(info: ModelInfo, url: str) -> None:
             bar.stop()
-            typer.echo(ready(info, url, server.served_model_name, server.api_key is not None))
+            typer.echo(ready(info, url, server.served_model_name, server.api_key is not None, not server.no_ui))
 
         run(engine, server, on_ready, bar)
 

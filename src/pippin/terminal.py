@@ -75,8 +75,8 @@ class LoadingBar:
             self._progress.update(self._task, description=stage, total=event.total, completed=event.done)
 
 
-def ready(info: ModelInfo, url: str, name: str | None, needs_key: bool) -> str:
-    """What ``pippin serve`` says when it is ready: where, what, how much, and a request to try."""
+def ready(info: ModelInfo, url: str, name: str | None, needs_key: bool, has_page: bool) -> str:
+    """What ``pippin serve`` says when it is ready: where, what, how much, a request to try, and the web page."""
     form = f"{info.dtype}, {info.quantization}" if info.quantization else info.dtype
     header = """ -H "Authorization: Bearer $API_KEY" """.rstrip() if needs_key else ""
     model = name or info.model_path
@@ -88,8 +88,14 @@ def ready(info: ModelInfo, url: str, name: str | None, needs_key: bool) -> str:
             f"  at most {info.max_running_requests} requests at once; attention: {info.attention_backend}; memory:",
             budget(info),
             f'Try: curl {url}/v1/chat/completions{header} -H "Content-Type: application/json" -d {shlex.quote(body)}',
+            *([f"Chat and dashboard: {reachable(url)}/"] if has_page else []),
         )
     )
+
+
+def reachable(url: str) -> str:
+    """The URL for a browser on this machine: who listens everywhere has no address that one can go to."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def budget(info: ModelInfo) -> str:

@@ -154,9 +154,12 @@ def test_what_clients_send_back_is_taken(http: httpx.Client) -> None:
     """A streamed call has an index, a part may be marked for the cache, and what is null counts as left out."""
     marked = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "odd": None}
     call = CALL | {"index": 0, "odd": None}
+    litellm = {"provider_specific_fields": {"refusal": None}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call | litellm], "annotations": []} | litellm
     for path, body in (
         (CHAT, {"messages": [{"role": "user", "content": [marked]}]}),
         (CHAT, called(call)),
+        (CHAT, {"messages": [*HI, answer, {"role": "tool", "tool_call_id": "c", "content": "4"}]}),
         (OLLAMA, called({"function": {"name": "f", "arguments": {}, "index": 0}, "id": "c"}) | {"stream": False}),
     ):
         response = http.post(path, json=body)

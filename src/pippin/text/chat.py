@@ -21,6 +21,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = frozenset(
     {"role", "content", "reasoning_content", "reasoning", "thinking", "name", "tool_calls", "tool_call_id", "refusal"}
 )
+# What clients keep of an answer and send back with it, to no effect: litellm's notes, and OpenAI's quotations.
+SENT_BACK = frozenset({"provider_specific_fields", "annotations"})
 CALL_FIELDS = frozenset({"id", "type", "index", "function"})
 FUNCTION_FIELDS = frozenset({"name", "arguments"})
 PART_FIELDS = frozenset({"type", "text", "cache_control"})  # of the last, nothing comes: all prompts are cached
@@ -137,7 +139,8 @@ def _message(message: Message, index: int, knows_developer: bool) -> dict[str, A
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"role must be one of {', '.join(ROLES)}, not {role!r}", f"{field}.role")
-    message = {name: value for name, value in message.items() if value is not None and value != []}
+    told = {name: value for name, value in message.items() if value is not None and value != []}
+    message = {name: value for name, value in told.items() if name not in SENT_BACK}
     _check_known(message, FIELDS, field, "a message")
     # OpenAI renamed system to developer; few templates have followed.
     role = "system" if role == "developer" and not knows_developer else role
@@ -171,6 +174,7 @@ def _tool_call(call: object, field: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise RequestError("a tool call needs a function with name and arguments", f"{field}.function")
+    call = {name: value for name, value in call.items() if name not in SENT_BACK}
     _check_known(call, CALL_FIELDS, field, "a tool call")
     _check_known(function, FUNCTION_FIELDS, f"{field}.function", "a tool call's function")
     arguments = function.get("arguments")
