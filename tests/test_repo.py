@@ -73,6 +73,10 @@ config <- worker <- transport <- carried <- supervisor <- client <- completion <
 types <- worker
 recorder <- worker
 types <- journal
+config <- preflight
+backend <- preflight
+logs <- preflight <- server
+types <- preflight
 types <- carried
 restarts <- journal <- supervisor
 restarts <- server
@@ -96,7 +100,7 @@ types <- text <- grammar <- sglang
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots", "cache.snapshots",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
-    "journal", "carried",
+    "journal", "carried", "preflight",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",
     "profile.control", "profile.summary",
 )  # fmt: skip

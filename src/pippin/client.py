@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -46,6 +46,8 @@ from pippin.types import (
     UnloadAdapter,
 )
 from pippin.worker import CORE, Load
+
+Replace = Callable[[EngineConfig], Awaitable[Ready | Fatal]]
 
 CLOSE_SECONDS = 5.0
 """How long an engine may take for its last words, and to end."""
@@ -91,8 +93,9 @@ class EngineClient:
     ``seed`` makes the seeds of requests that bring none reproducible.
     """
 
-    def __init__(self, transport: Transport, seed: int | None = None) -> None:
+    def __init__(self, transport: Transport, seed: int | None = None, replace: Replace | None = None) -> None:
         self.transport = transport
+        self._replace = replace
         self.stats = Stats()
         self.progress: Progress | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
@@ -119,8 +122,12 @@ class EngineClient:
         log_format: str = "text",
     ) -> EngineClient:
         """A client of a child process, not started yet, which is watched and replaced as ``supervision`` says."""
-        make = partial(ProcessTransport, config, core, log_level, log_format)
-        return cls(Supervisor(make, supervision), config.random_seed)
+
+        def maker(config: EngineConfig) -> Callable[[], ProcessTransport]:
+            return partial(ProcessTransport, config, core, log_level, log_format)
+
+        supervisor = Supervisor(maker(config), supervision)
+        return cls(supervisor, config.random_seed, lambda other: supervisor.replace(maker(other)))
 
     @classmethod
     def in_thread(cls, load: Load, seed: int | None = None) -> EngineClient:
@@ -147,6 +154,19 @@ class EngineClient:
         self._ready = asyncio.get_running_loop().create_future()
         await self.transport.open(self._on_event, self._on_end)
         return await self._ready
+
+    async def replace(self, config: EngineConfig) -> ModelInfo:
+        """Serve what ``config`` says from here on. Requests that have not ended go on there, with the tokens they have.
+
+        Raises ModelError, ConfigError or EngineError if it can't be served: the engine is as before then, but empty.
+        """
+        if self._replace is None:
+            raise EngineError("an engine in this process can't be replaced")
+        result = await self._replace(config)
+        if isinstance(result, Fatal):
+            error = failure_of(result.kind, result.message)
+            raise EngineError(result.message) if isinstance(error, EngineError) else error
+        return result.info
 
     async def submit(
         self,

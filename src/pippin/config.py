@@ -181,6 +181,10 @@ class ServerConfig:
     port: int = option(30000, "Port to listen on.")
     api_key: str | None = option(None, "Required as `Authorization: Bearer KEY`, if set.")
     served_model_name: str | None = option(None, "Name in answers and /v1/models; the model's path if left out.")
+    weight_version: str = option(
+        "default",
+        "Version of the weights, shown in /get_model_info and /generate's meta_info until an update sets another.",
+    )
     strict_model_name: bool = option(False, "Refuse requests whose `model` is another name.")
     max_queued_requests: int = option(
         1024, "Most answers that wait beside those that run; more requests get a 503 with Retry-After."

@@ -137,11 +137,14 @@ def sampling_params(given: Mapping[str, Any] | None, **more: Any) -> SamplingPar
 class Answer:
     """One answer as its deltas come; ``as_dict`` gives SGLang's dict at any moment.
 
-    ``text_of`` spells the tokens in its logprobs; without it their text is None.
+    ``text_of`` spells the tokens in its logprobs; without it their text is None. ``more`` is ``meta_info`` beside.
     """
 
-    def __init__(self, asked: Asked, index: int = 0, text_of: TextOf | None = None) -> None:
+    def __init__(
+        self, asked: Asked, index: int = 0, text_of: TextOf | None = None, more: Mapping[str, str] | None = None
+    ) -> None:
         self._asked = asked
+        self._more = more or {}
         self._text_of: TextOf = text_of or (lambda token: None)
         self._id = asked.id if asked.params.n == 1 else f"{asked.id}-{index}"
         self._began = time.perf_counter()
@@ -181,6 +184,7 @@ class Answer:
             "cached_tokens": self._num_cached,
             "cache_miss": msgspec.to_builtins(self._miss),
             "e2e_latency": time.perf_counter() - self._began,
+            **self._more,
         }
         if self._asked.params.logprobs:
             prompt = self._prompt_logprobs[self._asked.logprob_start :] if self._prompt_logprobs else []
@@ -198,10 +202,11 @@ class Answers:
 
     asked: Asked
     text_of: TextOf | None = None
+    more: Mapping[str, str] = field(default_factory=dict)
     each: list[Answer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.each = [Answer(self.asked, i, self.text_of) for i in range(self.asked.params.n)]
+        self.each = [Answer(self.asked, i, self.text_of, self.more) for i in range(self.asked.params.n)]
 
     def add(self, delta: Delta) -> Answer:
         """The answer that the delta belongs to, now with it."""

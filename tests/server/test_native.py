@@ -31,6 +31,7 @@ def test_generate_one(http: httpx.Client) -> None:
         "completion_tokens": 4,
         "cached_tokens": 0,
         "cache_miss": None,
+        "weight_version": "default",
     }
 
 

@@ -82,14 +82,14 @@ def test_without_a_parent_each_request_is_a_trace(serve: Serve) -> None:
 
 def test_each_phase_begins_where_the_one_before_ends() -> None:
     provider, exporter = in_memory()
-    Traces(provider, "m").tell(Entry(id="a", at=1.0, prompt=3, queue=0.5, first=2.0, end=4.0, outcome="stop"))
+    Traces(provider, lambda: "m").tell(Entry(id="a", at=1.0, prompt=3, queue=0.5, first=2.0, end=4.0, outcome="stop"))
     found = [(s.name, (s.start_time or 0) / 1e9, (s.end_time or 0) / 1e9) for s in exporter.get_finished_spans()]
     assert found == [("queue", 1.0, 1.5), ("prefill", 1.5, 3.0), ("decode", 3.0, 5.0), ("request", 1.0, 5.0)]
 
 
 def test_a_request_that_ends_in_the_queue_has_no_phases() -> None:
     provider, exporter = in_memory()
-    Traces(provider, "m").tell(Entry(id="a", at=1.0, prompt=3, end=0.5, outcome="disconnect"))
+    Traces(provider, lambda: "m").tell(Entry(id="a", at=1.0, prompt=3, end=0.5, outcome="disconnect"))
     (span,) = exporter.get_finished_spans()
     assert (span.name, span.start_time, span.end_time) == ("request", 10**9, 15 * 10**8)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pippin.client import EngineClient
 from pippin.completion import Delta
 from pippin.config import ServerConfig
-from pippin.server.app import Gate
+from pippin.server.gate import Gate
 from pippin.server.history import KEPT, Entry, History, quantiles
 from pippin.server.ui import HEADERS, PAGES, TYPES, between
 from pippin.types import Finish, FinishReason

@@ -1,5 +1,6 @@
 """The HTTP server: OpenAI's and SGLang's endpoints over one EngineClient."""
 
-from pippin.server.app import Gate, create_app
+from pippin.server.app import create_app
+from pippin.server.gate import Gate
 
 __all__ = ["Gate", "create_app"]

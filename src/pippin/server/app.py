@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Collection
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import pippin
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
-from pippin.errors import EngineError, PippinError, RequestError
+from pippin.errors import PippinError, RequestError
 from pippin.server import (
     adapters,
     anthropic,
@@ -32,12 +31,13 @@ from pippin.server import (
     rerank,
     responses,
     ui,
+    weights,
 )
 from pippin.server.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from pippin.server.anthropic import CountRequest, MessagesRequest
 from pippin.server.embeddings import EmbeddingRequest, EncodeRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from pippin.server.guard import Guard
-from pippin.server.http import CLIENT_CLOSED, ErrorJson, error_body, error_response
+from pippin.server.http import CLIENT_CLOSED, error_response
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from pippin.server.parsing import ParseRequest, SeparateRequest
 from pippin.server.protocol import (
@@ -52,10 +52,11 @@ from pippin.server.protocol import (
 from pippin.server.rerank import RerankRequest, ScoreRequest
 from pippin.server.responses import ResponsesRequest
 from pippin.server.service import Service
+from pippin.server.shapes import shape_of
 from pippin.server.traces import TraceParent, Traces
+from pippin.server.weights import UpdateWeightsRequest, Weights
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import Progress
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -96,6 +97,7 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/load_lora_adapter", adapters.load, LoadAdapterRequest),
     ("POST", "/unload_lora_adapter", adapters.unload, UnloadAdapterRequest),
     ("POST", "/v1/unload_lora_adapter", adapters.unload, UnloadAdapterRequest),
+    ("POST", "/update_weights_from_disk", weights.update, UpdateWeightsRequest),
     ("POST", "/encode", embeddings.encode, EncodeRequest),
     ("POST", "/tokenize", native.tokenize, TokenizeRequest),
     ("POST", "/v1/tokenize", native.tokenize, TokenizeRequest),
@@ -121,9 +123,6 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("GET", "/pippin/stats", ui.stats, None),
 )
 
-LAST = ("/health", "/metrics", "/abort_request")
-"""Answered while the server drains."""
-
 OPEN = ("/health", "/ready", "/health_generate", "/metrics")
 """Answered without the API key: they tell no text, and probes have no key."""
 
@@ -134,14 +133,15 @@ def create_app(
     chat: ChatTemplate,
     config: ServerConfig,
     provider: TracerProvider | None = None,
+    weights: Weights | None = None,
 ) -> FastAPI:
     """The server's app, of ready parts: ``client`` has started. It holds no state but theirs.
 
-    ``provider`` hears of requests that have ended.
+    ``provider`` hears of requests that have ended. Without ``weights`` the model is the same for good.
     """
-    service = Service(client, tokenizer, chat, config)
+    service = Service(client, tokenizer, chat, config, weights)
     if provider is not None:
-        service.history.on_end = Traces(provider, service.model_name).tell
+        service.history.on_end = Traces(provider, lambda: service.model_name).tell
     log.info("tool calls: %s; reasoning: %s", *(f.name if f else "none" for f in service.speech.formats))
     app = Described(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
     for method, path, route, body in ROUTES:
@@ -164,7 +164,7 @@ def create_app(
         app.add_middleware(ApiKey, key=config.api_key, open=OPEN if config.no_ui else (*OPEN, *ui.PAGES))
     if config.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods="*", allow_headers="*")
-    app.add_middleware(Guard, config=config, shape_of=SHAPES)
+    app.add_middleware(Guard, config=config)
     return app
 
 
@@ -206,14 +206,6 @@ async def on_error(request: Request, error: Exception) -> Response:
     return error_response(error, shape_of(request.url.path))
 
 
-def shape_of(path: str) -> ErrorJson:
-    """How errors look there."""
-    return next((shape for start, shape in SHAPES.items() if path.startswith(start)), error_body)
-
-
-SHAPES: dict[str, ErrorJson] = {"/v1/messages": anthropic.error_json, "/api/": ollama.error_json}
-
-
 class ApiKey:
     """Lets requests through that bring the key as ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``."""
 
@@ -233,52 +225,3 @@ class ApiKey:
         given = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
         scheme, _, key = given.partition(b" ")
         return hmac.compare_digest(scheme.lower() + b" " + key.strip(), self._expected)
-
-
-class Gate:
-    """What listens from the first moment: 503 with how far loading is, until ``app`` is set.
-
-    The web page, if there is one, is there already, and shows it. While ``draining`` nothing new is taken in; ``idle``
-    is set while no request is being answered.
-    """
-
-    def __init__(self, client: EngineClient, ui: bool = False) -> None:
-        self.app: ASGIApp | None = None
-        self._client = client
-        self._ui = ui
-        self.draining = False
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self._answering = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # uvicorn runs without lifespan events; there are no websockets
-            return
-        if self.app is None and self._ui and scope["path"] in ui.PAGES and scope["method"] in ("GET", "HEAD"):
-            await ui.response(scope["path"])(scope, receive, send)
-            return
-        if self.app is None:
-            error = EngineError(f"the model is still loading{stage(self._client.progress)}", 503)
-        elif self.draining and scope["path"] not in LAST:
-            error = EngineError("the server is shutting down and takes no more requests", 503)
-        else:
-            await self._pass(self.app, scope, receive, send)
-            return
-        await error_response(error, shape_of(scope["path"]))(scope, receive, send)
-
-    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        self._answering += 1
-        self.idle.clear()
-        try:
-            await app(scope, receive, send)
-        finally:
-            self._answering -= 1
-            if not self._answering:
-                self.idle.set()
-
-
-def stage(progress: Progress | None) -> str:
-    if progress is None:
-        return ""
-    share = f", {100 * progress.done // progress.total} %" if progress.total else ""
-    return f" ({progress.stage}{share})"

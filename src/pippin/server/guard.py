@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, RequestError
 from pippin.logs import fields, request_id
-from pippin.server.http import ErrorJson, error_body, error_response
+from pippin.server.http import error_response
+from pippin.server.shapes import shape_of
 
 log = logging.getLogger("pippin.access")
 
@@ -133,11 +134,10 @@ class Bodies:
 
 @dataclass
 class Guard:
-    """The first middleware. ``shape_of`` says how errors look at a path."""
+    """The first middleware."""
 
     app: ASGIApp
     config: ServerConfig
-    shape_of: dict[str, ErrorJson] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._origins = Origins(self.config)
@@ -153,8 +153,7 @@ class Guard:
             try:
                 self._check(scope)
             except RequestError as error:
-                shape = next((s for start, s in self.shape_of.items() if scope["path"].startswith(start)), error_body)
-                await error_response(error, shape)(scope, passage.receive, passage.send)
+                await error_response(error, shape_of(scope["path"]))(scope, passage.receive, passage.send)
             else:
                 await self.app(scope, passage.receive, passage.send)
         finally:

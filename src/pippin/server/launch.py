@@ -19,11 +19,14 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
 from pippin.logs import configure
+from pippin.preflight import check
 from pippin.restarts import Supervision
-from pippin.server.app import Gate, create_app
+from pippin.server.app import create_app
 from pippin.server.connection import Connections
+from pippin.server.gate import Gate
 from pippin.server.guard import HEADER_BYTES, warning_of
 from pippin.server.traces import otlp_provider
+from pippin.server.weights import Weights
 from pippin.text.chat import ChatTemplate, read_template
 from pippin.text.reply import named_formats
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
@@ -94,7 +97,7 @@ class Serving:
     def __init__(
         self, engine: EngineConfig, server: ServerConfig, on_progress: Callable[[Progress], None], core: str
     ) -> None:
-        self._engine, self._config = engine, server
+        self._engine, self._config, self._core = engine, server, core
         self._provider: TracerProvider | None = None
         if server.enable_trace:
             self._provider = otlp_provider(server.otlp_traces_endpoint)  # raises now, as the next
@@ -140,7 +143,7 @@ class Serving:
 
     async def _drain(self, serving: asyncio.Task[None], stop_now: asyncio.Event) -> None:
         """Takes nothing new, and waits for what is being answered, for so long as that may be."""
-        self._gate.draining = True
+        self._gate.drain()
         idle, hurried = asyncio.create_task(self._gate.idle.wait()), asyncio.create_task(stop_now.wait())
         if not self._gate.idle.is_set():
             log.info("stopping when all requests are answered, at the latest in %g s", self._config.drain_timeout)
@@ -161,12 +164,23 @@ class Serving:
             raise
         tokenizer = await (reading or self._tokenizer(info.tokenizer_path))
         chat = ChatTemplate(tokenizer, self._template)
-        self._gate.app = create_app(self._client, tokenizer, chat, self._config, self._provider)
+        weights = Weights(self._engine, self._gate, self._check, self._text)
+        self._gate.app = create_app(self._client, tokenizer, chat, self._config, self._provider, weights)
         return info
 
+    async def _check(self, config: EngineConfig) -> None:
+        if self._core == CORE:  # any other says so when it loads
+            await check(config)
+
+    async def _text(self, config: EngineConfig) -> tuple[Tokenizer, ChatTemplate]:
+        """The text layer of another model."""
+        path, trust = config.tokenizer_path or config.model_path, config.trust_remote_code
+        tokenizer = await asyncio.to_thread(load_tokenizer, path, revision=config.revision, trust_remote_code=trust)
+        return tokenizer, ChatTemplate(tokenizer, self._template)
+
     async def _tokenizer(self, path: str | None) -> Tokenizer:
-        revision, trust = self._engine.revision, self._engine.trust_remote_code
-        return await asyncio.to_thread(load_tokenizer, path, revision=revision, trust_remote_code=trust)
+        tokenizer, _ = await self._text(replace(self._engine, tokenizer_path=path))
+        return tokenizer
 
 
 def http_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:

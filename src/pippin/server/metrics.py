@@ -6,7 +6,7 @@ The engine's counts come from the last step's ``Stats`` when somebody asks; late
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -31,22 +31,28 @@ class Metrics:
 
     def __init__(self, client: EngineClient, model_name: str) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCounts(client, model_name))
-        self._model_name = model_name
-        self._first = self._histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
-        self._between = self._histogram("inter_token_latency_seconds", "From token to token.", NEXT_TOKEN)
-        self._whole = self._histogram("e2e_request_latency_seconds", "From request to its end.", WHOLE_REQUEST)
-        self._queue = self._histogram("queue_time_seconds", "In the engine's queue before it first ran.", FIRST_TOKEN)
-        self._generated = Counter(
-            PREFIX + "generation_tokens", "Tokens generated.", ("model_name",), registry=self._registry
-        ).labels(model_name)
+        self._registry.register(EngineCounts(client, lambda: self._model_name))
+        first = self._histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
+        between = self._histogram("inter_token_latency_seconds", "From token to token.", NEXT_TOKEN)
+        whole = self._histogram("e2e_request_latency_seconds", "From request to its end.", WHOLE_REQUEST)
+        queue = self._histogram("queue_time_seconds", "In the engine's queue before it first ran.", FIRST_TOKEN)
+        generated = Counter(PREFIX + "generation_tokens", "Tokens generated.", ("model_name",), registry=self._registry)
+        self._families = first, between, whole, queue, generated
         self._requests = Counter(
             PREFIX + "num_requests", "Answers by how they ended.", ("model_name", "outcome"), registry=self._registry
         )
+        self.rename(model_name)
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
-        histogram = Histogram(PREFIX + name, help, ("model_name",), registry=self._registry, buckets=buckets)
-        return histogram.labels(self._model_name)
+        return Histogram(PREFIX + name, help, ("model_name",), registry=self._registry, buckets=buckets)
+
+    def rename(self, model_name: str) -> None:
+        """What is observed from here on is another model's."""
+        first, between, whole, queue, generated = self._families
+        self._model_name = model_name
+        self._first, self._between = first.labels(model_name), between.labels(model_name)
+        self._whole, self._queue = whole.labels(model_name), queue.labels(model_name)
+        self._generated = generated.labels(model_name)
 
     async def track(self, deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
         """Pass on the deltas of ``n`` answers, and observe them. Those without a finish were left by their client."""
@@ -94,17 +100,17 @@ class EngineCounts(Collector):
     """The engine's own counts, read when the page is."""
 
     client: EngineClient
-    model_name: str
+    model_name: Callable[[], str]
 
     def collect(self) -> Iterator[Metric]:
-        stats = self.client.stats
+        stats, model = self.client.stats, self.model_name()
         for name, help, gauge in gauges(stats):
             family: Metric = GaugeMetricFamily(PREFIX + name, help, labels=("model_name",))
-            family.add_sample(PREFIX + name, {"model_name": self.model_name}, gauge)
+            family.add_sample(PREFIX + name, {"model_name": model}, gauge)
             yield family
         for name, help, count in counters(stats):
             counter = CounterMetricFamily(PREFIX + name, help, labels=("model_name",))
-            counter.add_metric((self.model_name,), count)
+            counter.add_metric((model,), count)
             yield counter
         misses = CounterMetricFamily(
             PREFIX + "cache_misses",
@@ -112,7 +118,7 @@ class EngineCounts(Collector):
             labels=("model_name", "reason"),
         )
         for reason, number in stats.misses.items():
-            misses.add_metric((self.model_name, reason), number)
+            misses.add_metric((model, reason), number)
         yield misses
         drops = CounterMetricFamily(
             PREFIX + "kv_disk_drops",
@@ -120,7 +126,7 @@ class EngineCounts(Collector):
             labels=("model_name", "reason"),
         )
         for reason, number in stats.kv_disk_drops.items():
-            drops.add_metric((self.model_name, reason), number)
+            drops.add_metric((model, reason), number)
         yield drops
 
 

@@ -52,7 +52,7 @@ async def generate(service: Service, http: Request) -> Response:
     jobs = [Job(one.tokens, p, one.id, request.priority) for one, p in zip(asked, params, strict=True)]
     deltas = service.run(jobs)
     text_of = service.tokenizer.token_text if request.return_text_in_logprobs else None
-    answers = [Answers(one, text_of) for one in asked]
+    answers = [Answers(one, text_of, {"weight_version": service.weight_version}) for one in asked]
     single = single and asked[0].params.n == 1
     if request.stream:
         first = await unless_gone(http, next_of(deltas))
@@ -166,6 +166,7 @@ async def model_info(service: Service, http: Request) -> Response:
             "vocab_size": info.vocab_size,
             "dtype": info.dtype,
             "quantization": info.quantization,
+            "weight_version": service.weight_version,
         }
     )
 
@@ -178,6 +179,7 @@ async def server_info(service: Service, http: Request) -> Response:
             **options,
             **msgspec.structs.asdict(service.info),
             "served_model_name": service.model_name,
+            "weight_version": service.weight_version,
             "version": pippin.__version__,
             "internal_states": [msgspec.structs.asdict(service.client.stats)],
         }
@@ -211,10 +213,11 @@ NOT_HERE = {
         "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
     ),
     "a server serves the model that it was started with": (
-        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/update_weights_from_disk",
+        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/get_weights_by_name",
+        "/release_memory_occupation", "/resume_memory_occupation",
+    ),
+    "weights come from files: /update_weights_from_disk": (
         "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
-        "/get_weights_by_name", "/release_memory_occupation",
-        "/resume_memory_occupation",
     ),
     "the prefix cache keeps what requests have in common; there are no sessions to open": (
         "/open_session", "/close_session",

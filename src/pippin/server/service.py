@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +26,9 @@ from pippin.text.chat import ChatTemplate
 from pippin.text.reply import Speech
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import ModelInfo, Pooling, SamplingParams
+
+if TYPE_CHECKING:
+    from pippin.server.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +55,32 @@ class Service:
     tokenizer: Tokenizer
     chat: ChatTemplate
     config: ServerConfig
+    weights: Weights | None = None
+    weight_version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[str]] = field(default_factory=dict)
     responses: Store = field(default_factory=Store)
     history: History = field(default_factory=History)
 
+    def __post_init__(self) -> None:
+        self.weight_version = self.weight_version or self.config.weight_version
+
     @cached_property
     def speech(self) -> Speech:
         """The formats of calls and reasoning that the served model writes."""
-        return Speech.of(
-            self.tokenizer,
-            self.chat.known(),
-            self.config.tool_call_parser,
-            self.config.reasoning_parser,
-        )
+        return self.speech_of(self.tokenizer, self.chat)
+
+    def speech_of(self, tokenizer: Tokenizer, chat: ChatTemplate) -> Speech:
+        """Those of another model. Raises ConfigError where the parsers that were asked for don't go with it."""
+        return Speech.of(tokenizer, chat.known(), self.config.tool_call_parser, self.config.reasoning_parser)
+
+    def change_text(self, tokenizer: Tokenizer, chat: ChatTemplate, version: str | None) -> None:
+        """Another model is served, in which no request is yet: its text layer, and the version of its weights."""
+        self.tokenizer, self.chat = tokenizer, chat
+        self.weight_version = version or self.weight_version
+        for made in ("speech", "request_log"):
+            vars(self).pop(made, None)
+        self.metrics.rename(self.model_name)
 
     @cached_property
     def admission(self) -> Admission:
@@ -83,7 +99,7 @@ class Service:
     def info(self) -> ModelInfo:
         return self.client.info
 
-    @cached_property
+    @property
     def model_name(self) -> str:
         return self.config.served_model_name or self.info.model_path
 

@@ -7,6 +7,7 @@ OpenTelemetry's conventions for generative AI. A client's ``traceparent`` header
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -51,7 +52,7 @@ def url_of(endpoint: str) -> str:
 class Traces:
     """Tells a provider of each request that has ended."""
 
-    def __init__(self, provider: TracerProvider, model_name: str) -> None:
+    def __init__(self, provider: TracerProvider, model_name: Callable[[], str]) -> None:
         self._tracer = provider.get_tracer("pippin", pippin.__version__)
         self._model_name = model_name
 
@@ -72,7 +73,7 @@ class Traces:
     def _attributes(self, entry: Entry) -> dict[str, str | int | list[str]]:
         return {
             "gen_ai.operation.name": "text_completion",
-            "gen_ai.request.model": self._model_name,
+            "gen_ai.request.model": self._model_name(),
             "gen_ai.request.choice.count": entry.answers,
             "gen_ai.response.id": entry.id,
             "gen_ai.response.finish_reasons": [entry.outcome or "disconnect"],
