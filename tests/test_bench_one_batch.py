@@ -28,7 +28,7 @@ from pippin.cache.layout import CacheLayout, LayerShape
 from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
-from pippin.runner import Masks
+from pippin.flight import Masks
 from pippin.types import Batch, ModelInfo, RowResult
 from tests.fake_core import expected, fake_info
 

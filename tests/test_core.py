@@ -6,7 +6,6 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from tokenizers import Tokenizer, models
 from pippin import kernels
 from pippin.core import EngineCore
 from pippin.errors import RequestError
-from pippin.graph import DecodeFunction, DecodeGraphs
 from pippin.runner import MlxModelRunner
-from pippin.sampler import SamplingInputs
 from pippin.types import Finish, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
+from tests.compiling import play_gpu, traces_of
 from tests.cores import (
     GREEDY,
     collect,
@@ -84,13 +82,8 @@ def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoint: Path, options: dic
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU, with the kernels' definitions in their place: pages, order by tables, graphs, no waiting.
-
-    Nothing is compiled, which on a CPU takes a compiler and would capture arrays that the definitions replace.
-    """
-    monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
-    monkeypatch.setattr("pippin.kernels.rows_by_page", lambda *_: 8)
-    monkeypatch.setattr("pippin.runner.DecodeGraphs", partial(DecodeGraphs, compile=lambda run: run))
+    """As ``play_gpu`` says."""
+    play_gpu(monkeypatch)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -102,45 +95,7 @@ def test_tokens_are_the_same_where_rows_read_the_pool_by_page(checkpoint: Path, 
     runner = core._runner
     assert isinstance(runner, MlxModelRunner)
     assert (runner.graphs is not None) == ("disable_graph" not in options)
-    assert runner.graphs is None or runner.graphs.num_traced > 4
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_nothing_is_compiled_once_the_start_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of streams, of any length, greedy or not: the counter stays at 0."""
-    made: list[DecodeGraphs] = []
-
-    def compile(run: DecodeFunction) -> DecodeFunction:
-        """Runs a function for each call, but counts as ``mx.compile`` does: once for the same shapes."""
-        known: set[tuple[tuple[int, ...] | None, ...]] = set()
-
-        def call(table: mx.array, packed: mx.array, sampling: SamplingInputs) -> tuple[mx.array, ...]:
-            arrays = [a for a in (packed, *sampling) if isinstance(a, mx.array)]
-            shapes = tuple(tuple(a.shape) for a in arrays)
-            before = made[0].num_traced
-            out = run(table, packed, sampling)
-            made[0].num_traced = before if shapes in known else before + 1
-            known.add(shapes)
-            return out
-
-        return call
-
-    def graphs(*args: Any, **options: Any) -> DecodeGraphs:
-        made.append(DecodeGraphs(*args, **options, compile=compile))
-        return made[-1]
-
-    monkeypatch.setattr("pippin.runner.DecodeGraphs", graphs)
-    core = make_core(checkpoint, context_length=600, max_running_requests=5, graph_max_rows=4)
-    warm = core._runner
-    assert isinstance(warm, MlxModelRunner)
-    assert warm.graphs is not None
-    assert warm.graphs.num_traced >= 3 * 3 * 2
-    hot = replace_params(GREEDY, temperature=0.7, seed=3, ignore_eos=True)
-    for params in (replace_params(GREEDY, max_new_tokens=300, ignore_eos=True), hot):
-        run(core, submits(prompts(4), params))
-    assert core.stats.graph_traces == 0
-    run(core, submits(prompts(2), replace_params(hot, top_k=5), "k"))
-    assert core.stats.graph_traces > 0, "a plan that was not compiled at the start counts"
+    assert runner.graphs is None or traces_of(runner) > 4
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import pytest
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
-from pippin.graph import DecodeGraphs
 from pippin.loading import load_core
 from pippin.runner import MlxModelRunner
 from pippin.types import Finish, Grammar, Output, SamplingParams, Submit
 from tests.checkpoints import make_checkpoint
+from tests.compiling import play_gpu, traces_of
 from tests.tokenizers_for_tests import byte_level
 
 EOS = byte_level().eos_ids[0]
@@ -178,14 +177,13 @@ def test_answers_are_the_same_as_on_a_gpu(
     checkpoint: Path, core: EngineCore, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """Where a kernel's definition writes the pool, steps go through graphs, which end at the logits here."""
-    monkeypatch.setattr("pippin.kernels.writes_in_place", lambda *_: True)
-    monkeypatch.setattr("pippin.runner.DecodeGraphs", partial(DecodeGraphs, compile=lambda run: run))
+    play_gpu(monkeypatch)
     submits = submits_for(random.Random(9), 14)
     other = make_core(checkpoint, **options)
     assert answers(other, submits) == answers(core, submits)
     runner = other._runner
     assert isinstance(runner, MlxModelRunner)
-    assert runner.graphs is None or runner.graphs.num_traced > 2
+    assert runner.graphs is None or traces_of(runner) > 2
 
 
 def test_logprobs_change_no_token_and_are_the_models_own(core: EngineCore) -> None:

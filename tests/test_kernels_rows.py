@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pippin.graph import DecodeTable, padded_length, padded_lengths
 from pippin.kernels import fused, paged, products, reference
 from pippin.kernels.checks import CHECKS, check_product
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.products import Weights
-from pippin.types import Request, SamplingParams, Work
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -187,42 +182,3 @@ def test_planted_faults_are_found(fault: str) -> None:
 def test_no_one_checks_products_where_no_one_launches_them() -> None:
     assert check_product(lambda *_: [], mx.float32, paged.Tuning(matrix=True))
     assert check_product(lambda *_: [], mx.bfloat16, paged.Tuning(matrix=False))
-
-
-# --- the inputs of compiled steps ---
-
-
-@given(
-    page=st.sampled_from([1, 4, 16]),
-    starts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
-    steps=st.integers(1, 40),
-    forgets=st.sets(st.integers(0, 39), max_size=3),
-    leaves=st.integers(0, 39),
-)
-def test_a_table_that_changes_by_what_is_new_is_the_one_made_anew(
-    page: int, starts: list[int], steps: int, forgets: set[int], leaves: int
-) -> None:
-    random = np.random.default_rng(len(starts) + steps)
-    requests = [Request(str(i), [7] * (n + 1), n + 1, SamplingParams(), row=i + 1) for i, n in enumerate(starts)]
-    for request, start in zip(requests, starts, strict=True):
-        pages = random.permutation(200)[: (start + steps) // page + 1] + 1
-        request.slots = array("i", [int(p) * page + i for p in pages for i in range(page)])
-    table, at = DecodeTable(page), list(starts)
-    for step in range(steps):
-        here = list(range(len(requests)))[1:] if step == leaves else list(range(len(requests)))
-        works = [Work(requests[i], at[i], at[i] + 1, True) for i in here]
-        if step in forgets:
-            table.forget()
-        if works:
-            got = table.inputs(works, 8)
-            assert np.array_equal(got, DecodeTable(page).inputs(works, 8))
-        for i in here:
-            at[i] += 1
-
-
-def test_compiled_lengths_are_few_and_cover_every_context() -> None:
-    assert padded_lengths(40_960) == [256, 512, 1024, 2048, 4096, 16384, 65536]
-    assert padded_lengths(1) == [256]
-    for tokens in range(1, 70_000, 37):
-        assert tokens <= padded_length(tokens) <= max(256, 4 * tokens)
-        assert padded_length(tokens) in padded_lengths(70_000)

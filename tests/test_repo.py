@@ -58,7 +58,9 @@ cache <- inputs
 errors <- kernels <- cache
 kernels <- models
 config <- models <- attention
-types <- penalties <- sampler <- graph <- runner
+types <- penalties <- sampler <- graph_inputs <- graph <- sampler_graphs <- runner
+pooling <- flight <- runner
+sampler <- flight <- core
 inputs <- pooling <- runner
 inputs <- models
 client <- embedding <- server
@@ -67,6 +69,8 @@ types <- catalogue <- cli
 embedding <- engine
 text <- embedding
 inputs <- attention <- graph
+inputs <- graph_inputs
+kernels <- graph_inputs
 demo <- models
 demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server

@@ -88,6 +88,9 @@ class EngineConfig:
     graph_max_rows: int = option(
         256, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
     )
+    graph_max_tokens: int = option(
+        256, "So are those with short prompts or chunks, of at most so many tokens in all; 0: none of them."
+    )
     skip_server_warmup: bool = option(False, "Compile steps as they come up, not at start.")
     grammar_backend: str = option(
         "llguidance", "What enforces structured output; none refuses such requests.", choices=("llguidance", "none")
@@ -150,6 +153,7 @@ class EngineConfig:
             ("page_size", self.page_size >= 0, "at least 0"),
             ("kv_disk_gb", self.kv_disk_gb > 0, "above 0"),
             ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),
+            ("graph_max_tokens", self.graph_max_tokens >= 0, "at least 0"),
             ("wired_limit_gb", self.wired_limit_gb is None or self.wired_limit_gb > 0, "above 0"),
         ):
             if not ok:

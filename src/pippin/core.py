@@ -19,13 +19,13 @@ import msgspec
 from pippin.cache.canary import KVCanary
 from pippin.constrained import GrammarRequests
 from pippin.errors import ModelError, RequestError
+from pippin.flight import Flight, ModelRunner
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.kvdisk import DiskTier
 from pippin.memory import memory_in_use
 from pippin.models.lora import Adapter, Adapters
 from pippin.profile.engine import Tell, open_profile
 from pippin.profile.steps import StepProfile, TimedRunner
-from pippin.runner import Flight, ModelRunner
 from pippin.scheduler import Scheduler
 from pippin.types import (
     AdaptersChanged,

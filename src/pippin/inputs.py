@@ -27,6 +27,8 @@ class Group:
     is the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
     ``pages`` [count, n] int32 are page numbers instead, where a kernel reads the pool by page; ``slots`` is None then.
     ``counts`` are each work's tokens, ``rows`` at most, where a kernel takes several of each at once; None: ``rows``.
+    With ``tiles`` [n, 3] int32 (``kernels.tile_rows``) it does so too, and what else is said of works is said of rows:
+    ``count`` of one token each, ``starts`` their positions (-1: padding); but ``pages`` has a line a work.
     """
 
     first: int
@@ -38,6 +40,7 @@ class Group:
     starts: mx.array
     pages: mx.array | None = None
     counts: tuple[int, ...] | None = None
+    tiles: mx.array | None = None
 
     @property
     def tokens(self) -> slice:
@@ -81,6 +84,38 @@ class Step:
         return self.decodes and all(g.pages is not None for g in self.groups)
 
 
+def lay_out(works: Sequence[Work], lines: Ints) -> list[int]:
+    """Writes the works' tokens one after the other into ``lines`` [5, T], zeros before; returns each one's last row.
+
+    The lines are: tokens, 0 where the host has not seen the one; 1 where it hasn't; the works' device rows; positions;
+    slots.
+    """
+    if all(w.end - w.start == 1 for w in works):
+        _lay_out_singles(works, lines)
+        return list(range(len(works)))
+    at, lasts = 0, []
+    for work in works:
+        here, at = slice(at, at + work.end - work.start), at + work.end - work.start
+        lines[0, here] = _known_tokens(work)
+        lines[1, at - 1] = work.end > len(work.request.tokens)
+        lines[2, here] = work.request.row
+        lines[3, here] = np.arange(work.start, work.end)
+        lines[4, here] = _slots_of(work)[work.start :]
+        lasts.append(at - 1)
+    return lasts
+
+
+def _lay_out_singles(works: Sequence[Work], lines: Ints) -> None:
+    """The same for single tokens, without an array a work."""
+    n, requests, starts = len(works), [w.request for w in works], [w.start for w in works]
+    seen = [at < len(r.tokens) for r, at in zip(requests, starts, strict=True)]
+    lines[0, :n] = [r.tokens[at] if s else 0 for r, at, s in zip(requests, starts, seen, strict=True)]
+    lines[1, :n] = [not s for s in seen]
+    lines[2, :n] = [r.row for r in requests]
+    lines[3, :n] = starts
+    lines[4, :n] = [r.slots[at] for r, at in zip(requests, starts, strict=True)]
+
+
 def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None, several: int = 1) -> Step:
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
 
@@ -88,26 +123,15 @@ def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None 
     all works of up to ``several`` tokens another.
     """
     order = sorted(range(len(works)), key=lambda i: _group_key(works[i], several))
-    starts, total = [0] * len(works), 0
-    for i in order:
-        starts[i] = total
-        total += works[i].end - works[i].start
-    tokens, positions, slots = (np.zeros(total, np.int32) for _ in range(3))
-    unseen = np.zeros(total, np.int32)
-    for i in order:
-        work, at = works[i], starts[i]
-        here = slice(at, at + work.end - work.start)
-        tokens[here] = _known_tokens(work)
-        positions[here] = np.arange(work.start, work.end)
-        slots[here] = _slots_of(work)[work.start :]
-        if work.end > len(work.request.tokens):
-            unseen[at + work.end - work.start - 1] = work.request.row
+    ordered = [works[i] for i in order]
+    lines = np.zeros((5, sum(w.end - w.start for w in works)), np.int32)
+    lasts = dict(zip(order, lay_out(ordered, lines), strict=True))
     return Step(
-        tokens=_with_unseen(tokens, unseen, last_token)[:, None],
-        positions=mx.array(positions),
-        write_slots=mx.array(slots),
-        groups=tuple(_groups([works[i] for i in order], page_size, several)),
-        lasts=tuple(starts[i] + w.end - w.start - 1 for i, w in enumerate(works)),
+        tokens=_with_unseen(lines[0], lines[1] * lines[2], last_token)[:, None],
+        positions=mx.array(lines[3]),
+        write_slots=mx.array(lines[4]),
+        groups=tuple(_groups(ordered, page_size, several)),
+        lasts=tuple(lasts[i] for i in range(len(works))),
         decodes=all(w.decodes for w in works),
     )
 

@@ -25,6 +25,7 @@ from pippin.claims import claims_folder, share
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, ModelError, RequestError
+from pippin.flight import ModelRunner
 from pippin.grammar.compiler import compiler_of
 from pippin.kvdisk import DiskTier, open_tier
 from pippin.memory import (
@@ -45,7 +46,7 @@ from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.lora import Adapters
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
-from pippin.runner import MlxModelRunner, ModelRunner
+from pippin.runner import MlxModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
 from pippin.types import ModelInfo, Progress
@@ -133,6 +134,7 @@ def build_runner(
         max_running=sizes.max_running,
         vocab_size=vocabulary.size,
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
+        extend_rows=config.graph_max_tokens,
         fusions=choice.fusions,
     )
     if not config.skip_server_warmup:

@@ -60,35 +60,40 @@ class _RowEdits(NamedTuple):
     unseen: tuple[float, float] | None  # scale, add
 
 
-def logit_edits(works: Sequence[Work], vocab_size: int, size: int, counts: TokenCounts) -> LogitEdits | None:
-    """What rows 0 … len(works)-1 of ``size`` change, or None if nothing. Ids of no token are left out."""
+def logit_edits(
+    works: Sequence[Work], vocab_size: int, size: int, counts: TokenCounts, places: Sequence[int] = ()
+) -> LogitEdits | None:
+    """What rows 0 … len(works)-1 of ``size`` change, or None if nothing. Ids of no token are left out.
+
+    ``places``: numbers of places to pad to where one is enough, so that there are few; ``unseen`` is there then too.
+    """
     found = [(row, _row_edits(work, vocab_size, counts)) for row, work in enumerate(works) if _edits_anything(work)]
     found = [(row, edits) for row, edits in found if edits.ids.size]
     if not found:
         return None
     rows = np.concatenate([np.full(edits.ids.size, row) for row, edits in found])
-    filler = (1 << (rows.size - 1).bit_length()) - rows.size
+    filler = next((n for n in places if n >= rows.size), 1 << (rows.size - 1).bit_length()) - rows.size
 
-    def places(values: list[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> mx.array:
+    def padded(values: list[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> mx.array:
         joined = np.concatenate(values).astype(dtype)
         return mx.array(np.concatenate([joined, np.repeat(joined[:1], filler)]))
 
     unseen = None
-    if any(edits.unseen for _, edits in found):
+    if places or any(edits.unseen for _, edits in found):
         row_values = np.tile(np.array([[1.0], [0.0]], np.float32), size)
         for row, edits in found:
             if edits.unseen:
                 row_values[:, row] = edits.unseen
         unseen = UnseenEdits(
-            places([e.scale_again for _, e in found], np.float32),
-            places([e.add_again for _, e in found], np.float32),
+            padded([e.scale_again for _, e in found], np.float32),
+            padded([e.add_again for _, e in found], np.float32),
             *map(mx.array, row_values),
         )
     return LogitEdits(
-        places([rows], np.int32),
-        places([e.ids for _, e in found], np.int32),
-        places([e.scale for _, e in found], np.float32),
-        places([e.add for _, e in found], np.float32),
+        padded([rows], np.int32),
+        padded([e.ids for _, e in found], np.int32),
+        padded([e.scale for _, e in found], np.float32),
+        padded([e.add for _, e in found], np.float32),
         unseen,
     )
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,16 +14,28 @@ import numpy.typing as npt
 
 from pippin.attention import AttentionBackend
 from pippin.cache.pool import KVPool
-from pippin.graph import DecodeGraphs, padded_lengths
+from pippin.flight import (
+    InFlight,
+    Masks,
+    PromptRows,
+    check_range,
+    check_slots,
+    prompt_rows,
+    score_prompts,
+    wait_for_masks,
+)
+from pippin.graph import Compiler, StepGraphs
+from pippin.graph_inputs import StepShape
 from pippin.inputs import Step
 from pippin.models.deferred import Fusions
 from pippin.models.lora import AdapterRows, adapter_rows
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
-from pippin.pooling import PooledRows, Vectors, pool, pooled_rows, read_vectors, rows_of_tokens
+from pippin.pooling import PooledRows, pool, pooled_rows, rows_of_tokens
 from pippin.profile.timeline import Lap, no_lap
-from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, prompt_logprobs, sample, sampling_inputs
-from pippin.types import Batch, Request, RowResult, SamplingParams, TokenLogprob, Work
+from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, sample, sampling_inputs
+from pippin.sampler_graphs import SamplerGraphs
+from pippin.types import Batch, Work
 
 # Inputs of fewer elements are of another address space in a Metal kernel.
 _LEAST_TABLE = 8
@@ -36,110 +47,6 @@ _LEAST_AHEAD = 32
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
-Masks = Callable[[Sequence[Work]], Callable[[], npt.NDArray[np.uint32]]]
-"""Begins, for works that sample, and then gives which tokens each may draw, as ``sampler.allow`` takes them."""
-
-
-class Flight(Protocol):
-    """A step that is queued on the device."""
-
-    @property
-    def batch(self) -> Batch: ...
-
-    def draw(self, masks: Masks) -> None:
-        """Queues the draws of a step whose requests have grammars; nothing is left to queue of any other.
-
-        ``masks`` needs the step before to have been read, and works while the device runs this one.
-        """
-        ...
-
-    def read(self) -> list[RowResult]:
-        """Waits for the step; a result for each work, in order. Call once."""
-        ...
-
-
-class ModelRunner(Protocol):
-    """What the engine needs of a model: queue a batch now, read it later."""
-
-    def launch(self, batch: Batch) -> Flight: ...
-
-    def reset(self) -> None:
-        """After a step that failed: forget what is stored and what is queued."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRows:
-    """Prompt tokens ``first`` … ``first + count - 1`` of the batch's ``work``-th work, whose logprobs are asked for."""
-
-    work: int
-    first: int
-    count: int
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A queued step of MlxModelRunner. Holds only small arrays: a reference to the pool would force its copy.
-
-    ``works`` are the batch's, in the order in which the backend runs them. ``draws`` is what is left to do if the draws
-    wait for masks.
-    """
-
-    batch: Batch
-    works: tuple[Work, ...]
-    sampled: Sampled | None
-    prompts: tuple[PromptRows, ...]
-    prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
-    draws: Callable[[Masks], Sampled] | None = None
-    vectors: Vectors | None = None
-
-    def draw(self, masks: Masks) -> None:
-        if self.draws is not None:
-            self.sampled, self.draws = self.draws(masks), None
-
-    def read(self) -> list[RowResult]:
-        results = [RowResult() for _ in self.works]
-        if self.sampled is not None:
-            self._read_samples(self.sampled, [i for i, w in enumerate(self.works) if w.samples], results)
-        if self.prompt_values is not None:
-            self._read_prompts(self.prompt_values, results)
-        if self.vectors is not None:
-            read_vectors(self.vectors, results)
-        for work, result in zip(self.works, results, strict=True):
-            if work.logprobs_from is not None and work.start == 0 and work.logprobs_from <= 1:
-                nothing_before = TokenLogprob(work.request.tokens[0], None)
-                result.prompt_logprobs = [nothing_before, *result.prompt_logprobs]
-        at = {id(work): i for i, work in enumerate(self.works)}
-        return [results[at[id(work)]] for work in self.batch.works]
-
-    def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:
-        tokens = _list(sampled.tokens)
-        finite = _list(sampled.finite)
-        logprobs = _list(sampled.logprob) if sampled.logprob is not None else None
-        tops = _tops(sampled.top_ids, sampled.top_logprobs)
-        for row, i in enumerate(works):
-            results[i].token = tokens[row]
-            results[i].finite = finite[row]
-            params = self.works[i].request.params
-            if logprobs is not None and params.logprobs:
-                top = tops[row][: params.top_logprobs] if tops else []
-                results[i].logprob = TokenLogprob(tokens[row], logprobs[row], top)
-
-    def _read_prompts(
-        self, values: tuple[mx.array, mx.array | None, mx.array | None], results: list[RowResult]
-    ) -> None:
-        logprobs, tops = _list(values[0]), _tops(values[1], values[2])
-        at = 0
-        for rows in self.prompts:
-            request = self.works[rows.work].request
-            found = []
-            for i in range(rows.count):
-                top = tops[at + i][: request.params.top_logprobs] if tops else []
-                found.append(TokenLogprob(request.tokens[rows.first + i], logprobs[at + i], top))
-            results[rows.work].prompt_logprobs = found
-            at += rows.count
-
-
 class MlxModelRunner:
     """Queues batches for one model on one device.
 
@@ -147,7 +54,7 @@ class MlxModelRunner:
     there, and so is built before the host has seen step n. Row 0 is scratch. Where writes are in place, every step's
     table hangs on all that the step reads, so whatever takes it waits for that; elsewhere a step that draws nothing
     evaluates its writes only, and nothing behind the last layer's. ``graph_rows``: most single tokens of a step that is
-    compiled, ``fusions`` what a forward defers (``models.deferred``).
+    compiled, ``extend_rows``: most tokens of any other; ``fusions`` what a forward defers (``models.deferred``).
     """
 
     def __init__(
@@ -159,6 +66,7 @@ class MlxModelRunner:
         max_running: int,
         vocab_size: int,
         graph_rows: int = 0,
+        extend_rows: int = 0,
         fusions: Fusions = NO_FUSIONS,
     ) -> None:
         self.model = model
@@ -168,43 +76,53 @@ class MlxModelRunner:
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
         self._graph_rows = graph_rows
+        self._extend_rows = extend_rows
         self._max_running = max_running
+        self._compiler = Compiler()
         self._warmed = 0
         self._unqueued: list[mx.array] = []
         self._queued = True
         self.lap: Lap = no_lap
         self.graphs = self._make_graphs()
+        self._sampler = SamplerGraphs(vocab_size, self._compiler) if self.graphs else None
         self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
         mx.eval(self._last_token)
 
-    def _make_graphs(self) -> DecodeGraphs | None:
+    def _make_graphs(self) -> StepGraphs | None:
         if not self.pool.in_place or not self._graph_rows or self.pool.states:
             return None
-        return DecodeGraphs(self.model, self.backend, self.pool, most_rows=self._graph_rows, fusions=self.fusions)
+        return StepGraphs(
+            self.model,
+            self.backend,
+            self.pool,
+            most_decodes=self._graph_rows,
+            most_rows=self._extend_rows,
+            most_works=self._max_running,
+            fusions=self.fusions,
+            compiler=self._compiler,
+        )
 
     def warm_up(self, context_length: int, tell: Callable[[int, int], None]) -> None:
-        """Compiles the steps of single tokens that will come, greedy and with a temperature; ``tell`` (done, all).
-
-        Everything but prompts is then compiled: ``traces`` counts what is not.
-        """
-        if self.graphs is None:
+        """Compiles the steps that will come; ``tell`` (done, all). ``traces`` counts what is compiled later."""
+        if self.graphs is None or self._sampler is None:
             return
-        rows = min(self._graph_rows, self._max_running)
-        sizes = sorted({min(1 << i, rows) for i in range(rows.bit_length() + 1)})
-        shapes = [(size, length) for length in padded_lengths(context_length) for size in sizes]
-        for done, (size, length) in enumerate(shapes):
+        known: set[int] = set()
+        decodes = self.graphs.decodes(context_length)
+        first, length = decodes[0]
+        self.graphs.warm(first, length, self._last_token)  # after this, what other steps are cut into is known
+        shapes = [*decodes, *self.graphs.extends(context_length)]
+        for done, (shape, length) in enumerate(shapes):
             tell(done, len(shapes))
-            for temperature in (0.0, 1.0):
-                nobody = Request("warm-up", [0], 1, SamplingParams(temperature=temperature, seed=0))
-                works = [Work(nobody, 0, 1, True)]
-                plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
-                self.graphs.warm(plan, inputs, self._last_token, size, length)
+            made = self.graphs.warm(shape, length, self._last_token)
+            if shape.works not in known:
+                known.add(shape.works)
+                self._sampler.warm(made, self._last_token)
         tell(len(shapes), len(shapes))
-        self._warmed = self.graphs.num_traced
+        self._warmed = self._compiler.traces
 
     def traces(self) -> int:
-        """How many steps were compiled while serving: none, once all shapes have come up."""
-        return self.graphs.num_traced - self._warmed if self.graphs is not None else 0
+        """How many functions were compiled while serving: none, once all shapes have come up."""
+        return self._compiler.traces - self._warmed
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.
@@ -213,9 +131,10 @@ class MlxModelRunner:
         indexed update does, it is in place only if no step in flight still holds the pool: then the step before is
         queued now, and this one, built while that runs, by the next launch or by whoever reads it first.
         """
-        if self.graphs is not None and self.graphs.takes(batch.works):
-            return self._launch_graph(self.graphs, batch)
         if self.graphs is not None:
+            shape = self.graphs.shape(batch.works)
+            if shape is not None:
+                return self._launch_graph(self.graphs, shape, batch)
             self.graphs.forget()
         works = list(batch.works)
         if not self.pool.in_place:
@@ -231,8 +150,7 @@ class MlxModelRunner:
         sampled, values, draws = None, None, None
         if samples:
             sampling = [ordered[i] for i in samples]
-            plan, inputs = sampling_inputs(sampling, self._vocab_size, counts=self._token_counts)
-            draws = partial(self._draw, sampling, plan, inputs, logits[: len(samples)], step_tokens)
+            draws = self._draws(sampling, logits, step_tokens)
             if not wait_for_masks(sampling):
                 sampled, draws = draws(None), None
         elif self.pool.in_place:
@@ -249,16 +167,39 @@ class MlxModelRunner:
         asked = {id(work): whole for work, whole in zip(works, batch.works, strict=True)}
         return InFlight(batch, tuple(asked[id(work)] for work in ordered), sampled, prompts, values, draws, vectors)
 
+    def _draws(
+        self, works: Sequence[Work], logits: mx.array, tokens: mx.array, rows: mx.array | None = None
+    ) -> Callable[[Masks | None], Sampled]:
+        """What draws for works that sample, whose ``logits`` and input ``tokens`` come first.
+
+        ``rows`` [n] int32 are the works' lines of the device table, with logits and tokens padded alike, from a graph.
+        """
+        sampler, size = self._sampler, len(works) if rows is None else len(logits)
+        if rows is None and self.graphs is not None:
+            found = self.graphs.padded_works(size)
+            sampler, size = (sampler, found) if found else (None, size)
+        spare = size - len(works)
+        plan, inputs = sampling_inputs(
+            works, self._vocab_size, pad_to=size, counts=self._token_counts, compiled=sampler is not None
+        )
+        if rows is None:
+            rows = mx.array([w.request.row for w in works] + [0] * spare, dtype=mx.int32)
+            some = mx.array([*range(len(works))] + [0] * spare, dtype=mx.int32)
+            logits, tokens = (logits[some], tokens[some]) if spare else (logits[:size], tokens)
+        return partial(self._draw, sampler, works, plan, inputs, logits, tokens, rows)
+
     def _draw(
         self,
+        sampler: SamplerGraphs | None,
         works: Sequence[Work],
         plan: SamplingPlan,
         inputs: SamplingInputs,
         logits: mx.array,
-        step_tokens: mx.array,
+        tokens: mx.array,
+        rows: mx.array,
         masks: Masks | None,
     ) -> Sampled:
-        """Draws for the first rows of logits, one a work, and puts the tokens into the device table.
+        """Draws for each row of logits, the first of which are the works', and puts the tokens into the device table.
 
         With ``masks`` it queues the step, which they are made beside, and then the draws.
         """
@@ -266,9 +207,11 @@ class MlxModelRunner:
             made = masks(works)
             self._queue()
             plan, inputs = allow(plan, inputs, made(), len(logits))
-        sampled = sample(logits, plan, inputs, step_tokens)
-        rows = mx.array([w.request.row for w in works], dtype=mx.int32)
-        self._last_token[rows] = sampled.tokens[: len(works)]
+        if sampler is not None:
+            self._last_token, sampled = sampler.draw(logits, plan, inputs, tokens, self._last_token, rows)
+        else:
+            sampled = sample(logits, plan, inputs, tokens)
+            self._last_token[rows] = sampled.tokens
         if masks is not None:
             mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
         return sampled
@@ -307,24 +250,24 @@ class MlxModelRunner:
         self._unqueued = []
         self.lap("queue")
 
-    def _launch_graph(self, graphs: DecodeGraphs, batch: Batch) -> InFlight:
+    def _launch_graph(self, graphs: StepGraphs, shape: StepShape, batch: Batch) -> InFlight:
         works = batch.works
         for work in works:
             check_slots(work, self.pool.num_slots)
-        size = graphs.size(works)
-        plan, inputs = sampling_inputs(works, self._vocab_size, pad_to=size, counts=self._token_counts)
-        self.lap("sampling")
-        if wait_for_masks(works):
-            logits, tokens = graphs.logits(works, self._last_token)
-            self.lap("forward")
-            mx.async_eval(logits, tokens)  # type: ignore[no-untyped-call]
-            self.lap("queue")
-            return InFlight(batch, works, None, (), None, partial(self._draw, works, plan, inputs, logits, tokens))
-        self._last_token, sampled = graphs.step(works, plan, inputs, self._last_token)
+        logits, tokens, rows = graphs.run(works, shape, self._last_token)
         self.lap("forward")
-        mx.async_eval(self._last_token, _arrays(sampled))  # type: ignore[no-untyped-call]
+        sampling = [w for w in works if w.samples]
+        draws = self._draws(sampling, logits, tokens, rows)
+        sampled = None
+        if not sampling:
+            self._last_token = self._last_token + 0 * logits[0, :1].astype(mx.int32)
+        elif not wait_for_masks(sampling):
+            sampled = draws(None)
+        self.lap("sampling")
+        waits = sampled is None and len(sampling) > 0
+        mx.async_eval(self._last_token, _arrays(sampled), *([logits, tokens] if waits else []))  # type: ignore[no-untyped-call]
         self.lap("queue")
-        return InFlight(batch, works, sampled, (), None)
+        return InFlight(batch, works, sampled, (), None, draws if waits else None)
 
     def logits(self, batch: Batch) -> mx.array:
         """Runs a batch to the logits of its sampling works, [n, vocab] float32, and draws nothing."""
@@ -451,49 +394,6 @@ class MlxModelRunner:
         return self.pool.arrays + (self.pool.states.take_new() if self.pool.states else [])
 
 
-def score_prompts(
-    works: Sequence[Work], prompts: Sequence[PromptRows], logits: mx.array, vocab_size: int
-) -> tuple[mx.array, mx.array | None, mx.array | None]:
-    """Log probabilities of the prompts' tokens, one after the other, from the rows of ``logits`` that predict them."""
-    targets: list[int] = []
-    for p in prompts:
-        targets += works[p.work].request.tokens[p.first : p.first + p.count]
-    top = max(works[p.work].request.params.top_logprobs for p in prompts)
-    return prompt_logprobs(logits, mx.array(targets, dtype=mx.int32), top, vocab_size)
-
-
-def check_slots(work: Work, num_slots: int) -> None:
-    """MLX checks no bounds: a wrong slot would read or write another request's memory, or anybody's."""
-    request = work.request
-    slots = request.slots[work.start : work.end]
-    if request.row < 0 or len(slots) < work.end - work.start:
-        raise AssertionError(f"{request.id} was scheduled without a row or slots of the pool")
-    check_range(slots, num_slots, f"{request.id} was scheduled")
-
-
-def check_range(slots: Sequence[int], num_slots: int, what: str) -> None:
-    """Raises AssertionError for slots that the pool doesn't have, or of scratch."""
-    if not 0 < min(slots) <= max(slots) < num_slots:
-        raise AssertionError(f"{what} without slots of the pool")
-
-
-def wait_for_masks(works: Sequence[Work]) -> bool:
-    """Whether what the works draw depends on tokens that the host may not have seen."""
-    return any(w.request.matcher is not None for w in works)
-
-
-def prompt_rows(works: Sequence[Work]) -> list[PromptRows]:
-    """Which prompt tokens' logprobs each work yields: its rows predict tokens start+1 … end, if the prompt has them."""
-    found = []
-    for i, work in enumerate(works):
-        if work.logprobs_from is not None:
-            first = max(work.start + 1, work.logprobs_from)
-            count = min(work.end, work.request.num_prompt - 1) - first + 1
-            if count > 0:
-                found.append(PromptRows(i, first, count))
-    return found
-
-
 def _rows_of(step: Step, works: Sequence[Work], prompts: Sequence[PromptRows], first: int) -> list[int]:
     """Flattened rows that predict the prompt tokens: token t of a work is predicted at t - 1."""
     rows: list[int] = []
@@ -501,18 +401,6 @@ def _rows_of(step: Step, works: Sequence[Work], prompts: Sequence[PromptRows], f
         work, last = works[p.work - first], step.lasts[p.work - first]
         rows += [last - (work.end - t) for t in range(p.first, p.first + p.count)]
     return rows
-
-
-def _tops(ids: mx.array | None, logprobs: mx.array | None) -> list[list[tuple[int, float]]]:
-    if ids is None or logprobs is None:
-        return []
-    return [list(zip(i, p, strict=True)) for i, p in zip(_list(ids), _list(logprobs), strict=True)]
-
-
-def _list(values: mx.array) -> list[Any]:
-    """Waits for ``values`` and returns them as Python numbers."""
-    found: list[Any] = np.asarray(values).tolist()
-    return found
 
 
 def _arrays(values: Sequence[mx.array | None] | None) -> list[mx.array]:

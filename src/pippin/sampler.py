@@ -42,6 +42,8 @@ EVERY = 2**32 - 1  # a word of a mask that allows all
 MINUS_INFINITY = 0xFF800000  # its bits
 UNLIKELY = -1e30  # logit of a token that is drawn if nothing else may be
 NO_BOUNDARY = 2**31 - 1  # bits above those of every float
+FEW_TOPS = 32  # alternatives that compiled draws report if any are: requests read their own share
+EDIT_PLACES = (256, 4096, 65536)  # lengths of lists of edits that draws are compiled for
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +107,23 @@ def sampling_inputs(
     pad_to: int = 0,
     counts: TokenCounts | None = None,
     partition: bool | None = None,
+    compiled: bool = False,
 ) -> tuple[SamplingPlan, SamplingInputs]:
     """The plan and arrays for the rows of those works that sample, in order; padding rows are greedy.
 
     ``vocab_size`` must not exceed the width of the logits. A row's token ``end - 1`` may be one that the host
     has not seen; ``sample`` gets it as ``input_tokens``. ``counts``, kept by the caller, spares penalised requests
     the counting of their prompts in every step. ``partition`` allows partitions in place of bisection
-    (None: on the CPU, where that is faster, and not on a GPU, where MLX's partition is a full sort).
+    (None: on the CPU, where that is faster, and not on a GPU, where MLX's partition is a full sort). ``compiled``: of
+    few shapes and plans, as ``sampler_graphs`` takes them.
     """
     rows = [w for w in works if w.samples]
     size = max(len(rows), pad_to)
     params = [w.request.params for w in rows]
-    edits = logit_edits(rows, vocab_size, size, counts or TokenCounts())
+    edits = logit_edits(rows, vocab_size, size, counts or TokenCounts(), EDIT_PLACES if compiled else ())
     tops = max((p.top_logprobs for p in params if p.logprobs), default=0)
+    if compiled and tops:
+        tops = max(tops, FEW_TOPS)
     plan = SamplingPlan(
         vocab_size,
         edits=edits is not None,
@@ -130,13 +136,13 @@ def sampling_inputs(
         return plan, inputs
     if partition is None:
         partition = mx.default_device() == mx.Device(mx.cpu)
-    return _random_inputs(rows, size, plan, inputs, partition)
+    return _random_inputs(rows, size, plan, inputs, partition and not compiled, min_p=compiled)
 
 
 def _random_inputs(
-    rows: Sequence[Work], size: int, plan: SamplingPlan, inputs: SamplingInputs, partition: bool
+    rows: Sequence[Work], size: int, plan: SamplingPlan, inputs: SamplingInputs, partition: bool, min_p: bool
 ) -> tuple[SamplingPlan, SamplingInputs]:
-    """Adds what rows with a temperature need; greedy and padding rows get filters that are off."""
+    """Adds what rows with a temperature need; greedy and padding rows get filters that are off. ``min_p``: anyway."""
     n = plan.vocab_size
     temperature, log_min_p = np.zeros(size, np.float32), np.full(size, -np.inf, np.float32)
     top_k, top_p = np.full(size, INTEGER_MAX, np.int32), np.full(size, np.inf, np.float32)
@@ -160,7 +166,7 @@ def _random_inputs(
         random=True,
         top_k=bool(has_k.any()),
         top_p=bool(has_p.any()),
-        min_p=bool(has_min.any()),
+        min_p=min_p or bool(has_min.any()),
         partition=min(length, n) if partition else 0,
     )
     return plan, inputs._replace(
@@ -221,23 +227,32 @@ def sample(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs, input_t
     """
     if plan.vocab_size > logits.shape[-1]:
         raise ValueError(f"a vocabulary of {plan.vocab_size} ids, but logits of {logits.shape[-1]}")
-    raw = logits[:, : plan.vocab_size].astype(mx.float32)
+    raw = existing(logits, plan.vocab_size)
     edited = raw if inputs.edits is None else edit_logits(raw, inputs.edits, input_tokens)
     if inputs.allowed is not None:
-        edited = _masked(edited, inputs.allowed)
-    tokens = mx.argmax(edited, axis=-1)
-    if plan.random:
-        assert inputs.temperature is not None
-        tokens = mx.where(inputs.temperature > 0, _draw(edited, plan, inputs), tokens)
-    tokens = tokens.astype(mx.int32)
-    sampled = Sampled(tokens, mx.isfinite(raw.max(axis=-1)))
+        edited = mask_logits(edited, inputs.allowed)
+    sampled = Sampled(choose(edited, plan, inputs), mx.isfinite(raw.max(axis=-1)))
     if not plan.logprobs:
         return sampled
-    logprob, top_ids, top_logprobs = token_logprobs(raw, tokens, plan.tops)
-    return sampled._replace(logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
+    logprob, ids, logprobs = token_logprobs(raw, sampled.tokens, plan.tops)
+    return sampled._replace(logprob=logprob, top_ids=ids, top_logprobs=logprobs)
 
 
-def _masked(logits: mx.array, allowed: mx.array) -> mx.array:
+def existing(logits: mx.array, vocab_size: int) -> mx.array:
+    """Of logits [S, V] of any float type, those of ids that exist: float32 [S, vocab_size]."""
+    return logits[:, :vocab_size].astype(mx.float32)
+
+
+def choose(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
+    """A token a row, int32 [S], of logits float32 [S, n] that nothing else changes any more."""
+    tokens = mx.argmax(logits, axis=-1)
+    if plan.random:
+        assert inputs.temperature is not None
+        tokens = mx.where(inputs.temperature > 0, _draw(logits, plan, inputs), tokens)
+    return tokens.astype(mx.int32)
+
+
+def mask_logits(logits: mx.array, allowed: mx.array) -> mx.array:
     """float32 [S, n] with minus infinity where the mask has 0. Of what it allows, edits forbid nothing for good."""
     rows, n = logits.shape
     bits = (allowed[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1

@@ -113,6 +113,7 @@ class RowLayer:
             queries = self._rotate_and_write(q)
         else:
             queries = flat(settled(q))
+        self._pool.note_heads(self._layer, queries.shape[1])
         groups = self._step.groups
         if len(groups) == 1 and self._reads_pages(groups[0]) and self._seam.fusions.joined:
             return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
@@ -122,8 +123,8 @@ class RowLayer:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
     def _reads_pages(self, group: Group) -> bool:
-        """Whether a kernel attends to the pool itself."""
-        return group.pages is not None and group.rows == 1
+        """Whether a kernel attends to the pool itself, row by row."""
+        return group.pages is not None and group.rows == 1 and group.tiles is None
 
     def _attend_group(
         self, q: mx.array, group: Group, scale: float, window: int | None, sinks: mx.array | None
@@ -132,7 +133,7 @@ class RowLayer:
         if self._reads_pages(group):
             return self._decode(q, group, scale, window, sinks)[:, :, None]
         assert self._written is not None
-        if group.counts is not None:
+        if group.counts is not None or group.tiles is not None:
             return self._extend(q, group, Form(self._pool.page_size, scale, window), sinks)[:, :, None]
         keys, values = fetch(self._pool, self._layer, group, self._written, lambda: self._head_rows(group))
         return group_attention(q[:, :, None], keys, values, group, scale, window, sinks)
@@ -170,10 +171,10 @@ class RowLayer:
     def _extend(self, q: mx.array, group: Group, form: Form, sinks: mx.array | None) -> mx.array:
         """Several rows of each sequence by page, its K and V read once for up to a tile of them."""
         assert group.pages is not None
-        assert group.counts is not None
-        pools = self._pool.layer(self._layer)
-        most = rows_per_tile(q.shape[1], pools[0].shape[1], pools[0].dtype)
-        tiles = self._once((group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most)))
+        pools, tiles = self._pool.layer(self._layer), group.tiles
+        if tiles is None:
+            most = rows_per_tile(q.shape[1], pools[0].shape[1], pools[0].dtype)
+            tiles = self._once((group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most)))
         lengths, after = self._lengths(group), self._written
         return paged_extend(
             q, *pools, group.pages, lengths, tiles, form, sinks=sinks, after=after, longest=group.context

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import EngineError
-from pippin.runner import Flight, ModelRunner
+from pippin.flight import Flight, ModelRunner
 from pippin.types import Batch, ModelInfo, Request, SamplingParams, Token, Work
 
 Prompts = Sequence[Sequence[Token]]

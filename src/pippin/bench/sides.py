@@ -16,8 +16,8 @@ from pippin.bench.child import Ask, Child
 from pippin.bench.machine import process_peak_bytes
 from pippin.bench.runner import BenchRunner, EngineRunner, Prompts, Timing, timed
 from pippin.config import EngineConfig
+from pippin.flight import ModelRunner
 from pippin.loading import PAGE, load_runner
-from pippin.runner import ModelRunner
 from pippin.types import ModelInfo, Progress
 
 T = TypeVar("T")

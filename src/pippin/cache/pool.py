@@ -25,6 +25,8 @@ class KVPool:
     ``rows_by_page`` is the most rows of one sequence that attend to the pool itself together; more gather first.
 
     ``states`` holds what the model keeps beside K and V, None for most; ``layout`` says how all of it is arranged.
+    ``tile_rows`` is the most rows of a tile that ``kernels.paged_extend`` takes in every layer, None until each has
+    attended once.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class KVPool:
         stored = [layer for layer in self._layers if layer]
         self.in_place = all(kernels.writes_in_place(*layer) for layer in stored)
         self.rows_by_page = min((kernels.rows_by_page(*layer) for layer in stored), default=1) if self.in_place else 1
+        self.tile_rows: int | None = None
+        self._heads: dict[int, int] = {}
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -61,6 +65,15 @@ class KVPool:
         if layer is None:
             raise LookupError(f"layer {index} stored nothing when the model was measured")
         return layer
+
+    def note_heads(self, index: int, heads: int) -> None:
+        """A layer attends with so many query heads; no one knows before it does."""
+        if self.tile_rows is None:
+            self._heads[index] = heads
+            layers = [(i, layer) for i, layer in enumerate(self._layers) if layer]
+            if len(self._heads) == len(layers):
+                tiles = [kernels.rows_per_tile(self._heads[i], k.shape[1], k.dtype) for i, (k, _) in layers]
+                self.tile_rows = min(tiles)
 
     def stores_as_it_attends(self, index: int) -> bool:
         """Whether attention may store the newest K and V itself: quantizing them takes a launch of its own."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pippin.attention.padded import Padded
+from pippin.flight import InFlight, Masks, PromptRows, check_slots, prompt_rows, score_prompts, wait_for_masks
 from pippin.penalties import TokenCounts
-from pippin.runner import InFlight, Masks, PromptRows, check_slots, prompt_rows, score_prompts, wait_for_masks
 from pippin.sampler import Sampled, allow, sample, sampling_inputs
 from pippin.torch.bridge import torch_to_mlx
 from pippin.torch.store import Rows, TorchKVStore, lay_out
