@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from pippin.runner import InFlight, Masks, MlxModelRunner
+from pippin.flight import InFlight, Masks
+from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Output, Submit
 from tests.checkpoints import make_checkpoint
 from tests.cores import GREEDY, collect, drain, greedy_by_mlx_lm, make_core, prompts, run, submits
