@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.checkpoints import family_config
+from tests.architectures import OWN, small_config
+from tests.checkpoints import COMMON, FAMILIES, HYBRIDS
 
 LENGTH = 48
 SHARED = 20
 """The second sequence begins with this many tokens of the first."""
 
-MLX_NAMES = {"qwen3_5_text": "qwen3_5"}
+PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
+    "bailing_hybrid": ((r"layers\.([02])\.attention\.dense", r"layers.\1.attention.o_proj"),)
+}
+"""Weights that transformers 5 does not save by the names that the family's makers give them: pattern, replacement."""
 
 Logits = npt.NDArray[np.float32]
 
@@ -40,34 +44,42 @@ class Reference:
 
 
 def build_reference(path: Path, family: str, **overrides: Any) -> Reference:
-    """Draws a model's weights, saves it under ``path`` as transformers does, and runs it in float32."""
-    settings = family_config(family, **overrides)
-    settings.pop("model_type")
+    """Draws a model's weights, saves it under ``path`` as transformers does, and runs it in float64.
+
+    Float32 is what is compared with it, and transformers' own is further from the truth than ours for some models.
+    """
+    settings = (small_config(family) if family in OWN else COMMON | (FAMILIES | HYBRIDS).get(family, {})) | overrides
+    settings.pop("model_type", None)
     generator = torch.Generator().manual_seed(1)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **settings), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)  # some initial values are drawn, and what is drawn here is added to them
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **settings),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",  # others take no float64
+        ).eval()
+        for name, parameter in model.state_dict(keep_vars=True).items():  # what is saved: other buffers are constants
             _draw(name, parameter, generator)
     if family == "gpt_oss":
         _save_packed(model, path)
     else:
         model.save_pretrained(path)
-    if family in MLX_NAMES:  # a text model alone has a type of its own, which mlx-lm does not know
-        file = path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": MLX_NAMES[family]}))
+    if family in PUBLISHED:
+        _rename(path / "model.safetensors", PUBLISHED[family])
+    if family == "qwen3_5_moe_text":
+        _stack_experts(path / "model.safetensors", settings["num_experts"])
     tokens = torch.randint(3, settings["vocab_size"], (5, LENGTH), generator=generator)
     tokens[1, :SHARED] = tokens[0, :SHARED]
     with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
+        logits = model.double()(tokens, use_cache=False).logits
     return Reference(path, tokens.tolist(), np.asarray(logits.tolist(), np.float32))
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
     """Weights that keep activations near 1; norms, biases and sinks far enough from their defaults to matter."""
     noise = torch.randn(parameter.shape, generator=generator)
-    if "inv_freq" in name or "embed_scale" in name or not parameter.ndim:
+    if not parameter.ndim:
         return
     if parameter.ndim == 1:
         parameter.add_(0.3 * noise)
@@ -75,6 +87,27 @@ def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> Non
         parameter.copy_(noise)
     else:
         parameter.copy_(2.0 * noise / parameter.shape[-1] ** 0.5)
+
+
+def _rename(file: Path, names: tuple[tuple[str, str], ...]) -> None:
+    weights = load_file(file)
+    for pattern, replacement in names:
+        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _stack_experts(file: Path, count: int) -> None:
+    """Experts as a Qwen3.5 is published: gates and ups of all in one array, and downs in one."""
+    weights = load_file(file)
+    first = ".experts.0.gate_proj.weight"
+    for prefix in [name.removesuffix(first) for name in weights if name.endswith(first)]:
+        parts = {
+            part: np.stack([weights.pop(f"{prefix}.experts.{i}.{part}.weight") for i in range(count)])
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        weights[f"{prefix}.experts.gate_up_proj"] = np.concatenate([parts["gate_proj"], parts["up_proj"]], axis=1)
+        weights[f"{prefix}.experts.down_proj"] = parts["down_proj"]
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _save_packed(model: Any, path: Path) -> None:

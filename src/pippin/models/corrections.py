@@ -21,11 +21,24 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
 
+from pippin.models.recurrent_corrections import CORRECTIONS
+
 logger = logging.getLogger(__name__)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 GRANITE_LAYERS = {"linear_attention": "mamba", FULL: "attention"}
 """transformers 5 writes one name for a kind of layer, whatever the family; mlx-lm reads the family's own."""
+OLDER_NAMES = {
+    "num_expert_group": "n_group",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "moe_renormalize": "norm_topk_prob",
+    "model_max_length": "max_position_embeddings",
+}
+"""What transformers 5 writes for Ling 3 in place of its makers' names."""
+ARCHITECTURES = {"BailingHybridForCausalLM": "BailingMoeV3ForCausalLM"}
+MODEL_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Of a text model that was saved without what it is a part of."""
 
 
 def older_names(facts: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +47,7 @@ def older_names(facts: dict[str, Any]) -> dict[str, Any]:
     Only names that ``facts`` does not have yet, so what it states itself always counts; and kinds of layers.
     """
     found = _rope_names(facts)
+    found |= {name: facts[newer] for newer, name in OLDER_NAMES.items() if newer in facts}
     if (period := _window_period(facts.get("layer_types"))) is not None:
         found["sliding_window_pattern"] = period
     if isinstance(experts := facts.get("num_local_experts"), int):
@@ -42,6 +56,10 @@ def older_names(facts: dict[str, Any]) -> dict[str, Any]:
         facts = facts | {"layer_types": None}
         found["layer_types"] = [GRANITE_LAYERS.get(kind, kind) for kind in types]
     new = {name: value for name, value in found.items() if facts.get(name) is None}
+    if isinstance(classes := facts.get("architectures"), list):
+        new["architectures"] = [ARCHITECTURES.get(name, name) for name in classes]
+    if (whole := MODEL_TYPES.get(facts.get("model_type", ""))) is not None:
+        new["model_type"] = whole
     if isinstance(text := facts.get("text_config"), dict):
         new["text_config"] = text | older_names(text)
     return new
@@ -84,10 +102,15 @@ _IGNORED_WINDOWS: dict[str, Callable[[int, dict[str, Any]], bool]] = {
 
 
 def correct(model: nn.Module, facts: dict[str, Any]) -> None:
-    """Sets right, in a model built by mlx-lm from ``facts``, what can't be set right in ``facts``."""
+    """Sets right, in a model built by mlx-lm from ``facts``, what can't be set right in ``facts``.
+
+    Raises ModelError for what can't be set right at all.
+    """
     _restore_windows(model, facts)
     _restore_yarn_bounds(model, facts)
     _restore_gemma_gelu(model)
+    if (recurrent := CORRECTIONS.get(facts["model_type"])) is not None:
+        recurrent(model, facts)
 
 
 def _restore_windows(model: nn.Module, facts: dict[str, Any]) -> None:

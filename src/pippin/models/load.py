@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +23,9 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.models.corrections import correct, older_names
 from pippin.models.download import find_checkpoint, one_line
+from pippin.models.names import renaming_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
-from pippin.models.vectors import VectorForm, bare_classes, is_bare, read_vector_form
+from pippin.models.vectors import VectorForm, is_bare, read_vector_form
 from pippin.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -175,9 +177,10 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
         )
     settings, options = older_names(facts), dict[str, Any]()
     try:
-        if is_bare(readable):
-            headless, options = not facts.get("tie_word_embeddings"), {"get_model_classes": bare_classes}
-            settings |= {"tie_word_embeddings": True, HEADLESS: headless}
+        if bare := is_bare(readable):
+            settings |= {"tie_word_embeddings": True, HEADLESS: not facts.get("tie_word_embeddings")}
+        if (rename := renaming_of(facts["model_type"], bare)) is not None:
+            options["get_model_classes"] = partial(renaming_classes, rename)
         model, facts = mlx_lm.utils.load_model(
             readable, lazy=True, model_config=settings, trust_remote_code=trusted, **options
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.utils
 
 from pippin.errors import ModelError
 
@@ -70,15 +69,3 @@ def is_bare(path: Path) -> bool:
     """Whether the weights are of the layers alone, as embedding models are published: no head, no ``model.``."""
     names = {name for file in path.glob("model*.safetensors") for name in mx.load(str(file))}
     return "embed_tokens.weight" in names and "lm_head.weight" not in names
-
-
-def bare_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """mlx-lm's classes for a configuration, the model's of which takes the weights of its layers alone."""
-    model_class, args_class = mlx_lm.utils._get_classes(config)
-    own: Callable[..., Any] | None = vars(model_class).get("sanitize")
-
-    def sanitize(self: Any, weights: dict[str, mx.array]) -> Any:
-        named = {f"model.{name}": value for name, value in weights.items()}
-        return own(self, named) if own is not None else named
-
-    return type(model_class.__name__, (model_class,), {"sanitize": sanitize}), args_class

@@ -1,0 +1,47 @@
+"""Weights under other names than those that mlx-lm reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+
+Renaming = tuple[re.Pattern[str], str]
+
+OLDER: dict[str, tuple[Renaming, ...]] = {
+    "olmo_hybrid": (
+        (re.compile(r"\.attention_layer_norm\."), ".input_layernorm."),
+        (re.compile(r"\.feedforward_layer_norm\."), ".post_attention_layernorm."),
+    ),
+    "kimi_linear": ((re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\."), r".mlp.\1_proj."),),
+}
+"""By model type: what transformers 5 saves of some layers, and reads as well as the names that mlx-lm knows."""
+
+
+def renaming_of(model_type: str, bare: bool) -> Callable[[str], str] | None:
+    """What to call a checkpoint's weights by; None leaves them. ``bare``: they are of the layers alone."""
+    if bare:
+        return "model.{}".format
+    return partial(_renamed, OLDER[model_type]) if model_type in OLDER else None
+
+
+def _renamed(renamings: tuple[Renaming, ...], name: str) -> str:
+    for pattern, replacement in renamings:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def renaming_classes(rename: Callable[[str], str], config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a configuration, the model's of which takes weights by other names."""
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    own: Callable[..., Any] | None = vars(model_class).get("sanitize")
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> Any:
+        named = {rename(name): value for name, value in weights.items()}
+        return own(self, named) if own is not None else named
+
+    return type(model_class.__name__, (model_class,), {"sanitize": sanitize}), args_class
