@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from mlx_lm.utils import load_model
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
+from pippin.estimate import as_text, estimate
 from pippin.loading import load_core
+from pippin.models.deferred import Fusions
+from pippin.models.seam import Adapted, Seam
+from pippin.probe import choose_attention
 from pippin.types import LoadAdapter, Pooling, SamplingParams, Submit, UnloadAdapter
 from tests.checkpoints import make_checkpoint
 
@@ -155,6 +161,64 @@ def test_a_mixed_batch_answers_as_the_merged_models_do(case: Case, options: dict
         assert core.stats.cached_tokens > before
     core.flush()
     assert core.stats.slots_free == core.stats.slots_total
+
+
+@pytest.mark.parametrize("options", [{}, {"chunked_prefill_size": 7}], ids=["default", "chunks"])
+def test_joined_projections_know_of_adapters(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU puts together, with steps that have adapters in them and steps that have none."""
+    monkeypatch.setattr("pippin.loading.choose_attention", partial(choose_attention, fuse=True))
+    core = make_core(case.path, lora_paths=case.lora_paths, **options)
+    seen: list[tuple[Fusions, bool]] = []
+
+    def counting(selected: mx.array | None, fusions: Fusions, pooled: mx.array | None, adapted: Adapted | None) -> Seam:
+        seen.append((fusions, adapted is not None))
+        return Seam(selected, fusions, pooled, adapted)
+
+    monkeypatch.setattr("pippin.runner.Seam", counting)
+    joined = frozenset({("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")})
+    case.check(run(core, case.mixed()))
+    assert list(run(core, submits(case.rows)).values()) == case.want[None]
+    assert set(seen) == {(Fusions(residual=True, joined=joined), adapted) for adapted in (True, False)}
+
+
+def test_adapters_have_their_memory_in_the_plan(case: Case) -> None:
+    sizes = [sum(p.stat().st_size for p in path.glob("*.safetensors")) for path in case.adapters.values()]
+    core = make_core(case.path, lora_paths=case.lora_paths)
+    assert sum(sizes) - 8192 < core.info.adapter_bytes < sum(sizes)
+    config = EngineConfig(model_path=str(case.path), max_total_tokens=2000, lora_paths=case.lora_paths)
+    found = estimate(config)
+    assert found.plan.adapter_bytes == core.info.adapter_bytes
+    alone = estimate(replace(config, lora_paths=None)).plan
+    assert found.plan.total_bytes == alone.total_bytes + core.info.adapter_bytes
+    assert "adapters" in as_text(found, 100)
+    share = (alone.total_bytes + core.info.adapter_bytes // 2) / alone.device_bytes
+    assert plan_slots(replace(config, lora_paths=None, mem_fraction_static=share)) == 2000
+    with pytest.raises(ConfigError, match="LoRA adapters"):
+        plan_slots(replace(config, mem_fraction_static=share))
+
+
+def plan_slots(config: EngineConfig) -> int:
+    return estimate(config).plan.slots
+
+
+def test_an_adapter_that_comes_later_needs_room(case: Case) -> None:
+    core = make_core(case.path)
+    adapters = core._adapters
+    assert adapters is not None
+    assert adapters.room is not None
+    assert adapters.room > 0
+    adapters.room = 1 << 20
+    load = LoadAdapter("c", "one", str(case.adapters["one"]))
+    assert core.change_adapters(load).error == ""
+    assert adapters.room == (1 << 20) - adapters.find("one").num_bytes
+    core.change_adapters(UnloadAdapter("d", "one"))
+    assert adapters.room == 1 << 20
+    adapters.room = 1000
+    changed = core.change_adapters(load)
+    assert (changed.adapters, changed.field) == ({}, "lora_path")
+    assert "left beside what was planned" in changed.error
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_next", "mixtral"])

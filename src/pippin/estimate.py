@@ -14,7 +14,7 @@ from pippin.attention import backends_to_try
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import EngineError
-from pippin.loading import PAGE, load_core
+from pippin.loading import PAGE, load_core, measure_adapters
 from pippin.memory import Limits, MemoryPlan, limit_rows, limits, plan_memory, use_device
 from pippin.models.load import LoadedModel, read_lazily
 from pippin.probe import Choice, measure_caches
@@ -74,6 +74,7 @@ def estimate(config: EngineConfig) -> Estimate:
         activation_bytes=activations(loaded, choice, sizes),
         context_length=loaded.context_length,
         max_running=sizes.max_running,
+        adapter_bytes=measure_adapters(loaded.model, config),
     )
     return Estimate(
         name=config.model_path or loaded.path.name,
@@ -189,6 +190,7 @@ def as_text(found: Estimate, length: int, proof: Proof | None = None) -> str:
         f"{found.name}: {found.model_type}, {found.form}",
         f"  budget       {_gb(plan.budget_bytes)} of {_gb(plan.device_bytes)}",
         f"  weights      {_gb(plan.weight_bytes)}",
+        *([f"  adapters     {_gb(plan.adapter_bytes)}"] if plan.adapter_bytes else []),
         f"  activations  {_gb(plan.activation_bytes)} about",
         *([f"  states       {_gb(states)}, {plan.snapshots} snapshots in it"] if states else []),
         *([f"  disk copies  {_gb(plan.copy_bytes)}"] if plan.copy_bytes else []),

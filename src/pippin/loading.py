@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pippin.backend import prepare
@@ -31,6 +32,7 @@ from pippin.kvdisk import DiskTier, open_tier
 from pippin.memory import (
     Limits,
     MemoryPlan,
+    adapter_room,
     device_bytes,
     limit_buffers,
     limit_rows,
@@ -118,6 +120,7 @@ def build_runner(
             activation_bytes=activations,
             context_length=loaded.context_length,
             max_running=sizes.max_running,
+            adapter_bytes=measure_adapters(loaded.model, config),
             device=max(0, device_bytes() - others),
         )
         if not config.disable_memory_sharing:
@@ -142,16 +145,37 @@ def build_runner(
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 
 
-def load_adapters(model: nn.Module, config: EngineConfig) -> Adapters:
+def load_adapters(model: nn.Module, info: ModelInfo, config: EngineConfig) -> Adapters:
     """The model's LoRA adapters, those of ``--lora-paths`` loaded. Raises ConfigError that names the one at fault."""
     adapters = Adapters(model)
     for given in config.lora_paths or []:
-        name, _, path = given.partition("=")
-        try:
-            adapters.load(name, path or name)
-        except (RequestError, ModelError) as error:
-            raise ConfigError(f"{given}: {error}", "--lora-paths") from error
+        with _at_fault(given):
+            adapters.load(*_named(given))
+    adapters.room = adapter_room(info)
     return adapters
+
+
+def measure_adapters(model: nn.Module, config: EngineConfig) -> int:
+    """Bytes that the adapters of ``--lora-paths`` will take; raises as ``load_adapters``."""
+    adapters, total = Adapters(model), 0
+    for given in config.lora_paths or []:
+        with _at_fault(given):
+            total += adapters.measure(_named(given)[1])
+    return total
+
+
+def _named(given: str) -> tuple[str, str]:
+    """Name and path of ``NAME=PATH`` or PATH."""
+    name, _, path = given.partition("=")
+    return name, path or name
+
+
+@contextmanager
+def _at_fault(given: str) -> Iterator[None]:
+    try:
+        yield
+    except (RequestError, ModelError) as error:
+        raise ConfigError(f"{given}: {error}", "--lora-paths") from error
 
 
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
@@ -170,7 +194,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
     traces = runner.traces if isinstance(runner, MlxModelRunner) else (lambda: 0)
-    adapters = load_adapters(runner.model, config) if isinstance(runner, MlxModelRunner) else None
+    adapters = load_adapters(runner.model, info, config) if isinstance(runner, MlxModelRunner) else None
     if adapters is not None:
         info = msgspec.structs.replace(info, lora_paths=dict(adapters.paths))
     canary = KVCanary(allocator.num_pages * allocator.page_size) if config.kv_canary != "none" else None
@@ -244,6 +268,7 @@ def _info(
         copy_bytes=plan.copy_bytes,
         budget_bytes=plan.budget_bytes,
         device_bytes=plan.device_bytes,
+        adapter_bytes=plan.adapter_bytes,
         pool_bytes=plan.pool_bytes,
         max_mamba_cache_size=plan.snapshots,
         state_bytes=plan.state_bytes + plan.snapshot_bytes,

@@ -52,7 +52,7 @@ class MemoryPlan:
 
     ``state_bytes`` are recurrent states of the requests in a step in flight (those of the step that is measured are
     activations), ``snapshots`` how many more may be kept for reuse, of ``snapshot_bytes`` in all. ``copy_bytes`` are on
-    their way between the pool and the disk.
+    their way between the pool and the disk, ``adapter_bytes`` LoRA adapters that are there from the start.
     """
 
     device_bytes: int
@@ -65,11 +65,13 @@ class MemoryPlan:
     snapshot_bytes: int = 0
     snapshots: int = 0
     copy_bytes: int = 0
+    adapter_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         states = self.state_bytes + self.snapshot_bytes
-        return self.weight_bytes + self.activation_bytes + self.pool_bytes + states + self.copy_bytes
+        weights = self.weight_bytes + self.adapter_bytes
+        return weights + self.activation_bytes + self.pool_bytes + states + self.copy_bytes
 
 
 def on_gpu() -> bool:
@@ -159,6 +161,7 @@ def plan_memory(
     activation_bytes: int,
     context_length: int,
     max_running: int,
+    adapter_bytes: int = 0,
     gpu: bool | None = None,
     device: int | None = None,
 ) -> MemoryPlan:
@@ -171,9 +174,10 @@ def plan_memory(
     slot, page = bytes_per_slot(choice.shapes), config.page_size
     each = choice.layout.state_bytes
     copies = copy_bytes(slot) if config.kv_disk is not None and slot else 0
-    left = budget - weight_bytes - activation_bytes - max_running * each - copies
+    left = budget - weight_bytes - activation_bytes - max_running * each - copies - adapter_bytes
     others = f"weights ({_gb(weight_bytes)}) and activations ({_gb(activation_bytes)})"
     others += f", and copies for --kv-disk ({_gb(copies)})," if copies else ""
+    others += f", and LoRA adapters ({_gb(adapter_bytes)})," if adapter_bytes else ""
     snapshots = _snapshots(config, each, left, gpu)
     left -= snapshots * each
     fit = max(0, (left // slot if slot else _FREE_SLOTS) - page)  # beside the scratch page
@@ -210,7 +214,14 @@ def plan_memory(
         snapshot_bytes=snapshots * each,
         snapshots=snapshots,
         copy_bytes=copies,
+        adapter_bytes=adapter_bytes,
     )
+
+
+def adapter_room(info: ModelInfo) -> int:
+    """Bytes that LoRA adapters may take which come while the engine serves, before memory counts as short."""
+    planned = info.weight_bytes + info.adapter_bytes + info.activation_bytes + info.pool_bytes + info.state_bytes
+    return max(0, Watermarks.of(info.budget_bytes, info.device_bytes, machine_bytes()).soft_held - planned)
 
 
 def machine_bytes() -> int:

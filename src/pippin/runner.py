@@ -376,13 +376,9 @@ class MlxModelRunner:
     def _run(
         self, step: Step, rows: Sequence[int], kept: Sequence[int], adapted: AdapterRows | None
     ) -> tuple[mx.array, mx.array | None]:
-        """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows.
-
-        Where adapters change some rows, nothing is put together: joined projections know nothing of adapters.
-        """
+        """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows."""
         pooled = mx.array([*kept], dtype=mx.int32) if kept else None
-        fusions = self.fusions if adapted is None else NO_FUSIONS
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), fusions, pooled, adapted)
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled, adapted)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         if step.states is not None and self.pool.states is not None:

@@ -543,6 +543,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes: int = 0
     budget_bytes: int = 0
     device_bytes: int = 0
+    adapter_bytes: int = 0
     lora_paths: dict[str, str] = {}
 
 

@@ -17,14 +17,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from pippin.models.deferred import Part, Source, settled
-from pippin.models.seam import fusing_now, joins_now, put_before
+from pippin.models.seam import adapted_now, fusing_now, joins_now, put_before
 
 
 class Group:
-    """Layers whose weights are rows of one: ``whole`` computes them all, ``firsts`` says where each begins."""
+    """Layers whose weights are rows of one: ``whole`` computes them all, ``firsts`` says where each begins.
 
-    def __init__(self, names: tuple[str, ...], whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
-        self.names = names
+    ``paths`` are the layers' in the model, ``names`` the ends of these.
+    """
+
+    def __init__(self, paths: tuple[str, ...], whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
+        self.names = tuple(path.rpartition(".")[2] for path in paths)
+        self._paths = paths
         self._whole = whole
         self._parts = list(zip(firsts, widths, strict=True))
         self._input: mx.array | None = None
@@ -33,11 +37,18 @@ class Group:
     def part(self, index: int, x: mx.array) -> Part:
         """What layer ``index`` makes of ``x``: the product is asked for once an x, and forgotten after the last."""
         if self._source is None or self._input is not x:
-            self._input, self._source = x, Source(self._whole(x))
+            self._input, self._source = x, Source(self._product(x))
         part = Part(self._source, *self._parts[index])
         if index == len(self._parts) - 1:
             self._input = self._source = None
         return part
+
+    def _product(self, x: mx.array) -> mx.array:
+        y: mx.array = self._whole(x)
+        if (adapted := adapted_now()) is not None:
+            for path, (first, _) in zip(self._paths, self._parts, strict=True):
+                y = adapted.add(path, x, y, first)
+        return y
 
 
 class _Joining(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
@@ -58,13 +69,13 @@ def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str
     groups = _groups(paths, calls)
     calls.clear()  # what was not computed holds the weights that are replaced, and classes wait for the cycle collector
     for layers in groups:
-        names = tuple(paths[id(layer)].rpartition(".")[2] for layer in layers)
-        found.add(names)
+        places = tuple(paths[id(layer)] for layer in layers)
+        found.add(tuple(place.rpartition(".")[2] for place in places))
         if all(isinstance(layer, _Joining) for layer in layers):
             continue
         whole, firsts, widths = _joined(layers)
         _turn(whole)
-        group = Group(names, whole, firsts, widths)
+        group = Group(places, whole, firsts, widths)
         for i, layer in enumerate(layers):
             put_before(layer, _Joining)
             object.__setattr__(layer, "_place", (group, i))

@@ -20,7 +20,7 @@ import numpy as np
 
 from pippin.errors import ModelError, RequestError
 from pippin.inputs import Step
-from pippin.models.deferred import settled
+from pippin.models.deferred import Part, settled
 from pippin.models.seam import adapted_now, put_before
 from pippin.types import Work
 
@@ -55,8 +55,8 @@ class AdapterRows:
     total: int
     parts: tuple[tuple[Adapter, mx.array], ...]
 
-    def add(self, path: str, x: mx.array, y: mx.array) -> mx.array:
-        """The layer's output ``y`` [.., out] of ``x`` [.., in], with what adapters add to their rows."""
+    def add(self, path: str, x: mx.array, y: mx.array, first: int = 0) -> mx.array:
+        """``y`` [.., n], of which a layer's output of ``x`` [.., in] begins at ``first``, with what adapters add."""
         mine = [(adapter.layers[path], rows) for adapter, rows in self.parts if path in adapter.layers]
         if not mine:
             return y
@@ -64,9 +64,13 @@ class AdapterRows:
         if len(flat) != self.total:
             raise ModelError(f"{path} is given other rows than the step's, so no adapter can change it")
         for pair, rows in mine:
-            if rows.size == self.total:
-                return (out + (flat @ pair.a @ pair.b).astype(out.dtype)).reshape(y.shape)
-            out = out.at[rows].add((flat[rows] @ pair.a @ pair.b).astype(out.dtype))
+            everywhere, width = rows.size == self.total, pair.b.shape[1]
+            added = ((flat if everywhere else flat[rows]) @ pair.a @ pair.b).astype(out.dtype)
+            if width == out.shape[1]:
+                out = out + added if everywhere else out.at[rows].add(added)
+            else:
+                at = slice(first, first + width)
+                out = out.at[:, at].add(added) if everywhere else out.at[rows, at].add(added)
         return out.reshape(y.shape)
 
 
@@ -85,18 +89,22 @@ def adapter_rows(step: Step, works: Sequence[Work]) -> AdapterRows | None:
 
 
 class _Adapted(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
-    """Put before a layer's own class: adds what the step's adapters say."""
+    """Put before a layer's own class: adds what the step's adapters say, which joined layers have added already."""
 
     def __call__(self, x: Any) -> Any:
         y, rows = super().__call__(x), adapted_now()
-        return y if rows is None else rows.add(self._adapted_path, settled(x), settled(y))
+        return y if rows is None or isinstance(y, Part) else rows.add(self._adapted_path, settled(x), y)
 
 
 class Adapters:
-    """The adapters of one model, by name. A request holds its own, so one that is removed serves until it is done."""
+    """The adapters of one model, by name. A request holds its own, so one that is removed serves until it is done.
+
+    ``room`` is how many bytes those that come from now on may have; None: as many as they like.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.paths: dict[str, str] = {}
+        self.room: int | None = None
         self._model = model
         self._modules = dict(model.named_modules())
         self._loaded: dict[str, Adapter] = {}
@@ -110,10 +118,15 @@ class Adapters:
         return self._loaded[name]
 
     def load(self, name: str, path: str) -> Adapter:
-        """Reads an adapter from a directory. Raises RequestError if the name is taken, ModelError if it doesn't fit."""
+        """Reads an adapter from a directory.
+
+        Raises RequestError if the name is taken, ModelError if it doesn't fit this model, or memory.
+        """
         if name in self._loaded:
             raise RequestError(f"a LoRA adapter {name!r} is loaded already", "lora_name")
         adapter = Adapter(name, f"{name}#{next(self._numbers)}", dict(self._read(Path(path).expanduser())))
+        if self.room is not None:
+            self._take_room(adapter)
         mx.eval([part for pair in adapter.layers.values() for part in pair])
         for at in adapter.layers:
             put_before(self._modules[at], _Adapted)
@@ -123,8 +136,23 @@ class Adapters:
 
     def unload(self, name: str) -> None:
         """Forgets a name; raises as ``find``."""
-        self.find(name)
+        adapter = self.find(name)
+        if self.room is not None:
+            self.room += adapter.num_bytes
         del self._loaded[name], self.paths[name]
+
+    def measure(self, path: str) -> int:
+        """Bytes that an adapter will take, of which nothing but names and shapes is read; raises as ``load``."""
+        return Adapter("", "", dict(self._read(Path(path).expanduser()))).num_bytes
+
+    def _take_room(self, adapter: Adapter) -> None:
+        room = self.room or 0
+        if adapter.num_bytes > room:
+            raise ModelError(
+                f"the adapter takes {adapter.num_bytes / 1e6:.1f} MB, and {room / 1e6:.1f} MB are left beside what was"
+                " planned at start: unload another, or start with this one in --lora-paths"
+            )
+        self.room = room - adapter.num_bytes
 
     def _read(self, path: Path) -> Iterator[tuple[str, LowRank]]:
         form = next((file for file in (PEFT, MLX) if (path / file).exists()), None)

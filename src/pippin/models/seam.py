@@ -37,7 +37,7 @@ class LayerAttention(Protocol):
 class Adapted(Protocol):
     """What adapters add to some rows of a forward; see ``models.lora``."""
 
-    def add(self, path: str, x: mx.array, y: mx.array) -> mx.array: ...
+    def add(self, path: str, x: mx.array, y: mx.array, first: int = 0) -> mx.array: ...
 
 
 class Seam:
