@@ -38,21 +38,34 @@ SHAPES = {
 }
 
 
+FORMS = {
+    "whole": (16, ""),
+    "affine-4": (4, "affine"),
+    "affine-8": (8, "affine"),
+    "mxfp4": (4, "mxfp4"),
+    "mxfp8": (8, "mxfp8"),
+    "nvfp4": (4, "nvfp4"),
+}
+
+
 @needs_compiler
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_those_of_the_weights(shape: str, dtype: mx.Dtype, bits: int) -> None:
+def test_products_are_those_of_the_weights(shape: str, dtype: mx.Dtype, form: str) -> None:
     rows, n, k, experts, each = SHAPES[shape]
     random = np.random.default_rng(7)
     x = mx.array(random.standard_normal((rows, k), np.float32)).astype(dtype)
     w = mx.array(random.standard_normal((experts or 1, n, k), np.float32) / k**0.5).astype(dtype)
     weights, near = Weights(w), w
-    if bits == 4:
-        group = 64 if k % 64 == 0 else 32
-        packed, scales, biases = mx.quantize(w, group, 4)
-        near, weights = mx.dequantize(packed, scales, biases, group, 4), Weights(packed, scales, biases, 4, group)
-    assert products.takes(x, weights)
+    if form != "whole":
+        bits, mode = FORMS[form]
+        group = 16 if mode == "nvfp4" else 64 if mode == "affine" and k % 64 == 0 else 32
+        packed, scales, *rest = mx.quantize(w, group, bits, mode)
+        biases = rest[0] if rest else None
+        near = mx.dequantize(packed, scales, biases, group, bits, mode, dtype=dtype)
+        weights = Weights(packed, scales, biases, bits, group, mode)
+    assert products.takes(x.dtype, weights)
     wide = x.astype(mx.float32)
     if experts:
         top = 1 if shape == "one-expert-has-all" else experts
@@ -76,12 +89,15 @@ def test_products_are_those_of_the_weights(shape: str, dtype: mx.Dtype, bits: in
         Weights(mx.zeros((8, 33))),
         Weights(mx.zeros((12, 64), mx.bfloat16)),
         Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 1)), None, 4, 64),
+        Weights(mx.zeros((8, 12), mx.uint32), mx.zeros((8, 1)), mx.zeros((8, 1)), 6, 64),
         Weights(mx.zeros((8, 16), mx.uint32), mx.zeros((8, 1)), mx.zeros((8, 1)), 8, 64),
+        Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 4), mx.uint8), None, 4, 16, "mxfp4"),
+        Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 2)), None, 4, 32, "mxfp4"),
     ],
-    ids=["width", "rows", "no-biases", "bits"],
+    ids=["width", "rows", "no-biases", "bits", "scales", "group", "float-scales"],
 )
 def test_what_the_product_does_not_take_is_left_to_mlx(weights: Weights) -> None:
-    assert not products.takes(mx.zeros((2, 64), mx.bfloat16), weights)
+    assert not products.takes(mx.bfloat16, weights)
 
 
 @needs_compiler

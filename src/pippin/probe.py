@@ -21,6 +21,7 @@ from pippin.cache.pool import KVPool
 from pippin.errors import ConfigError, ModelError
 from pippin.models.deferred import Fusions
 from pippin.models.joined import join
+from pippin.models.matrices import matrices
 from pippin.models.seam import NO_FUSIONS, install
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
@@ -71,6 +72,7 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
     """Finds the first backend that ``name`` allows and whose logits are the model's own.
 
     ``fuse``: also try to put operations together; where kernels run, if left out. Hooks the model (``seam.install``).
+    Where there are several ways to compute the model's products, it finds out which is fastest here.
     Raises ModelError with every backend's reason if none serves it.
     """
     layout = measure_caches(model)
@@ -83,8 +85,12 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
         if reason is None:
             reason = "exact in the probe" + "".join(f"; not {r}" for r in refused)
             choice = Choice(backend, reason, layout)
-            wanted = kernels.backend() is not None if fuse is None else fuse
-            return _fused(model, choice, tokens, expected, vocab_size) if wanted else choice
+            on_gpu = kernels.backend() is not None
+            if on_gpu if fuse is None else fuse:
+                choice = _fused(model, choice, tokens, expected, vocab_size)
+            if on_gpu and layout.dtypes:
+                kernels.measure_products(matrices(model), layout.dtypes[0])
+            return choice
         refused.append(f"{backend.name}: {reason}")
     raise ModelError("no attention backend serves this model exactly: " + "; ".join(refused))
 

@@ -13,6 +13,7 @@ tokens). On the CPU the objects passed in are rebound to the updated arrays, as 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Literal
@@ -47,6 +48,7 @@ __all__ = [
     "kv_gather",
     "kv_write",
     "latent_decode",
+    "measure_products",
     "packed",
     "paged_decode",
     "paged_extend",
@@ -156,37 +158,83 @@ def swiglu(y: mx.array) -> mx.array:
     return fused.swiglu(launch, y)
 
 
-def quantized_product(x: mx.array, weights: Weights, mode: str) -> mx.array:
+def quantized_product(x: mx.array, weights: Weights) -> mx.array:
     """x [T, K] by quantized ``weights`` [N, K], transposed: [T, N]; by whatever is fastest for so many rows here.
 
-    Few rows: a kernel that reads the weights once. Many, on CUDA: the weights made whole first, since MLX's own
-    products of 4-bit numbers reach a fifth of what those of 16-bit numbers do.
+    That is a kernel that reads the weights once, MLX's own product, or on CUDA that of weights made whole first: as
+    ``measure_products`` found, or else as an H200 did.
     """
-    rows = x.shape[0]
-    launch = _product_launcher(x, weights) if mode == "affine" and rows <= products.MOST_ROWS else None
-    if launch is not None:
+    way = "mlx" if backend() is None else _product_way(x.dtype, weights, products.size_of(x.shape[0], products.ROWS))
+    if way == "kernel":
+        launch = _product_launcher(x.dtype, weights)
+        assert launch is not None
         return products.product(launch, x, weights)
-    w, scales, biases, group, bits = weights.w, weights.scales, weights.biases, weights.group, weights.bits
-    assert scales is not None
-    if backend() == "cuda" and rows > products.MOST_ROWS:
-        return x @ mx.dequantize(w, scales, biases, group, bits, mode, dtype=x.dtype).T
-    return mx.quantized_matmul(x, w, scales, biases, True, group, bits, mode)
+    return products.by_whole(x, weights) if way == "whole" else products.by_mlx(x, weights)
 
 
 def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
     """Row i is row i // per of x [T, K] by the weights [experts, N, K] of expert ``indices[i]`` [P] int32: [P, N].
 
-    None where there is no kernel for it, or too many rows for one that reads each weight for each of them. The rows
-    of one token go through MLX's own product of a vector, which is faster for them.
+    None where there is no kernel for it, where MLX's own was found to be faster, or with too many rows for a kernel
+    that reads each weight for each of them. The rows of one token go through MLX's own product of a vector, which is
+    faster for them.
     """
     pairs = indices.shape[0]
-    launch = _product_launcher(x, weights) if pairs <= products.MOST_PAIRS else None
-    if launch is None:
+    if backend() is None or pairs > products.MOST_PAIRS:
+        return None
+    if _product_way(x.dtype, weights, products.size_of(pairs, products.PAIRS)) != "kernel":
         return None
     if weights.bits == 16 and pairs <= products.MOST_VECTORS:
         rows = products.row_of_pair(pairs, per)
         return mx.gather_mm(x[:, None], weights.w.swapaxes(-1, -2), lhs_indices=rows, rhs_indices=indices)[:, 0]
+    launch = _product_launcher(x.dtype, weights)
+    assert launch is not None
     return products.product(launch, x, weights, indices, per)
+
+
+def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
+    """Finds out which way is fastest for each shape among these weights and for each number of rows of ``dtype``.
+
+    The largest go first, since time is bounded (``contest``). Only on CUDA there is more than one way.
+    """
+    platform = backend()
+    if platform != "cuda":
+        return
+    sizes: dict[str, tuple[int, Weights]] = {}
+    for weights in found:
+        key = products.key_of(weights, dtype, 0)
+        sizes[key] = sizes.get(key, (0, weights))[0] + weights.w.nbytes, weights
+    held = contests(platform)
+    for _, weights in sorted(sizes.values(), key=lambda pair: -pair[0]):
+        launch = _product_launcher(dtype, weights)
+        for size in products.sizes_of(weights):
+            ways, first = products.ways(launch, weights, dtype, size), _usual_way(dtype, weights, size)
+            if first in ways:
+                held.hold(products.key_of(weights, dtype, size), {first: ways.pop(first), **ways})
+    held.keep()
+    _known_ways.clear()
+    mx.clear_cache()
+
+
+_known_ways: dict[tuple[object, ...], str] = {}
+
+
+def _product_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
+    """kernel, mlx or whole."""
+    key = (tuple(weights.w.shape), weights.bits, weights.group, weights.mode, dtype, size)
+    if key not in _known_ways:
+        won = contests(backend() or "cuda").known(products.key_of(weights, dtype, size))
+        usual = _usual_way(dtype, weights, size)
+        able = won != "kernel" or _product_launcher(dtype, weights) is not None
+        _known_ways[key] = won if won is not None and able else usual
+    return _known_ways[key]
+
+
+def _usual_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
+    """What to do where nothing was measured: as an H200 found for 4 bits, and MLX's own for what it did not try."""
+    if weights.w.ndim == 2 and size > products.MOST_ROWS:
+        return "whole" if backend() == "cuda" else "mlx"
+    return "kernel" if products.were_timed(weights) and _product_launcher(dtype, weights) is not None else "mlx"
 
 
 def kv_gather(
@@ -363,11 +411,11 @@ def tuning_for(
     return tuning.choose(backend() or "cuda", kernel, k_pool.dtype, units, q.shape[1], k_pool.shape[1], seen)
 
 
-def _product_launcher(x: mx.array, weights: Weights) -> Launcher | None:
+def _product_launcher(dtype: mx.Dtype, weights: Weights) -> Launcher | None:
     """What runs the product, None for plain MLX; only CUDA's dialect has matrix products of fragments."""
-    if backend() != "cuda" or not products.takes(x, weights):
+    if backend() != "cuda" or not products.takes(dtype, weights):
         return None
-    return _gpu("cuda") if _verdicts("cuda", x.dtype)["product"] else None
+    return _gpu("cuda") if _verdicts("cuda", dtype)[products.check_of(weights)] else None
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
@@ -392,6 +440,7 @@ def forget() -> None:
     _verdicts.cache_clear()
     _latent_winners.cache_clear()
     contests.cache_clear()
+    _known_ways.clear()
     tuning.forget()
 
 

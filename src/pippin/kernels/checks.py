@@ -12,7 +12,7 @@ import logging
 import platform as system
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,10 @@ KernelName = Literal[
     "add_rms_norm",
     "swiglu",
     "product",
+    "product_8",
+    "product_mxfp4",
+    "product_mxfp8",
+    "product_nvfp4",
     "latent_decode",
 ]
 Slots = Packing | Literal["latents"]
@@ -198,28 +202,35 @@ def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> boo
     return _close(fused.swiglu(launch, y) / 16, reference.swiglu(y) / 16)
 
 
-def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Seven rows by 4-bit weights, and by those of three experts, two of which get rows; 40 columns, 160 wide."""
+def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:
+    """Seven rows by quantized weights, and by those of three experts, two of which get rows; 40 columns, 160 wide."""
     if not tuning.matrix or dtype == mx.float32:
         return True  # nobody launches it there
     keys = mx.random.split(mx.random.key(14), 2)
     x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
     w = (mx.random.normal((3, 40, 160), key=keys[1]) / 16).astype(dtype)
-    packed, scales, biases = mx.quantize(w, 32, 4)
-    near = mx.dequantize(packed, scales, biases, 32, 4)
+    group = 16 if mode == "nvfp4" else 32
+    packed, scales, *rest = mx.quantize(w, group, bits, mode)
+    biases = rest[0] if rest else None
+    near = mx.dequantize(packed, scales, biases, group, bits, mode, dtype=dtype)
     indices = mx.array([2, 0, 0, 2, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0], dtype=mx.int32)
-    mx.eval(x, w, packed, scales, biases, near, indices)
-    one = products.Weights(packed[1], scales[1], biases[1], 4, 32)
+    mx.eval(x, w, packed, scales, rest, near, indices)
+    one = products.Weights(packed[1], scales[1], None if biases is None else biases[1], bits, group, mode)
     got = [
         products.product(launch, x, one),
-        products.product(launch, x, products.Weights(packed, scales, biases, 4, 32), indices, 2),
-        products.product(launch, x, products.Weights(w), indices, 2),
+        products.product(launch, x, products.Weights(packed, scales, biases, bits, group, mode), indices, 2),
     ]
     wide, pairs = x.astype(mx.float32), mx.arange(14) // 2
-    want = [wide @ near[1].astype(mx.float32).T] + [
-        (wide[pairs][:, None] @ every.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for every in (near, w)
-    ]
+    want = [wide @ near[1].astype(mx.float32).T, _routed(wide[pairs], near, indices)]
+    if bits == 4 and mode == "affine":
+        got.append(products.product(launch, x, products.Weights(w), indices, 2))
+        want.append(_routed(wide[pairs], w, indices))
     return all(_close(a, b.astype(dtype)) for a, b in zip(got, want, strict=True))
+
+
+def _routed(x: mx.array, w: mx.array, indices: mx.array) -> mx.array:
+    """Each row by the weights of its expert."""
+    return (x[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0]
 
 
 Check = Callable[[Launcher, mx.Dtype, paged.Tuning], bool]
@@ -234,6 +245,10 @@ CHECKS: dict[KernelName, Check] = {
     "add_rms_norm": check_add_rms_norm,
     "swiglu": check_swiglu,
     "product": check_product,
+    "product_8": partial(check_product, bits=8),
+    "product_mxfp4": partial(check_product, mode="mxfp4"),
+    "product_mxfp8": partial(check_product, bits=8, mode="mxfp8"),
+    "product_nvfp4": partial(check_product, mode="nvfp4"),
 }
 
 
@@ -294,7 +309,7 @@ def check_all(
     ``launch`` must say itself where it runs.
     """
     with mx.stream(mx.cpu):
-        return {name: _passes(check, launch, dtype, tuning) for name, check in checks_for(kind).items()}
+        return {name: _passes(name, check, launch, dtype, tuning) for name, check in checks_for(kind).items()}
 
 
 def recorded(dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> list[Recorded]:
@@ -357,11 +372,11 @@ def _read(path: Path, checks: dict[KernelName, Check]) -> dict[KernelName, bool]
     return {name: found[name] is True for name in checks} if whole else None
 
 
-def _passes(check: Check, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+def _passes(name: str, check: Check, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
     try:
         return check(launch, dtype, tuning)
     except (RuntimeError, ValueError, TypeError) as error:
-        log.warning("%s: %s", check.__name__, error)
+        log.warning("%s: %s", name, error)
         return False
 
 

@@ -41,12 +41,13 @@ class Contests:
     def __init__(
         self,
         path: Path | None,
-        seconds: float = SECONDS,
+        seconds: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         run: Run = queued,
     ) -> None:
         self._path = path
-        self._left = seconds
+        self._left = SECONDS if seconds is None else seconds
+        self._changed = False
         self._clock = clock
         self._run = run
         self._winners = _read(path)
@@ -70,11 +71,12 @@ class Contests:
         winner = best if times[best] < _MARGIN * times[first] else first
         log.info("%s: %s (%s)", key, winner, ", ".join(f"{n} {s * 1e6:.0f} µs" for n, s in times.items()))
         self._winners[key] = winner
+        self._changed = True
         return winner
 
     def keep(self) -> None:
         """Writes down what was found; a folder that can't be written is no fault."""
-        if self._path is None:
+        if self._path is None or not self._changed:
             return
         try:
             store.write(self._path, json.dumps(self._winners, indent=0, sort_keys=True).encode())

@@ -29,6 +29,7 @@ _TYPES = {
     mx.bfloat16: "pippin::bfloat",
     mx.int32: "int",
     mx.uint32: "unsigned",
+    mx.uint8: "unsigned char",
 }
 _FLAGS = ("-std=c++14", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 

@@ -1,33 +1,57 @@
-"""Launches of products with few rows: quantized weights, and experts that each take the rows routed to them."""
+"""Launches of products with few rows: quantized weights, and experts that each take the rows routed to them.
+
+Which way is taken for how many rows is measured on the machine (``contest``); ``ways`` says which there are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from pippin.kernels.launch import Launch, Launcher, Source, nothing
 
 _INPUTS = ("x", "w", "scales", "biases", "indices")
+_HEADERS = ("packed", "packed_words", "codes")
+
+# What bodies/codes.h calls the modes of so many bits, and in which groups they come; affine ones in 32, 64 or 128.
+_KINDS = {("affine", 4): 4, ("affine", 8): 8, ("nvfp4", 4): 14, ("mxfp4", 4): 24, ("mxfp8", 8): 28}
+_GROUPS = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32}
+_DENSE = 16
+
+ProductCheck = Literal["product", "product_8", "product_mxfp4", "product_mxfp8", "product_nvfp4"]
+_CHECKS: dict[str, ProductCheck] = {
+    "mxfp4": "product_mxfp4",
+    "mxfp8": "product_mxfp8",
+    "nvfp4": "product_nvfp4",
+}
 
 # Rows up to which reading the weights decides, and not multiplying: beyond, MLX's own products are faster.
 MOST_ROWS = 256
 MOST_PAIRS = 2048
 # Pairs of a row and its expert that are faster one by one.
 MOST_VECTORS = 16
+# Rows, or pairs of a row and its expert, for which ways are compared; what lies between goes by the next of them.
+ROWS = (1, 8, 32, 128, 512, 2048)
+PAIRS = (8, 64, 256, 1024, 2048)
+# Numbers of a matrix up to which it may be made whole for a measurement: half a GiB.
+_MOST_NUMBERS = 1 << 28
 _FULL = 264  # blocks that fill a GPU twice over: with fewer, blocks take fewer columns
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A matrix [experts, N, K], or [N, K]: as it is, or of 4 bits in groups of ``group`` with scales and biases."""
+    """A matrix [experts, N, K], or [N, K]: as it is, or quantized as ``mx.quantize`` does, which ``mode`` explains."""
 
     w: mx.array
     scales: mx.array | None = None
     biases: mx.array | None = None
     bits: int = 16
     group: int = 0
+    mode: str = "affine"
 
     @property
     def rows(self) -> int:
@@ -44,24 +68,40 @@ class Weights:
         return self.w.shape[0] if self.w.ndim == 3 else 1
 
 
-def takes(x: mx.array, weights: Weights) -> bool:
-    """Whether the kernel computes x [.., K] by these weights."""
-    if x.dtype not in (mx.float16, mx.bfloat16) or weights.width % 32 or weights.rows % 8:
+def takes(dtype: mx.Dtype, weights: Weights) -> bool:
+    """Whether the kernel computes rows of ``dtype`` by these weights."""
+    if dtype not in (mx.float16, mx.bfloat16) or weights.width % 32 or weights.rows % 8:
         return False
     if weights.bits == 16:
-        return weights.w.dtype == x.dtype
-    affine = weights.scales is not None and weights.biases is not None
-    return affine and weights.bits == 4 and weights.group % 32 == 0 and weights.scales.dtype == x.dtype  # type: ignore[union-attr]
+        return weights.w.dtype == dtype
+    if weights.scales is None or kind_of(weights) is None:
+        return False
+    if weights.mode == "affine":
+        return weights.biases is not None and weights.group % 32 == 0 and weights.scales.dtype == dtype
+    return weights.group == _GROUPS[weights.mode] and weights.scales.dtype == mx.uint8
+
+
+def kind_of(weights: Weights) -> int | None:
+    """What ``bodies/codes.h`` calls them, None for what it does not know."""
+    return _DENSE if weights.bits == 16 else _KINDS.get((weights.mode, weights.bits))
+
+
+def check_of(weights: Weights) -> ProductCheck:
+    """The check that says whether the kernel is right for such weights."""
+    if weights.mode != "affine":
+        return _CHECKS[weights.mode]
+    return "product_8" if weights.bits == 8 else "product"
 
 
 def product(launch: Launcher, x: mx.array, weights: Weights, indices: mx.array | None = None, per: int = 1) -> mx.array:
     """See ``kernels.expert_product``; x is [T, K]."""
-    dtype = x.dtype
+    dtype, kind = x.dtype, kind_of(weights)
+    assert kind is not None
     what = _launch(
         x.shape[0],
         None if indices is None else (indices.shape[0], per),
         (weights.experts, weights.rows, weights.width),
-        (weights.bits, weights.group or weights.width),
+        (kind, weights.bits, weights.group or weights.width),
         dtype,
     )
     none = nothing(dtype)
@@ -91,7 +131,7 @@ def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
     """
     tiles = 1 if rows <= 16 else 2 if rows <= 32 else 4
     few = experts * n // 32 < _FULL
-    warps = 8 if few and bits == 4 else 4
+    warps = 8 if few and bits < 16 else 4
     return Cut(4 if few else 8, tiles, max(1, min(warps, k // (128 if bits == 4 else 64))))
 
 
@@ -100,11 +140,11 @@ def _launch(
     rows: int,
     routed: tuple[int, int] | None,
     shape: tuple[int, int, int],
-    form: tuple[int, int],
+    form: tuple[int, int, int],
     dtype: mx.Dtype,
 ) -> Launch:
     experts, n, k = shape
-    bits, group = form
+    kind, bits, group = form
     pairs, per = routed or (rows, 1)
     cut = cut_of(pairs if routed is None else 2 * -(-pairs // experts), min(experts, pairs), n, k, bits)
     constants = (
@@ -114,14 +154,14 @@ def _launch(
         ("NT", cut.columns),
         ("MT", cut.rows),
         ("WARPS", cut.warps),
-        ("BITS", bits),
+        ("KIND", kind),
         ("GROUP", group),
         ("PER", per),
         ("MOST", max(32, 1 << (pairs - 1).bit_length()) if routed else 32),
         ("BY_PAIR", routed is not None and pairs < experts),
     )
     macros = ("EXPERTS",) if routed else ()
-    source = Source("expert_mma" if routed else "rows_mma", "expert_mma", _INPUTS, ("out",), macros, ("nibbles",))
+    source = Source("expert_mma" if routed else "rows_mma", "expert_mma", _INPUTS, ("out",), macros, _HEADERS)
     blocks = -(-n // (8 * cut.columns)), min(experts, pairs) if routed else 1
     return Launch(source, constants, blocks, 32 * cut.warps, (((pairs, n), dtype),))
 
@@ -132,3 +172,78 @@ def row_of_pair(pairs: int, per: int) -> mx.array:
     rows = mx.arange(pairs, dtype=mx.uint32) // per
     mx.eval(rows)
     return rows
+
+
+def by_mlx(x: mx.array, weights: Weights) -> mx.array:
+    """MLX's own product, of x [T, K]: [T, N]."""
+    w, scales, biases, group, bits = weights.w, weights.scales, weights.biases, weights.group, weights.bits
+    assert scales is not None
+    return mx.quantized_matmul(x, w, scales, biases, True, group, bits, weights.mode)
+
+
+def by_whole(x: mx.array, weights: Weights) -> mx.array:
+    """The same with the weights made whole first."""
+    w, scales, biases, group, bits = weights.w, weights.scales, weights.biases, weights.group, weights.bits
+    assert scales is not None
+    return x @ mx.dequantize(w, scales, biases, group, bits, weights.mode, dtype=x.dtype).T
+
+
+def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array) -> mx.array:
+    """MLX's own products of rows x [P, K], each by the weights of its expert; as sorted as the indices are."""
+    w, scales, rows = weights.w, weights.scales, x[:, None]
+    options: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": indices.shape[0] >= _SORTED}
+    if scales is None:
+        return mx.gather_mm(rows, w.swapaxes(-1, -2), **options)[:, 0]
+    form: dict[str, Any] = {"group_size": weights.group, "bits": weights.bits, "mode": weights.mode}
+    return mx.gather_qmm(rows, w, scales, weights.biases, transpose=True, **form, **options)[:, 0]
+
+
+# Pairs from which on mlx-lm sorts rows by their experts.
+_SORTED = 64
+
+
+def size_of(count: int, sizes: tuple[int, ...]) -> int:
+    """The one of ``sizes`` by which ``count`` rows or pairs go."""
+    return next((size for size in sizes if count <= size), sizes[-1])
+
+
+def key_of(weights: Weights, dtype: mx.Dtype, size: int) -> str:
+    """What a contest is called."""
+    kind = f"{weights.bits}-bit {weights.mode} {weights.group}" if weights.bits < _DENSE else "whole"
+    routed = f"{weights.experts} experts, " if weights.w.ndim == 3 else ""
+    return f"product {routed}{weights.rows} x {weights.width} {kind} {dtype} of {size}"
+
+
+def sizes_of(weights: Weights) -> tuple[int, ...]:
+    """For how many rows, or pairs, ways are compared."""
+    return PAIRS if weights.w.ndim == 3 else ROWS
+
+
+def were_timed(weights: Weights) -> bool:
+    """Whether the kernel was found to be faster for such weights on an H200."""
+    return weights.bits == 16 or (weights.bits == 4 and weights.mode == "affine")
+
+
+def ways(launch: Launcher | None, weights: Weights, dtype: mx.Dtype, rows: int) -> dict[str, Callable[[], mx.array]]:
+    """How ``rows`` rows of zeros, or pairs spread over the experts, can be multiplied; ``launch`` runs the kernel."""
+    if weights.w.ndim == 3:
+        return {} if launch is None else _routed_ways(launch, weights, dtype, rows)
+    x = mx.zeros((rows, weights.width), dtype)
+    mx.eval(x)
+    found: dict[str, Callable[[], mx.array]] = {"mlx": lambda: by_mlx(x, weights)}
+    if launch is not None and rows <= 2 * MOST_ROWS:
+        found["kernel"] = lambda: product(launch, x, weights)
+    if weights.rows * weights.width <= _MOST_NUMBERS:
+        found["whole"] = lambda: by_whole(x, weights)
+    return found
+
+
+def _routed_ways(launch: Launcher, weights: Weights, dtype: mx.Dtype, pairs: int) -> dict[str, Callable[[], mx.array]]:
+    x = mx.zeros((pairs, weights.width), dtype)
+    order = mx.arange(pairs, dtype=mx.int32)
+    indices = mx.sort(order % weights.experts) if pairs >= _SORTED else order % weights.experts
+    mx.eval(x, indices)
+    return {
+        "kernel": lambda: product(launch, x, weights, indices),
+        "mlx": lambda: by_mlx_routed(x, weights, indices),
+    }

@@ -29,7 +29,7 @@ class Group:
     def __init__(self, paths: tuple[str, ...], whole: nn.Module, firsts: Sequence[int], widths: Sequence[int]) -> None:
         self.names = tuple(path.rpartition(".")[2] for path in paths)
         self._paths = paths
-        self._whole = whole
+        self.whole = whole
         self._parts = list(zip(firsts, widths, strict=True))
         self._input: mx.array | None = None
         self._source: Source | None = None
@@ -44,7 +44,7 @@ class Group:
         return part
 
     def _product(self, x: mx.array) -> mx.array:
-        y: mx.array = self._whole(x)
+        y: mx.array = self.whole(x)
         if (adapted := adapted_now()) is not None:
             for path, (first, _) in zip(self._paths, self._parts, strict=True):
                 y = adapted.add(path, x, y, first)
@@ -83,6 +83,12 @@ def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str
         if not isinstance(layer, _Joining):
             _turn(layer)
     return frozenset(found)
+
+
+def wholes(model: nn.Module) -> list[nn.Module]:
+    """The layers that compute joined ones together, each once."""
+    groups = {id(m._place[0]): m._place[0] for _, m in model.named_modules() if isinstance(m, _Joining)}
+    return [group.whole for group in groups.values()]
 
 
 class _Turned(nn.Module):  # type: ignore[misc]  # mlx.nn has no types

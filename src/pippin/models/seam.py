@@ -234,8 +234,7 @@ class _Flattening(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
         return self._product(x)
 
     def _product(self, x: Any) -> mx.array:
-        weights = kernels.Weights(self["weight"], self["scales"], self.get("biases"), self.bits, self.group_size)
-        out = kernels.quantized_product(x.reshape(-1, x.shape[-1]), weights, self.mode)
+        out = kernels.quantized_product(x.reshape(-1, x.shape[-1]), weights_of(self))
         return out.reshape(*x.shape[:-1], -1) if x.ndim != 2 else out
 
 
@@ -256,23 +255,36 @@ class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
 
     def __call__(self, x: Any, indices: Any) -> Any:
         x, layers = settled(x), (self.up_proj, self.gate_proj, self.down_proj)
-        plain = all(type(layer) in (SwitchLinear, QuantizedSwitchLinear) and "bias" not in layer for layer in layers)
+        plain = all(map(takes_pairs, layers))
         found = self._routed(x, indices) if plain else None
         return super().__call__(x, indices) if found is None else found
 
     def _routed(self, x: mx.array, indices: mx.array) -> mx.array | None:
         each, flat = indices.shape[-1], indices.reshape(-1).astype(mx.int32)
         rows = x.reshape(-1, x.shape[-1])
-        up = kernels.expert_product(rows, _expert_weights(self.up_proj), flat, each)
-        gate = kernels.expert_product(rows, _expert_weights(self.gate_proj), flat, each)
+        up, gate = (_of_pairs(layer, rows, flat, each) for layer in (self.up_proj, self.gate_proj))
         if up is None or gate is None:
             return None
-        out = kernels.expert_product(self.activation(up, gate), _expert_weights(self.down_proj), flat, 1)
+        out = _of_pairs(self.down_proj, self.activation(up, gate), flat, 1)
         return None if out is None else out.reshape(*indices.shape, -1)
 
 
-def _expert_weights(layer: nn.Module) -> kernels.Weights:
-    if isinstance(layer, QuantizedSwitchLinear):
-        bits = layer.bits if layer.mode == "affine" and layer.global_scale is None else 0
-        return kernels.Weights(layer["weight"], layer["scales"], layer.get("biases"), bits, layer.group_size)
-    return kernels.Weights(layer["weight"])
+def takes_pairs(layer: nn.Module) -> bool:
+    """Whether a layer of experts is a matrix for each, and perhaps a bias, without a scale of a whole tensor."""
+    if type(layer) is QuantizedSwitchLinear:
+        return layer.global_scale is None
+    return type(layer) is SwitchLinear
+
+
+def _of_pairs(layer: nn.Module, x: mx.array, indices: mx.array, per: int) -> mx.array | None:
+    """See ``kernels.expert_product``; with the experts' biases."""
+    out = kernels.expert_product(x, weights_of(layer), indices, per)
+    return out + layer["bias"][indices] if out is not None and "bias" in layer else out
+
+
+def weights_of(layer: nn.Module) -> kernels.Weights:
+    """A linear layer's matrix, or one's of experts, as the products of ``kernels`` take it."""
+    if "scales" not in layer:
+        return kernels.Weights(layer["weight"])
+    found = layer["weight"], layer["scales"], layer.get("biases"), layer.bits, layer.group_size, layer.mode
+    return kernels.Weights(*found)

@@ -1,8 +1,10 @@
 // out = x W^T for few rows, through matrix products: each number of W is read once for 16 * MT rows. W [experts, N, K], in
-// the type of x or of 4 bits; block (x, y): COLUMNS columns, expert y. With EXPERTS, row i of out is for `indices[i]` and
+// the type of x or in codes of KIND (codes.h), of which a lane loads 16 bytes at once; block (x, y): COLUMNS columns, expert y. With EXPERTS, row i of out is for `indices[i]` and
 // takes row i / PER of x. A block's warps share its columns and take every WARPS-th part of K.
   using namespace pippin;
-  constexpr int COLUMNS = NT * 8, UNITS = BITS == 4 ? 4 : 2, STEP = UNITS * 32, GROUPS = K / GROUP;
+  constexpr bool QUANTIZED = KIND != DENSE, FAR = KIND % 10 == 4;
+  constexpr int EACH = FAR ? 32 : 16, UNITS = EACH / 8, STEP = 4 * EACH, COLUMNS = NT * 8, GROUPS = K / GROUP;
+  constexpr int SCALES = EACH > GROUP ? EACH / GROUP : 1;
   const int line = lane / 4, column = lane % 4;
   int total = x_shape[0];
 #if EXPERTS
@@ -54,17 +56,18 @@
     }
     for (int k = warp * STEP; k < K; k += WARPS * STEP) {
       Words w_dense[NT][UNITS], packed[NT];
-      unsigned scale[NT], bias[NT];
+      unsigned scale[NT][SCALES], bias[NT];
       UNROLL
       for (int t = 0; t < NT; t++) {
         const int n = smaller(block_x * COLUMNS + t * 8 + line, N - 1);
         const size_t row = size_t(expert) * N + n;
-        if (BITS == 4) {
-          const int at = smaller(k + column * 32, K - 32);
-          packed[t] = load_words(w, (row * K + at) / 32);
+        if (QUANTIZED) {
+          const int at = smaller(k + column * EACH, K - EACH);
+          packed[t] = load_words(w, (row * K + at) / EACH);
           const size_t group = row * GROUPS + at / GROUP;
-          scale[t] = ((const DEVICE unsigned short*)scales)[group] * 0x10001u;
-          bias[t] = ((const DEVICE unsigned short*)biases)[group] * 0x10001u;
+          UNROLL
+          for (int s = 0; s < SCALES; s++) scale[t][s] = scale_of<T, KIND>(scales, group + s);
+          bias[t] = KIND < 10 ? scale_of<T, KIND>(biases, group) : 0u;
         } else {
           UNROLL
           for (int u = 0; u < UNITS; u++) {
@@ -74,19 +77,20 @@
       }
       UNROLL
       for (int u = 0; u < UNITS; u++) {
-        const int at = BITS == 4 ? k + column * 32 + u * 8 : k + u * 32 + column * 8;
+        const int at = QUANTIZED ? k + column * EACH + u * 8 : k + u * 32 + column * 8;
         Words a[MT][2];
         UNROLL
         for (int m = 0; m < MT; m++) {
           UNROLL
           for (int h = 0; h < 2; h++) {
             const Words p = here[m][h] && at < K ? load_words(x, (rows[m][h] + at) / 8) : no_words();
-            a[m][h] = BITS == 4 ? far_pairs(p) : p;
+            a[m][h] = FAR ? far_pairs(p) : p;
           }
         }
         UNROLL
         for (int t = 0; t < NT; t++) {
-          const Words b = BITS == 4 ? from_nibbles<T>(packed[t].w[u], scale[t], bias[t]) : w_dense[t][u];
+          const Words b =
+              QUANTIZED ? from_codes<T, KIND>(packed[t], u, scale[t][u * 8 / GROUP % SCALES], bias[t]) : w_dense[t][u];
           UNROLL
           for (int m = 0; m < MT; m++) {
             mma<T>(c[m][t], a[m][0].w[0], a[m][1].w[0], a[m][0].w[1], a[m][1].w[1], b.w[0], b.w[1]);

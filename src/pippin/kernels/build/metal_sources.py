@@ -18,7 +18,7 @@ import mlx.core as mx
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.launch import Launch, Source, small_inputs
 
-_DTYPES = {str(d): d for d in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint32)}
+_DTYPES = {str(d): d for d in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.uint32, mx.uint8)}
 _PRINTED = re.compile(r"Generated source code for `(\w+)`:\n```\n(.*?)\n```\n", re.S)
 
 

@@ -21,6 +21,7 @@ TYPES = {
     mx.bfloat16: "__nv_bfloat16",
     mx.int32: "int",
     mx.uint32: "unsigned",
+    mx.uint8: "unsigned char",
 }
 _INCLUDES = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
 
