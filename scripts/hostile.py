@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 PROBE = json.dumps({"prompt": "What is 2 + 2?", "max_tokens": 4, "temperature": 0}).encode()
@@ -185,10 +186,13 @@ async def measure(attack: Attack, address: Address, pid: int, scale: float) -> d
 
 
 @contextmanager
-def served(*options: str) -> Iterator[tuple[Address, int]]:
-    """A server of the demo model in a process of its own: where it listens, and its process id."""
+def served(*options: str, log: IO[bytes] | None = None) -> Iterator[tuple[Address, int]]:
+    """A server of the demo model in a process of its own: where it listens, and its process id.
+
+    Its errors go to ``log``, or where this process' own go.
+    """
     command = [sys.executable, "-m", "pippin", "serve", "--port", "0", "--log-level", "error", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         found = None

@@ -1,0 +1,70 @@
+"""Whatever clients do: no slot is lost, memory stays flat, and nobody is told an error that is not theirs.
+
+A few seconds in CI, half an hour in ``make soak``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import aiohttp
+import hostile
+import pytest
+
+from tests.chaos.churn import Churn, Sample
+from tests.fake_core import PYTHONPATH
+
+SOAK = bool(os.environ.get("PIPPIN_SOAK"))
+SECONDS, ROUNDS, CLIENTS = (1800.0, 60, 64) if SOAK else (9.0, 3, 32)
+POOL = 1000 if SOAK else 600
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+def growth(samples: list[Sample], of: str) -> float:
+    """By what share the last sixth holds more than the second, the first being what a program needs to warm up."""
+    sixth = len(samples) // 6
+    before, after = samples[sixth : 2 * sixth], samples[-sixth:]
+    held = [statistics.median(getattr(sample, of) for sample in some) for some in (before, after)]
+    return held[1] / held[0] - 1
+
+
+@pytest.mark.timeout(3600 if SOAK else 300)
+def test_no_slot_is_lost_and_memory_is_flat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pool has a tenth of what the requests of a moment may come to need."""
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    options = (
+        "--device",
+        "cpu",
+        "--max-total-tokens",
+        str(POOL),
+        "--kv-canary",
+        "raise",
+        "--chunked-prefill-size",
+        "96",
+    )
+
+    async def main(address: hostile.Address, pid: int) -> tuple[Churn, list[Sample]]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+            churn = Churn(f"http://127.0.0.1:{address[1]}", http, random.Random(1))
+            return churn, await churn.run(pid, SECONDS, ROUNDS, CLIENTS)
+
+    log = tmp_path / "log"
+    with log.open("wb") as said, hostile.served(*options, log=said) as (address, pid):
+        churn, samples = asyncio.run(main(address, pid))
+    assert churn.errors == []
+    assert log.read_text() == ""
+    assert churn.most_asked > 10 * POOL, "the pool is not short"
+    assert len(churn.counts) == 7
+    first, last = samples[0], samples[-1]
+    print(f"{sum(churn.counts.values())} requests; from {first} to {last}")
+    assert last.arrays <= 1.03 * first.arrays
+    if SOAK:
+        for of in ("server", "engine", "arrays"):
+            print(f"{of}: {growth(samples, of):+.1%}")
+            assert growth(samples, of) < 0.03
