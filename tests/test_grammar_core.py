@@ -66,6 +66,11 @@ def answers(core: EngineCore, submits: Sequence[Submit]) -> dict[str, tuple[list
     """Adds all at once and steps until nothing is left."""
     for submit in submits:
         core.add(submit)
+    return rest_of(core, submits)
+
+
+def rest_of(core: EngineCore, submits: Sequence[Submit]) -> dict[str, tuple[list[int], Finish | None]]:
+    """Steps until nothing is left."""
     found: dict[str, list[Output]] = {submit.id: [] for submit in submits}
     while core.has_work:
         step = core.step()
@@ -291,3 +296,21 @@ def test_steps_with_grammars_overlap_as_all_do(core: EngineCore) -> None:
     steps, overlapped = core.stats.steps - before.steps, core.stats.overlapped_steps - before.overlapped_steps
     assert steps <= 44
     assert overlapped >= steps - 2
+
+
+def test_an_answer_that_ends_under_a_queued_step_leaves_no_token_to_others(checkpoint: Path, core: EngineCore) -> None:
+    """The step behind a grammar's end draws for the ended request too: that goes into no other request's row."""
+    tight = make_core(checkpoint, max_running_requests=7)  # so that the last row is the table's last line
+    params = SamplingParams(max_new_tokens=60, temperature=1.0, seed=4, ignore_eos=True)
+    others = [Submit(f"other{i}", [7, 9, i + 3], 3, params, priority=1) for i in range(6)]
+    ends = SamplingParams(max_new_tokens=60, seed=1, grammar=Grammar("regex", "[ab]{2,4}"))
+    expected = answers(core, others)
+    for number in range(6):
+        first = Submit(f"first{number}", [5, 6, number + 3], 3, msgspec.structs.replace(ends, seed=number))
+        tight.add(first)
+        while not tight.stats.num_running:  # it has the first row, and the others the last
+            tight.step()
+        for other in others:
+            tight.add(other)
+        found = rest_of(tight, [first, *others])
+        assert {other.id: found[other.id] for other in others} == expected

@@ -182,7 +182,7 @@ class MlxModelRunner:
         plan, inputs = sampling_inputs(
             works, self._vocab_size, pad_to=size, counts=self._token_counts, compiled=sampler is not None
         )
-        if rows is None:
+        if rows is None:  # as they are now: who ends before the draws are queued has none any more
             rows = mx.array([w.request.row for w in works] + [0] * spare, dtype=mx.int32)
             some = mx.array([*range(len(works))] + [0] * spare, dtype=mx.int32)
             logits, tokens = (logits[some], tokens[some]) if spare else (logits[:size], tokens)

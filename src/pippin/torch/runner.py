@@ -49,22 +49,22 @@ class TorchModelRunner:
         sampled, values, draws = None, None, None
         if samples:
             drawing = [works[i] for i in samples]
-            draws = partial(self._draw, drawing, logits[: len(samples)])
+            draws = partial(self._draw, drawing, [w.request.row for w in drawing], logits[: len(samples)])
             if not wait_for_masks(drawing):
                 sampled, draws = draws(None), None
         if prompts:
             values = score_prompts(works, prompts, logits[len(samples) :], self._vocab_size)
         return InFlight(batch, works, sampled, prompts, values, draws)
 
-    def _draw(self, works: Sequence[Work], logits: mx.array, masks: Masks | None) -> Sampled:
-        """Draws for rows of logits, one a work, and keeps the tokens."""
+    def _draw(self, works: Sequence[Work], rows: Sequence[int], logits: mx.array, masks: Masks | None) -> Sampled:
+        """Draws for rows of logits, one a work, and keeps the tokens by ``rows``, the requests' at launch."""
         plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
         if masks is not None:
             plan, inputs = allow(plan, inputs, masks(works)(), len(works))
         last_inputs = mx.array([self._token(w, w.end - 1) for w in works], dtype=mx.int32)
         sampled = sample(logits, plan, inputs, last_inputs)
-        for work, token in zip(works, np.asarray(sampled.tokens), strict=True):
-            self._last_token[work.request.row] = int(token)
+        for row, token in zip(rows, np.asarray(sampled.tokens), strict=True):
+            self._last_token[row] = int(token)
         return sampled
 
     def logits(self, batch: Batch) -> mx.array:
