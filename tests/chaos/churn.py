@@ -125,15 +125,14 @@ class Churn:
 
     def wrong(self) -> tuple[str, Json]:
         """What must be refused."""
-        return self.source.choice(
-            [
-                ("/generate", {"input_ids": [5] * 100_000}),
-                ("/generate", {"input_ids": [10**9]}),
-                ("/generate", {"input_ids": [5], "sampling_params": {"regex": "["}}),
-                ("/v1/chat/completions", {"messages": "hello"}),
-                ("/v1/completions", {"prompt": "a", "no_such_field": 1}),
-            ]
-        )
+        asked: list[tuple[str, Json]] = [
+            ("/generate", {"input_ids": [5] * 100_000}),
+            ("/generate", {"input_ids": [10**9]}),
+            ("/generate", {"input_ids": [5], "sampling_params": {"regex": "["}}),
+            ("/v1/chat/completions", {"messages": "hello"}),
+            ("/v1/completions", {"prompt": "a", "no_such_field": 1}),
+        ]
+        return self.source.choice(asked)
 
     # --- how they go ---
 
