@@ -5,12 +5,14 @@ Not a mock: it takes requests, steps, aborts and flushes as the real core does, 
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import signal
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pippin.config import EngineConfig
@@ -91,8 +93,31 @@ def fake_vector(tokens: list[int], pooling: Pooling) -> list[float]:
     return [float((sum(tokens) * (i + 3) + len(tokens)) % 17 - 8) for i in range(8)]
 
 
+class Gate:
+    """What a test holds steps with, in whatever process they are: a lock on a file that says how many have begun."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """No step begins in the block; gives how many have. One of them may still be under way."""
+        with self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield int(file.read() or 0)
+
+    def enter(self, step: int) -> None:
+        with self.path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b"%d" % step)
+
+
 class FakeCore:
-    """Every request gets a token a step until its limit; ``seconds`` is how long a step takes."""
+    """Every request gets a token a step until its limit; ``seconds`` is how long a step takes.
+
+    If there is a ``gate``, a step goes through it first.
+    """
 
     def __init__(self, seconds: float = STEP_SECONDS, model: str = "fake") -> None:
         self.info = fake_info(model)
@@ -106,6 +131,7 @@ class FakeCore:
         self.cached_tokens = 0
         self.prompt_tokens = 0
         self.marks: list[int] | None = None
+        self.gate: Gate | None = None
         self.note: Callable[[Sequence[str]], None] = lambda ids: None
         self.closed = 0
 
@@ -185,6 +211,8 @@ class FakeCore:
             return None
         began = time.perf_counter_ns()
         self.note([*self.running])
+        if self.gate is not None:
+            self.gate.enter(self.steps + 1)
         if any(HANG in submit.tokens for submit, _ in self.running.values()):
             time.sleep(1000)
         time.sleep(self.seconds)
@@ -254,7 +282,7 @@ def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore
     """``model_path`` says what happens: ``broken…`` fails, ``slow`` takes its time, ``fragile`` fails once its file
     is gone, ``poisoned`` does after a while, else a number of seconds a step.
 
-    Of a path, the last part counts.
+    Of a path, the last part counts; a file ``gate`` in it is the engine's gate.
     """
     what = Path(config.model_path or "").name
     if what == "broken-model":
@@ -272,4 +300,7 @@ def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore
         raise ModelError("the model is gone")
     if what == "poisoned":
         return PoisonedCore(STEP_SECONDS)
-    return FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, config.model_path or "")
+    core = FakeCore(float(what) if what.replace(".", "").isdigit() else STEP_SECONDS, config.model_path or "")
+    if config.model_path and (gate := Path(config.model_path) / "gate").exists():
+        core.gate = Gate(gate)
+    return core

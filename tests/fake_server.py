@@ -112,7 +112,7 @@ class FakeServer:
             case "error":
                 yield '{"error": {"message": "out of memory"}}'
             case "cut" | "abort" | "slow":
-                await asyncio.sleep(30 if mode == "slow" else 0)
+                await asyncio.sleep(1000 if mode == "slow" else 0)
                 return
             case _:
                 if path != "/generate" and self.script.usage:

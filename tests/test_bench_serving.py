@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from pippin.bench.serving_show import shown
 from pippin.cli import run_command
 from tests.fake_server import FakeServer, Script, fake_server
 from tests.test_promises import serving
+from tests.waiting import SECONDS, until
 
 SMALL = ("--num-prompts", "6", "--random-input-len", "40", "--random-output-len", "8", "--random-range-ratio", "1")
 
@@ -299,11 +299,9 @@ def test_ctrl_c_gives_the_figures_so_far(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "pippin.bench_serving", "--base-url", server.url, "--backend", "vllm", *SMALL]
         command += ["--output-file", str(file), "--max-concurrency", "1"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 60
-        while len(server.asked) < 6 and time.monotonic() < until:  # the sixth comes when two of the run have ended
-            time.sleep(0.05)
+        until(lambda: len(server.asked) == 6)  # the sixth comes when two of the run have ended
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=60)
+        _, shown = process.communicate(timeout=SECONDS)
     (result,) = read([file])
     assert process.returncode == 130
     assert (result.figures["completed"], result.figures["unfinished"]) == (2, 1)

@@ -17,6 +17,7 @@ from pippin.errors import EngineError, RequestError
 from pippin.profile.timeline import Timeline
 from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
 from tests.tokenizers_for_tests import TOKENIZERS, byte_level
+from tests.waiting import comes_true
 
 INFO = ModelInfo(
     model_path="m",
@@ -207,7 +208,7 @@ def test_cancelling_aborts_too() -> None:
 
     async def run() -> None:
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.05)
+        await comes_true(lambda: len(client.asked) == 2)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -60,7 +60,7 @@ def test_openai_client() -> None:
         text = run("openai_client.py", OPENAI_BASE_URL=f"{url}/v1")
         assert re.search(r"42.*\n\d+ tokens in, \d+ out\n$", text, re.S)
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(100) == 0
     finally:
         server.kill()
         server.communicate()

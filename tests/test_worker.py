@@ -8,7 +8,6 @@ import queue
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from pippin.types import (
 )
 from pippin.worker import Core, run, serve
 from tests.fake_core import PYTHONPATH, RAISE, FakeCore, expected
+from tests.waiting import SECONDS, until
 
 
 def submit(id: str, prompt: list[int], count: int = 3) -> Submit:
@@ -216,11 +216,8 @@ def test_the_child_dies_with_its_parent(how: str) -> None:
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=SECONDS,
         check=False,
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
-    pid, deadline = int(done.stdout), time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(pid)
+    until(lambda: not alive(int(done.stdout)))

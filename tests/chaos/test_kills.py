@@ -93,7 +93,9 @@ def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
             await client.close()
         assert found == undisturbed
         assert {reason for *_, reason in found} <= {"length", "stop"}
-        assert client.stats.restarts == times
+        if number == signal.SIGKILL:
+            assert client.stats.restarts == times
+        assert client.stats.restarts >= times  # an engine that a busy machine starves for as long is replaced, too
         assert client.stats.resumed > 0
         print(f"{len(found)} streams, {times} of {number.name}: {client.stats.resumed} requests resumed")
 

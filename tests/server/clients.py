@@ -18,7 +18,7 @@ FUNCTION: dict[str, Any] = {"name": "get_weather", "description": DESCRIPTION, "
 
 
 def anthropic_client(running: Running, key: str = "none") -> anthropic.Anthropic:
-    http = httpx2.Client(timeout=20, verify=False)
+    http = httpx2.Client(timeout=100, verify=False)
     return anthropic.Anthropic(base_url=running.url, api_key=key, max_retries=0, http_client=http)
 
 

@@ -24,6 +24,7 @@ from pippin.server.launch import HttpServer, http_config, listen
 from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
 from tests.fake_core import EOS, FakeCore
+from tests.waiting import SECONDS
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
@@ -62,12 +63,12 @@ class Running:
 
     def http(self) -> httpx.Client:
         return httpx.Client(
-            base_url=self.url, timeout=20, verify=False
+            base_url=self.url, timeout=SECONDS, verify=False
         )  # reading certificates takes longer than a test
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         options: Any = {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
-        return openai.OpenAI(**options, http_client=httpx.Client(timeout=20, verify=False))
+        return openai.OpenAI(**options, http_client=httpx.Client(timeout=SECONDS, verify=False))
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def serving(
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), name="server")
     thread.start()
-    assert started.wait(60)
+    assert started.wait(SECONDS)
     client, http, loop = parts[0]
     try:
         host, port = listener.getsockname()

@@ -14,7 +14,8 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig
 from tests.checkpoints import make_checkpoint
 from tests.server.conftest import Running, byte_tokenizer, serving
-from tests.server.test_lifecycle import ask, until
+from tests.server.test_lifecycle import ask
+from tests.waiting import until
 
 LETTERS = {str(token): 100 for token in range(97, 123)}  # a random model's text must survive being sent back as text
 SLOTS = 3000

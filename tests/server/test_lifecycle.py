@@ -26,22 +26,16 @@ from pippin.errors import ConfigError
 from pippin.restarts import Supervision
 from pippin.server.launch import listen
 from pippin.supervisor import Supervisor
-from tests.fake_core import KILL, PYTHONPATH
+from tests.fake_core import KILL, PYTHONPATH, Gate
 from tests.server.conftest import Running, Serve, byte_tokenizer
 from tests.server.test_openai import told
+from tests.waiting import SECONDS, until
 
 LONG: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1000},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "n": 2},
     "/generate": {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 1000}},
 }
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.002)
 
 
 def ask(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
@@ -58,20 +52,21 @@ def ask(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.soc
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_client_that_goes_away_frees_the_engine_within_a_step(
-    serve: Serve, path: str, stream: bool, reset: bool
+    serve: Serve, tmp_path: Path, path: str, stream: bool, reset: bool
 ) -> None:
-    with serve(seconds=0.05) as running:
+    with serve(seconds=0.02) as running:
+        gate = running.core.gate = Gate(tmp_path / "gate")
         connection = ask(running.address, path, LONG[path] | {"stream": stream})
         until(lambda: running.core.steps >= 2)
         if stream:
             assert b"200 OK" in connection.recv(4096)
         if reset:  # no polite goodbye
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-        steps = running.core.steps
-        connection.close()
+        with gate.held() as steps:
+            connection.close()
+            until(lambda: running.client.live == ())
         until(lambda: running.core.running == {})
-        assert running.core.steps <= steps + 2  # the step under way, and the next
-        until(lambda: running.client.live == ())
+        assert running.core.steps <= steps + 2  # the step that waited at the gate, and the next
         with running.http() as http:
             assert 'outcome="disconnect"' in http.get("/metrics").text
             assert http.post("/v1/completions", json={"prompt": "b", "max_tokens": 2}).status_code == 200
@@ -120,7 +115,7 @@ def test_a_storm_of_clients_that_come_and_go_leaves_nothing_behind(server: Runni
 
     async def main() -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits, verify=False) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS, limits=limits, verify=False) as client:
             await asyncio.gather(*(one(client, i) for i in range(80)))
 
     asyncio.run(main())
@@ -257,7 +252,7 @@ def children(pid: int) -> list[int]:
 
 def get(port: int, path: str) -> httpx.Response | None:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5)
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=SECONDS)
     except httpx.TransportError:
         return None
 
@@ -271,7 +266,7 @@ def wait_for(port: int, path: str, status: int) -> httpx.Response:
             found.append(response)
         return bool(found)
 
-    until(there, 30)
+    until(there)
     return found[0]
 
 
@@ -283,7 +278,7 @@ def test_it_says_that_it_loads_and_ends_at_once_if_told_to() -> None:
             assert "loading" in response.json()["error"]["message"]
             assert response.headers["retry-after"] == "1"
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 0
+        assert process.wait(SECONDS) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -297,7 +292,7 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(number: signal.Signa
         assert response.status_code == 200
         (child,) = children(process.pid) if sys.platform == "linux" else (0,)
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(SECONDS) == 0
         if child:
             assert not Path(f"/proc/{child}").exists()
 
@@ -318,7 +313,7 @@ def test_streams_that_outlast_the_server_are_told(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             while part := stream.recv(65536):
                 found += part
-        assert process.wait(5) == 0
+        assert process.wait(SECONDS) == 0
     *_, last = re.findall(rb"data: (\{.*\})", found)
     assert "shutting down" in json.loads(last)["error"]["message"]
     assert found.endswith(b"0\r\n\r\n")  # and the answer is whole, as HTTP goes
@@ -332,28 +327,31 @@ def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
         with ask(("127.0.0.1", port), "/v1/completions", {"prompt": "a", "max_tokens": 1000, "stream": True}) as stream:
             stream.recv(4096)
             process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
+            wait_for(port, "/ready", 503)
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(SECONDS) == 0
 
 
 def test_what_runs_is_finished_and_nothing_new_is_taken_after_a_signal(tmp_path: Path) -> None:
-    port = free_port()
-    with program(demo_like(tmp_path / "0.02"), port, drain=60) as process:
+    port, model = free_port(), tmp_path / "fast"
+    demo_like(model)
+    gate = Gate(model / "gate")
+    with program(str(model), port, drain=SECONDS) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert wait_for(port, "/ready", 200)
         body = {"prompt": "a", "max_tokens": 100, "stream": True, "temperature": 0}
         with ask(("127.0.0.1", port), "/v1/completions", body) as stream:
             found = stream.recv(4096)
-            process.send_signal(signal.SIGTERM)
-            refused = wait_for(port, "/ready", 503)
-            assert "shutting down" in refused.json()["error"]["message"]
-            assert refused.headers["retry-after"] == "1"
-            assert wait_for(port, "/health", 200)
+            with gate.held():
+                process.send_signal(signal.SIGTERM)
+                refused = wait_for(port, "/ready", 503)
+                assert "shutting down" in refused.json()["error"]["message"]
+                assert refused.headers["retry-after"] == "1"
+                assert wait_for(port, "/health", 200)
             while b"[DONE]" not in found:
                 found += stream.recv(65536)
-        assert process.wait(20) == 0
+        assert process.wait(SECONDS) == 0
     texts = [json.loads(e[6:])["choices"][0]["text"] for e in re.findall(rb"data: \{.*\}", found)]
     assert "".join(texts) == told("a", 100)
 
@@ -368,7 +366,7 @@ def test_what_runs_is_finished_and_nothing_new_is_taken_after_a_signal(tmp_path:
 )
 def test_a_start_that_fails_says_why(model: str, said: str) -> None:
     with program(model, free_port()) as process:
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=SECONDS)
         assert process.returncode == 3
         assert output.startswith(said)
 

@@ -25,9 +25,10 @@ from pippin.profile.timeline import BUILDING, DETOKENIZING, DEVICE, HTTP, SAMPLI
 from pippin.profile.trace import ENGINE, HTTP_SIDE
 from tests.fake_core import KILL, PYTHONPATH
 from tests.server.conftest import Running, Serve, byte_tokenizer, serving
-from tests.server.test_lifecycle import ask, until
+from tests.server.test_lifecycle import ask
 from tests.tokenizers_for_tests import byte_ids
 from tests.trace_checks import Json, check_events, read_events
+from tests.waiting import SECONDS, until
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +228,14 @@ def test_a_server_that_is_told_to_end_writes_first(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pippin", "serve", "--port", str(port), "--max-total-tokens", "2000"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as http:
-            until(lambda: answers(http), 60)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS, verify=False) as http:
+            until(lambda: answers(http))
             (file,) = start(http, tmp_path)
             body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
             with ask(("127.0.0.1", port), "/v1/completions", body):
                 until(lambda: http.get("/get_server_info").json()["internal_states"][0]["steps"] > 3)
                 server.send_signal(signal.SIGTERM)
-                assert server.wait(20) == 0
+                assert server.wait(SECONDS) == 0
     finally:
         server.kill()
         server.wait()

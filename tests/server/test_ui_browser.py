@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 from pippin.config import ServerConfig
 from tests.server.conftest import Running
 from tests.server.speaker import speaking
+from tests.waiting import SECONDS, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: scripts/setup.sh browser")
@@ -99,7 +99,7 @@ class Watched:
         return self.answer.locator(".content").inner_text()
 
     def ended(self) -> None:
-        expect(self.page.locator(".streaming")).to_have_count(0, timeout=20_000)
+        expect(self.page.locator(".streaming")).to_have_count(0, timeout=1000 * SECONDS)
 
     @property
     def answer(self) -> Locator:
@@ -109,6 +109,8 @@ class Watched:
         heading = self.page.get_by_role("heading", name=name, exact=True)
         return self.page.locator(".tile", has=heading).locator("b").inner_text()
 
+
+expect.set_options(timeout=1000 * SECONDS)
 
 Open = Callable[..., Watched]
 
@@ -120,7 +122,7 @@ def open_page(chromium: Browser) -> Iterator[Open]:
 
     def opener(running: Running, path: str = "/", **options: Any) -> Watched:
         page = chromium.new_context(**{"viewport": {"width": 1100, "height": 760}} | options).new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * SECONDS)
         watched = Watched(page)
         page.on("console", watched.hear)
         page.on("pageerror", lambda error: watched.said.append(str(error)))
@@ -499,13 +501,6 @@ def several(running: Running, number: int) -> Iterator[None]:
         finally:
             for stream in streams:
                 stream.close()
-
-
-def until(true: Callable[[], bool], seconds: float = 15) -> None:
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
 
 
 # --- looks ---
