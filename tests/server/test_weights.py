@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.test_lifecycle import ask, demo_like, free_port, program, until, wait_for
+from tests.server.test_lifecycle import ask, demo_like, free_port, program, wait_for
 from tests.server.test_openai import told
+from tests.waiting import SECONDS, until
 
 PATH = "/update_weights_from_disk"
 
@@ -192,7 +193,7 @@ def test_a_signal_ends_a_server_that_waits_to_change(tmp_path: Path) -> None:
         update = server.aside(server.update, "0.001")
         wait_for(port, "/ready", 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(SECONDS) == 0
         assert update.result().status_code == 503
         connection.close()
         server.close()
