@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from pippin.attention.solo import Solo
 from pippin.cache.canary import KVCanary
 from pippin.cache.radix import Node, RadixCache
-from pippin.cache.slots import SlotAllocator
+from pippin.cache.slots import FreedPages, SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
+from pippin.cache.windows import WindowPages, WindowTable, span
 from pippin.scheduler import Scheduler, Update
 from pippin.types import Batch, Finish, Request, RowResult, SamplingParams, TokenLogprob, Work
 
@@ -87,8 +90,17 @@ class FakeDevice:
     It keeps nothing of a Request but what ``launch`` may read: what the scheduler does later is not seen.
     """
 
-    def __init__(self, num_slots: int, page: int, states: bool = False, watched: bool = True) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        page: int,
+        states: bool = False,
+        watched: bool = True,
+        window: WindowTable | None = None,
+    ) -> None:
         self.num_slots = num_slots
+        self.window = window
+        self.windowed: dict[int, int] = {}  # slots of the layers that look back only so far
         self.watched = watched
         self.page = page
         self.has_states = states
@@ -103,6 +115,10 @@ class FakeDevice:
         written = [slot for work in batch.works for slot in work.request.slots[work.start : work.end]]
         assert len(written) == len(set(written)) or not self.watched, "a slot is written twice in a step"
         assert all(self.page <= slot < self.num_slots for slot in written), "a write outside of the pool"
+        if self.window is not None:
+            also = self.window.slots(np.array(written, np.int32)).tolist()
+            assert len(also) == len(set(also)), "a slot of windowed layers is written twice in a step"
+            assert all(self.page <= slot < self.window.num_slots for slot in also), "a write outside of their pool"
         results: dict[int, RowResult] = {}
         for works in _SOLO.forwards(batch.works) if self.has_states else [batch.works]:
             for work in works:
@@ -154,11 +170,23 @@ class FakeDevice:
         assert inputs == story.tokens[work.start : work.end], f"{request.id}: wrong input tokens"
         for position in range(work.start, work.end):
             self.slots[request.slots[position]] = -1 if broken else story.prints[position]
+        for position, slot in self._windowed(work, work.start):
+            self.windowed[slot] = -1 if broken else story.prints[position]
+
+    def _windowed(self, work: Work, begin: int) -> list[tuple[int, int]]:
+        """Position and slot, in windowed layers, of a work's tokens from ``begin`` on."""
+        if self.window is None:
+            return []
+        slots = self.window.slots(np.array(work.request.slots[begin : work.end], np.int32))
+        return list(enumerate(slots.tolist(), begin))
 
     def _read(self, work: Work) -> RowResult:
         request, story = work.request, self.stories[work.request.seq]
         for position, slot in enumerate(request.slots[: work.end] if self.watched else ()):
             assert self.slots.get(slot) == story.prints[position], f"{request.id}: slot of token {position} is wrong"
+        begin = self.window.first(work.start) if self.window is not None else 0
+        for position, slot in self._windowed(work, begin):
+            assert self.windowed.get(slot) == story.prints[position], f"{request.id}: window slot {position} is wrong"
         result = RowResult()
         if work.samples:
             result.token = self.last_token[request.row] = story.tokens[work.end]
@@ -172,8 +200,8 @@ class FakeDevice:
 class WatchedAllocator(SlotAllocator):
     """Also tells which slots were handed out since ``handed`` was last cleared."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        super().__init__(num_pages, page_size)
+    def __init__(self, num_pages: int, page_size: int, told: FreedPages | None = None) -> None:
+        super().__init__(num_pages, page_size, told)
         self.handed: set[int] = set()
 
     def allocate(self, n: int) -> list[int] | None:
@@ -197,15 +225,19 @@ class Loop:
     forcing: Random | None = None  # now and then, tokens of a queued step are forced before it is read
     states: int | None = None
     """For a model with recurrent states: how many snapshots there may be."""
+    window: tuple[int, int] | None = None
+    """For a model with windowed layers: how far they look, and pages of their pool beyond the fewest."""
     canary: KVCanary | None = None
     watched: bool = True
     """Whether every slot and page is checked by us; not where the canary alone is to find what is wrong."""
 
     def __post_init__(self) -> None:
-        self.allocator = WatchedAllocator(self.num_pages, self.page)
-        self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None, self.watched)
+        self.windows = self._windows()
+        self.allocator = WatchedAllocator(self.num_pages, self.page, self.windows)
+        table = self.windows.table if self.windows else None
+        self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None, self.watched, table)
         self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states)
-        self.radix = RadixCache(self.allocator, enabled=self.cache, snapshots=self.snapshots)
+        self.radix = RadixCache(self.allocator, self.cache, self.snapshots, self.windows)
         self.scheduler = Scheduler(
             self.allocator,
             self.radix,
@@ -219,6 +251,13 @@ class Loop:
         self.forced = 0
         self.scored: dict[str, list[int]] = {}
         self.added = 0
+
+    def _windows(self) -> WindowPages | None:
+        if self.window is None:
+            return None
+        reach, more = self.window
+        pages = 1 + span(reach, self.page) + more
+        return WindowPages(WindowTable.empty(reach, pages * self.page, self.num_pages, self.page))
 
     def add(
         self,
@@ -353,6 +392,7 @@ class Loop:
         assert all(r.length == len(r.tokens) for r in live)
         assert self.scheduler.stats().num_running == self.radix.num_cached == 0
         self.device.slots.clear()
+        self.device.windowed.clear()
         self.device.last_token.clear()
         if self.canary:
             self.canary.reset()
@@ -417,6 +457,33 @@ def check(loop: Loop, launched: bool = True) -> None:
     assert (stats.num_running, stats.num_waiting) == (len(running), len(waiting))
     assert stats.slots_free == len(free) * loop.page
     check_snapshots(loop, launched)
+    if loop.windows is not None:
+        check_windows(loop, loop.windows)
+
+
+def check_windows(loop: Loop, windows: WindowPages) -> None:
+    """Each page of theirs is free or some pages' of the cache; held by those whose windows reach it, or may go."""
+    table, holds, running = windows.table.pages, list(windows._holds), loop.scheduler._running
+    owners: dict[int, list[int]] = {}
+    for page, mine in enumerate(table.tolist()):
+        owners.setdefault(mine, []).append(page)
+    free = set(loop.allocator._free)
+    assert {0} | free <= set(owners.pop(0)), "free pages have no slots in windowed layers"
+    assert [sorted(o) for o in windows._owners] == [owners.get(mine, []) for mine in range(len(holds))]
+    assert sorted([*windows._allocator._free, *owners]) == list(range(1, windows.num_pages + 1))
+    expected = [0] * len(holds)
+    assert windows._spans.keys() == set(running)
+    for request in running:
+        pages = [int(table[page]) for page in loop.allocator.pages_of(request.slots)]
+        for mine in pages[windows._spans[request].first :]:
+            expected[mine] += 1
+        reached = pages[windows.table.first(request.computed) // loop.page :]
+        assert all(mine and holds[mine] for mine in reached), "a running request's window has no slots"
+    assert holds == expected
+    loose = {mine for mine in owners if not holds[mine]}
+    kept = {mine for mine in loose if windows._kept[mine]}
+    assert (set(windows._ends), set(windows._behind)) == (kept, loose - kept)
+    assert not any(windows._kept[mine] for mine in windows._allocator._free)
 
 
 def check_snapshots(loop: Loop, launched: bool) -> None:
@@ -462,3 +529,5 @@ def check_idle(loop: Loop) -> None:
     check(loop)
     assert all(node.refs == 0 for node in nodes(loop.radix))
     assert loop.allocator.num_free + loop.radix.num_cached == loop.num_pages - 1
+    if loop.windows is not None:
+        assert loop.windows.room == loop.windows.num_pages

@@ -26,6 +26,7 @@ loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "overlap": st.booleans(),
         "cache": st.sampled_from([True, True, True, False]),
         "states": st.sampled_from([None, None, 0, 2, 100]),
+        "window": st.none() | st.tuples(st.sampled_from([1, 2, 3, 8, 20]), st.sampled_from([0, 1, 3, 10, 40])),
     }
 )
 

@@ -138,7 +138,7 @@ class Scheduler:
         what they leave goes back to the prompts in progress.
         """
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
-        self.holdings.plan()
+        self.holdings.plan(self._running)
         if self._suspects and self._alone(min(self._suspects, key=_rank), plan):
             return self._batch(plan)
         before = self._retractions
@@ -372,7 +372,8 @@ class Scheduler:
         found = self.holdings.find(request)
         cached = len(found.slots)
         wanted = self._claim(request) - self.holdings.pages(cached)
-        if wanted + claimed > self.holdings.room or (whole is not None and request.length - cached > whole):
+        cut = whole is not None and request.length - cached > whole
+        if wanted + claimed > self.holdings.room or cut or not self._windows_fit(request):
             self.holdings.give_back(found)
             return False
         self._waiting.remove(request)
@@ -381,6 +382,13 @@ class Scheduler:
         request.entered = time.monotonic() if request.entered is None else request.entered
         self.holdings.enter(request, found)
         return True
+
+    def _windows_fit(self, request: Request) -> bool:
+        """Whether a waiting request's window finds room beside those that run; alone it makes do with what there is."""
+        windows = self._radix.windows
+        if windows is None or not self._running:
+            return True
+        return windows.admits(map(self._claim, (*self._running, request)), self._chunk)
 
     def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans up to ``budget`` more tokens of a request, as far as pages go; returns how many."""

@@ -1,4 +1,4 @@
-"""What requests hold of the cache: slots, pins of the tree, snapshots of recurrent state. Plain Python.
+"""What requests hold of the cache: slots, windows, pins of the tree, snapshots of recurrent state. Plain Python.
 
 A request's ``slots`` are its own but for the first ``shared`` tokens', which are the tree's and held by its ``pin``.
 Prompt pages are in the tree as soon as the Work that fills them is scheduled: whoever reads them runs after it.
@@ -20,6 +20,7 @@ class Holdings:
 
     def __init__(self, allocator: SlotAllocator, radix: RadixCache, suspects: Set[Request]) -> None:
         self._allocator, self._radix, self._snapshots = allocator, radix, radix.snapshots
+        self._windows = radix.windows
         self._suspects = suspects
         self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
         self.cached_tokens = 0
@@ -52,19 +53,27 @@ class Holdings:
         request.pin = found.pin
         self._explain(request)
         self._reuse(request, found)
+        if self._windows is not None:
+            parts = request.shared + self._radix.known(request.tokens, self.reusable(request), request.pin)
+            self._windows.enter(request, parts, request.num_prompt)
 
     def reach(self, request: Request, end: int) -> int:
         """Gives a request slots up to ``end``, or as far as pages go; returns how far."""
         missing = self.pages(end) - self.pages(len(request.slots))
         if missing > 0:
-            missing = min(missing, self.room)
+            missing = min(missing, self.room, *([self._windows.room] if self._windows is not None else []))
             self._radix.evict(missing - self._allocator.num_free)
-            request.slots.extend(self._allocator.slots_of(self._allocator.allocate(missing) or ()))
+            pages = self._allocator.allocate(missing) or []
+            if self._windows is not None:
+                self._windows.attach(pages)
+            request.slots.extend(self._allocator.slots_of(pages))
         return min(end, len(request.slots))
 
-    def plan(self) -> None:
-        """Another step is being planned."""
+    def plan(self, running: Sequence[Request]) -> None:
+        """Another step is being planned, for those that run."""
         self._saves.clear()
+        if self._windows is not None:
+            self._windows.advance(running)
 
     def planned(self, request: Request) -> tuple[int | None, int | None]:
         """The snapshots that the request's Work begins with and makes at its end, if any."""
@@ -77,7 +86,10 @@ class Holdings:
 
         ``keep`` False: its recurrent state is not to be trusted.
         """
-        self._insert(request, min(len(request.tokens), request.computed))
+        end = min(len(request.tokens), request.computed)
+        if self._windows is not None:
+            self._windows.leave(request, end)
+        self._insert(request, end)
         if keep:
             self._keep(request)
         self._let_go(request)
@@ -131,12 +143,22 @@ class Holdings:
 
     def is_known(self, request: Request) -> bool:
         """Whether others have planned to compute what comes next of its prompt."""
-        return self._radix.known(request.tokens, self.reusable(request), request.pin) > 0
+        find = self._radix.known if self._windows is None else self._radix.peek
+        return find(request.tokens, self.reusable(request), request.pin) > 0
 
     def rematch(self, request: Request) -> None:
         """Skips what others have computed of this prompt since its last chunk."""
         found = self._radix.match(request.tokens, self.reusable(request), request.pin)
         request.pin = found.pin
+        if not found.slots:
+            return
+        if self._windows is None:
+            self._take_over(request, found)
+        else:
+            self._windows.turn(request, lambda: self._take_over(request, found))
+
+    def _take_over(self, request: Request, found: Match) -> None:
+        """Frees a request's own pages of what the tree has, and goes on behind that."""
         own = request.slots[request.shared : request.shared + len(found.slots)]
         self._allocator.free(self._allocator.pages_of(own))
         self._reuse(request, found)
@@ -156,13 +178,15 @@ class Holdings:
         """Gives the tree the prompt pages that this step fills.
 
         Pages that it has already stay private until the end: the step writes them, and must not write the tree's. So do
-        a suspect's.
+        a suspect's. But pages of the tree that lack slots in windowed layers get them here, and others can go on there.
         """
         if request in self._suspects:
             return
         end = request.computed
         if not self._radix.known(request.tokens, end, request.pin):
             self._insert(request, end)
+        elif self._windows is not None:
+            self._radix.lend(request.tokens, request.slots, end, request.pin)
         id = self._radix.mark(request.tokens, end, request.pin)
         if id is not None:
             self._snapshots.recede(request.saved)

@@ -7,7 +7,8 @@ count is never below a child's, so what no one holds are whole subtrees, and the
 The recency of a node is the time of its last release: until then it can't be evicted anyway.
 
 For models with a recurrent state (``snapshots``), a prefix is reused only up to a node at whose end a snapshot of it
-is kept. A node's ``gone`` are the beginnings of what was evicted behind it, to tell why a prompt finds no more.
+is kept. For models with windowed layers (``windows``), up to where the last pages have their slots in those too. A node's
+``gone`` are the beginnings of what was evicted behind it, to tell why a prompt finds no more.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 
+import numpy as np
+import numpy.typing as npt
+
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
+from pippin.cache.windows import WindowPages
 from pippin.types import CacheMiss
 
 _GONE = 16  # tokens of an evicted edge that are remembered, and edges a node
@@ -65,13 +70,20 @@ class RadixCache:
     nothing), so that going on with a long prompt costs what is new.
     """
 
-    def __init__(self, allocator: SlotAllocator, enabled: bool = True, snapshots: Snapshots = NONE) -> None:
+    def __init__(
+        self,
+        allocator: SlotAllocator,
+        enabled: bool = True,
+        snapshots: Snapshots = NONE,
+        windows: WindowPages | None = None,
+    ) -> None:
         self.num_cached = 0
         """Pages in the tree."""
         self.num_evictable = 0
         """Pages in the tree that no pin holds."""
         self.enabled = enabled
         self.snapshots = snapshots
+        self.windows = windows
         self.root = Node()
         self._roots: dict[str, Node] = {}
         self._allocator = allocator
@@ -86,7 +98,8 @@ class RadixCache:
 
     def peek(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
         """How many tokens ``match`` would find; holds nothing and leaves the order of eviction alone."""
-        return sum(same for _, same in self._usable(self._path(self._node(pin), tokens, end)))
+        node = self._node(pin)
+        return sum(same for _, same in self._usable(node, self._path(node, tokens, end)))
 
     def known(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> int:
         """How many tokens after the pin have their K and V here, whether they can be reused or not."""
@@ -95,7 +108,7 @@ class RadixCache:
     def match(self, tokens: Sequence[int], end: int | None = None, pin: object | None = None) -> Match:
         """The longest run of tokens[:end] after the pin that can be reused, in whole pages; the pin moves there."""
         node = self._node(pin)
-        found = self._hold(node, self._usable(self._path(node, tokens, end)))
+        found = self._hold(node, self._usable(node, self._path(node, tokens, end)))
         if self.snapshots is NONE or not found.slots:
             return found
         self.snapshots.touch(found.pin.snapshot)
@@ -123,13 +136,13 @@ class RadixCache:
         """Why no more of tokens[:end] can be reused; None if what is cached ends where it has been found."""
         root = self._node(root)
         path = self._path(root, tokens, end)
-        at, usable = (sum(same for _, same in part) for part in (path, self._usable(path)))
+        at, usable = (sum(same for _, same in part) for part in (path, self._usable(root, path)))
         node, same = path[-1] if path else (root, 0)
         ended, full = same == len(node.tokens), end - at < self._page
         if ended and not full and any(key == tuple(tokens[at : at + len(key)]) for key in node.gone):
             return CacheMiss("evicted", at)
         if usable < at:
-            return CacheMiss("no_snapshot", at)
+            return CacheMiss("no_window" if self.snapshots is NONE else "no_snapshot", at)
         if full:
             return None
         if node.children or not ended:
@@ -148,11 +161,27 @@ class RadixCache:
             return Match(_tokens(), node)
         found = self._hold(node, self._path(node, tokens, end))
         done = begin + len(found.slots)
-        self._allocator.free(self._allocator.pages_of(slots[begin:done]))
+        own = self._allocator.pages_of(slots[begin:done])
+        if self.windows is not None:
+            self.windows.share(own, self._allocator.pages_of(found.slots))
+        self._allocator.free(own)
         if done == end:
             return found
         grown = self._append(found.pin, _tokens(tokens[done:end]), slots[done:end])
         return Match(found.slots + slots[done:end], grown)
+
+    def lend(self, tokens: Sequence[int], slots: array[int], end: int, pin: object | None = None) -> None:
+        """Gives pages of tokens[:end] after the pin that have no slots in windowed layers those of ``slots``, their twins.
+
+        The caller is about to fill them; the pages stay his own, and his pin where it is.
+        """
+        assert self.windows is not None
+        node = self._node(pin)
+        at = node.end
+        for child, same in self._path(node, tokens, end):
+            own = self._allocator.pages_of(slots[at : at + same])
+            self.windows.share(own, self._allocator.pages_of(child.slots[:same]))
+            at += same
 
     def release(self, pin: object | None) -> None:
         """Gives up a pin. Raises ValueError if it is not held."""
@@ -223,12 +252,34 @@ class RadixCache:
             at, node = at + same, child
         return path
 
-    def _usable(self, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
-        """As much of a path as can be reused: with recurrent states, up to the last snapshot on it."""
-        if self.snapshots is NONE:
+    def _usable(self, node: Node, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+        """As much of a path below ``node`` as can be reused.
+
+        With windowed layers that is up to where a window's last pages have slots in them too, with recurrent states up
+        to the last snapshot.
+        """
+        if not path or (self.snapshots is NONE and self.windows is None):
             return path
-        ends = [i + 1 for i, (node, same) in enumerate(path) if node.snapshot and same == len(node.tokens)]
-        return path[: ends[-1]] if ends else []
+        if self.windows is None:
+            ends = _snapshot_ends(path)
+        else:
+            ends = self._open_ends(self.windows, node, path)
+            if self.snapshots is not NONE:
+                ends = np.intersect1d(ends, _snapshot_ends(path))
+        return _cut(path, node.end, int(ends[-1]) if len(ends) else node.end)
+
+    def _open_ends(self, windows: WindowPages, node: Node, path: list[tuple[Node, int]]) -> npt.NDArray[np.int64]:
+        """Tokens after which a window's last pages have their slots, on a path below ``node``: rising, int64 [n]."""
+        before = _tokens()
+        above, left = node, windows.before * self._page
+        while left > len(before) and above.parent is not None:
+            before, above = above.slots[len(before) - left :] + before, above.parent
+        slots = before
+        for child, same in path:
+            slots += child.slots[:same]
+        begin = node.end - len(before)
+        ends = begin + self._page * (1 + windows.ends(slots, begin // self._page).nonzero()[0])
+        return ends[ends > node.end]
 
     def _hold(self, node: Node, path: list[tuple[Node, int]]) -> Match:
         """Moves a pin along a path that begins at it, and holds that."""
@@ -307,3 +358,18 @@ class RadixCache:
 
     def _key(self, node: Node) -> tuple[int, ...]:
         return tuple(node.tokens[: self._page])
+
+
+def _snapshot_ends(path: list[tuple[Node, int]]) -> npt.NDArray[np.int64]:
+    return np.array([node.end for node, same in path if node.snapshot and same == len(node.tokens)], np.int64)
+
+
+def _cut(path: list[tuple[Node, int]], begin: int, end: int) -> list[tuple[Node, int]]:
+    """The path from ``begin`` on, of whole nodes but the last, as far as ``end``."""
+    found = []
+    for node, same in path:
+        if begin >= end:
+            break
+        found.append((node, min(same, end - begin)))
+        begin += same
+    return found

@@ -8,19 +8,31 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class FreedPages(Protocol):
+    """Who is told of pages that are free again."""
+
+    def drop(self, pages: Iterable[int]) -> None: ...
+
+    def reset(self) -> None:
+        """All of them are."""
+        ...
 
 
 class SlotAllocator:
-    """Hands out pages 1 to num_pages - 1 and takes them back, each exactly once.
+    """Hands out pages 1 to num_pages - 1 and takes them back, each exactly once; ``told`` hears what comes back.
 
     Raises ValueError if there would be no page to hand out.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, told: FreedPages | None = None) -> None:
         if num_pages < 2 or page_size < 1:
             raise ValueError(f"need 2 pages (one is scratch) of 1 slot or more, not {num_pages} of {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
+        self._told = told
         self._free = array("i", range(num_pages - 1, 0, -1))  # a stack: the last is handed out next
         self._used = bytearray(num_pages)
 
@@ -59,11 +71,15 @@ class SlotAllocator:
         for page in pages:
             used[page] = 0
         self._free.extend(reversed(pages))
+        if self._told is not None:
+            self._told.drop(pages)
 
     def reset(self) -> None:
         """Every page is free again, whoever had it."""
         self._free = array("i", range(self.num_pages - 1, 0, -1))
         self._used = bytearray(self.num_pages)
+        if self._told is not None:
+            self._told.reset()
 
     def sort(self) -> None:
         """Hand out the lowest pages first again, so that new requests get runs of neighbours."""
