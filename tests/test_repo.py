@@ -103,6 +103,7 @@ types <- text <- grammar <- sglang
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
 WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots", "cache.snapshots",
+    "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",

@@ -69,6 +69,14 @@ class EngineConfig:
         "fcfs", "Who waits first: first come, or the longest cached prefix.", choices=("fcfs", "lpm")
     )
     disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
+    swa_full_tokens_ratio: float | None = option(
+        None,
+        "Slots of layers with a sliding window, as a share of those of all others. If left out a sixth, but no less "
+        "than a long prompt's chunk needs, and no more than --max-running-requests can use.",
+    )
+    disable_hybrid_swa_memory: bool = option(
+        False, "Keep as many slots in layers with a sliding window as in all others; --kv-disk does so too."
+    )
     kv_canary: str = option(
         "none",
         "raise: check before each step that every slot it reads holds its own prefix, and end a request where not.",
@@ -122,6 +130,11 @@ class EngineConfig:
         "macOS: keep so many GB resident (MLX's wired limit). Left alone otherwise: see docs/reliability.md.",
     )
 
+    @property
+    def frees_windows(self) -> bool:
+        """Whether layers with a sliding window get a smaller pool. Not beside files, which hold all layers' K and V."""
+        return not self.disable_hybrid_swa_memory and self.kv_disk is None
+
     def with_pages(self, size: int) -> EngineConfig:
         """This, with pages of ``size`` slots if none are asked for."""
         return self if self.page_size else replace(self, page_size=size)
@@ -150,6 +163,11 @@ class EngineConfig:
                 "at least 0",
             ),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
+            (
+                "swa_full_tokens_ratio",
+                self.swa_full_tokens_ratio is None or 0 < self.swa_full_tokens_ratio <= 1,
+                "above 0 and at most 1",
+            ),
             ("page_size", self.page_size >= 0, "at least 0"),
             ("kv_disk_gb", self.kv_disk_gb > 0, "above 0"),
             ("graph_max_rows", self.graph_max_rows >= 1, "at least 1"),

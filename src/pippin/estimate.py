@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import mlx.nn as nn
 
 from pippin import kernels
 from pippin.attention import backends_to_try
+from pippin.cache.layout import bytes_per_slot, is_within
+from pippin.cache.windows import streams
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import EngineError
@@ -31,7 +34,8 @@ _PROOF_TOKENS = 8
 class Estimate:
     """A model's memory plan, as ``EngineCore`` would make it, with an estimate where that measures (activations).
 
-    ``slot_bytes`` are K and V of a token, ``request_bytes`` a request's recurrent states; ``max_running`` is how many
+    ``slot_bytes`` are K and V of a token in all layers, ``window_bytes`` in those whose slots are the plan's
+    ``window_slots``; ``request_bytes`` a request's recurrent states; ``max_running`` is how many
     requests may run.
     """
 
@@ -40,10 +44,12 @@ class Estimate:
     form: str
     plan: MemoryPlan
     slot_bytes: int
+    window_bytes: int
     request_bytes: int
     context_length: int
     max_running: int
     page_size: int
+    chunk: int
 
     @property
     def longest(self) -> int:
@@ -52,8 +58,18 @@ class Estimate:
 
     def streams(self, length: int) -> int:
         """Requests of so many tokens, each with a prefix of its own, that run at a time."""
-        pages = math.ceil(length / self.page_size)
-        return min(self.max_running, self.plan.slots // self.page_size // pages)
+        plan, page = self.plan, self.page_size
+        most = min(self.max_running, _streams(plan.slots, page, length))
+        return min(most, _window_streams(plan.window_slots, plan.reach, page, self.chunk, length))
+
+
+def _streams(slots: int, page: int, length: int) -> int:
+    return slots // page // math.ceil(length / page)
+
+
+def _window_streams(slots: int, reach: int, page: int, chunk: int, length: int) -> int:
+    """By windows alone; no bound where windowed layers have no slots of their own."""
+    return streams(slots, reach, page, chunk, length) if slots else sys.maxsize
 
 
 def estimate(config: EngineConfig) -> Estimate:
@@ -81,11 +97,13 @@ def estimate(config: EngineConfig) -> Estimate:
         model_type=loaded.model_type,
         form=loaded.quantization or str(loaded.dtype).removeprefix("mlx.core."),
         plan=plan,
-        slot_bytes=sum(s.bytes_per_slot for s in choice.shapes if s),
+        slot_bytes=bytes_per_slot(choice.shapes),
+        window_bytes=bytes_per_slot([s for s in choice.shapes if is_within(s, plan.reach)]),
         request_bytes=layout.state_bytes,
         context_length=loaded.context_length,
         max_running=sizes.max_running,
         page_size=config.page_size,
+        chunk=sizes.chunk,
     )
 
 
@@ -141,13 +159,14 @@ def prove(config: EngineConfig, length: int, tell: Callable[[str], None] = lambd
     info = core.info
     longest = min(info.context_length, info.max_total_tokens)
     length = min(length, longest)
-    pages = math.ceil(length / info.page_size)
-    streams = max(1, min(info.max_running_requests, info.max_total_tokens // info.page_size // pages))
+    page, chunk = info.page_size, info.chunked_prefill_size
+    most = min(info.max_running_requests, _streams(info.max_total_tokens, page, length))
+    most = max(1, min(most, _window_streams(info.window_slots, info.window, page, chunk, length)))
     mx.reset_peak_memory()
     tell(f"one request of {longest} tokens")
     _run(core, 1, longest)
-    tell(f"{streams} requests of {length} tokens")
-    _run(core, streams, length)
+    tell(f"{most} requests of {length} tokens")
+    _run(core, most, length)
     stats = core.stats
     return Proof(
         weight_bytes=info.weight_bytes,
@@ -156,7 +175,7 @@ def prove(config: EngineConfig, length: int, tell: Callable[[str], None] = lambd
         slots=info.max_total_tokens,
         longest=longest,
         length=length,
-        streams=streams,
+        streams=most,
         retractions=stats.retractions,
         peak_bytes=stats.memory_peak_bytes,
         budget_bytes=info.budget_bytes,
@@ -194,7 +213,7 @@ def as_text(found: Estimate, length: int, proof: Proof | None = None) -> str:
         f"  activations  {_gb(plan.activation_bytes)} about",
         *([f"  states       {_gb(states)}, {plan.snapshots} snapshots in it"] if states else []),
         *([f"  disk copies  {_gb(plan.copy_bytes)}"] if plan.copy_bytes else []),
-        f"  KV slots     {_gb(plan.pool_bytes)}: {plan.slots} tokens of {found.slot_bytes} bytes",
+        f"  KV slots     {_gb(plan.pool_bytes)}: {_slots(found)}",
         f"Longest request: {found.longest} tokens (the context is {found.context_length}).",
         f"Streams of {length} tokens at a time: {found.streams(length)}; more wait, or share prefixes.",
     ]
@@ -206,6 +225,14 @@ def as_text(found: Estimate, length: int, proof: Proof | None = None) -> str:
             f"{'it holds' if proof.holds else 'IT DOES NOT HOLD'}",
         ]
     return "\n".join(lines)
+
+
+def _slots(found: Estimate) -> str:
+    plan = found.plan
+    if not plan.window_slots:
+        return f"{plan.slots} tokens of {found.slot_bytes} bytes"
+    full = f"{plan.slots} tokens of {found.slot_bytes - found.window_bytes} bytes"
+    return f"{full}, {plan.window_slots} of {found.window_bytes} in layers that see the last {plan.reach}"
 
 
 def _gb(count: int) -> str:

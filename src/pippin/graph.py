@@ -27,7 +27,7 @@ from pippin.graph_inputs import (
     padded_lengths,
     unpacked,
 )
-from pippin.inputs import Group, Step
+from pippin.inputs import Group, Places, Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.types import Work
@@ -77,7 +77,7 @@ class StepGraphs:
         self._fusions = fusions
         self._compiler = compiler
         self._functions: dict[StepShape, StepFunction] = {}
-        self._table = StepTable(pool.page_size)
+        self._table = StepTable(pool.page_size, pool.windows)
         self._decodes = decode_sizes(most_decodes)
         # Other backends' models see their works as lines of one length.
         self._extends = extend_sizes(most_rows, most_works) if isinstance(backend, Rows) else []
@@ -131,7 +131,7 @@ class StepGraphs:
     def warm(self, shape: StepShape, length: int, last_token: mx.array) -> mx.array:
         """Compiles the step of a shape whose works see up to ``length`` tokens, by running it on padding alone: its
         logits [works, vocab]."""
-        packed = mx.zeros(packed_size(shape, -(-length // self._pool.page_size)), mx.int32)
+        packed = mx.zeros(packed_size(shape, -(-length // self._pool.page_size), self._pool.windows), mx.int32)
         made = self._compiled(shape)(last_token, packed)
         mx.eval(made)
         return made[0]
@@ -146,7 +146,7 @@ class StepGraphs:
 
     def _function(self, shape: StepShape) -> StepFunction:
         def run(last_token: mx.array, packed: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            inputs = unpacked(packed, shape)
+            inputs = unpacked(packed, shape, self._pool.windows)
             tokens = mx.where(inputs.unseen > 0, last_token[inputs.rows], inputs.known)
             logits = self._logits(tokens, inputs, last_token)
             return logits, tokens if inputs.lasts is None else tokens[inputs.lasts], inputs.drawn
@@ -155,22 +155,32 @@ class StepGraphs:
 
     def _logits(self, tokens: mx.array, inputs: StepInputs, after: mx.array) -> mx.array:
         """Logits [works, vocab]; a row of padding attends to nothing and writes to scratch."""
-        rows = tokens.shape[0]
-        group = Group(
-            first=0,
-            count=rows,
-            rows=1,
-            context=inputs.pages.shape[1] * self._pool.page_size,
-            ragged=True,
-            slots=None,
-            starts=mx.where(inputs.rows > 0, inputs.positions, -1),
-            pages=inputs.pages,
-            tiles=inputs.tiles,
+        decodes, own = inputs.tiles is None, inputs.windowed
+        step = Step(
+            tokens[:, None],
+            inputs.positions,
+            inputs.slots,
+            (self._group(inputs, inputs.positions, inputs.pages),),
+            lasts=tuple(range(tokens.shape[0])) if decodes else (),
+            after=after,
+            decodes=decodes,
+            windowed=Places(own.slots, (self._group(inputs, own.positions, own.pages),)) if own is not None else None,
         )
-        decodes = inputs.tiles is None
-        lasts = tuple(range(rows)) if decodes else ()
-        step = Step(tokens[:, None], inputs.positions, inputs.slots, (group,), lasts, after, decodes=decodes)
         seam = Seam(inputs.lasts, self._fusions)
         with active(seam):
             logits: mx.array = self._model(step.tokens, cache=self._backend.layers(step, self._pool, seam))
         return logits.reshape(-1, logits.shape[-1])
+
+    def _group(self, inputs: StepInputs, positions: mx.array, pages: mx.array) -> Group:
+        """All rows, which read ``pages`` [works, n]; ``positions`` [rows] count from the first of these."""
+        return Group(
+            first=0,
+            count=positions.shape[0],
+            rows=1,
+            context=pages.shape[1] * self._pool.page_size,
+            ragged=True,
+            slots=None,
+            starts=mx.where(inputs.rows > 0, positions, -1),
+            pages=pages,
+            tiles=inputs.tiles,
+        )

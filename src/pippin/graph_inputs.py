@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pippin.cache.windows import WindowTable
 from pippin.inputs import lay_out
 from pippin.kernels import tile_rows
 from pippin.sampler import power_of_two
@@ -35,13 +36,24 @@ class StepShape(NamedTuple):
     tiles: int = 0
 
 
+class WindowInputs(NamedTuple):
+    """What windowed layers take in place of ``StepInputs``' own.
+
+    ``pages`` [works, n] begin where the window of each work's first token does, ``positions`` [rows] count from there.
+    """
+
+    positions: mx.array
+    slots: mx.array
+    pages: mx.array
+
+
 class StepInputs(NamedTuple):
     """A step's arrays, int32; padding is all zeros.
 
     Of each token [rows]: ``known`` is it, 0 where ``unseen`` is 1: that is in the device table's line ``rows``; its
     ``positions`` and ``slots``. ``lasts`` [works] are the rows that draw, ``drawn`` [works] the lines of the device
     table that get it; ``tiles`` [tiles, 3] as ``kernels.tile_rows`` cuts rows, None for decodes, all of which draw;
-    ``pages`` [works, n].
+    ``pages`` [works, n]. ``windowed`` is for layers whose pool is another.
     """
 
     known: mx.array
@@ -53,10 +65,20 @@ class StepInputs(NamedTuple):
     drawn: mx.array
     tiles: mx.array | None
     pages: mx.array
+    windowed: WindowInputs | None = None
 
 
-def unpacked(packed: mx.array, shape: StepShape) -> StepInputs:
+def unpacked(packed: mx.array, shape: StepShape, windows: WindowTable | None = None) -> StepInputs:
     """The inputs as they lie in one array, which is one copy to the device in place of eight."""
+    if windows is None:
+        return _unpacked(packed, shape)
+    end, rows = len(packed) - _window_size(shape, windows), shape.rows
+    positions, slots, pages = packed[end : end + rows], packed[end + rows : end + 2 * rows], packed[end + 2 * rows :]
+    own = WindowInputs(positions, slots, pages.reshape(shape.works, -1))
+    return _unpacked(packed[:end], shape)._replace(windowed=own)
+
+
+def _unpacked(packed: mx.array, shape: StepShape) -> StepInputs:
     known, unseen, rows, positions, slots = (packed[i * shape.rows : (i + 1) * shape.rows] for i in range(LINES))
     at = LINES * shape.rows
     if not shape.tiles:
@@ -66,10 +88,15 @@ def unpacked(packed: mx.array, shape: StepShape) -> StepInputs:
     return StepInputs(known, unseen, rows, positions, slots, packed[at:first], packed[first:cut], tiles, pages)
 
 
-def packed_size(shape: StepShape, width: int) -> int:
+def packed_size(shape: StepShape, width: int, windows: WindowTable | None = None) -> int:
     """How many numbers a step's inputs are, with a page table ``width`` wide."""
     cuts = 2 * shape.works + 3 * shape.tiles if shape.tiles else 0
-    return LINES * shape.rows + cuts + shape.works * width
+    return LINES * shape.rows + cuts + shape.works * width + (_window_size(shape, windows) if windows is not None else 0)
+
+
+def _window_size(shape: StepShape, windows: WindowTable) -> int:
+    more = -(-shape.rows // windows.page_size) if shape.tiles else 0  # pages that a work may fill behind its first token
+    return 2 * shape.rows + shape.works * (windows.span + more)
 
 
 def padded_length(tokens: int, extended: bool = False) -> int:
@@ -115,8 +142,9 @@ class StepTable:
     before, and now decodes the next token: whatever else happens to a request may give it other slots.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, windows: WindowTable | None = None) -> None:
         self._page_size = page_size
+        self._windows = windows
         self._lines = np.zeros((0, 0), np.int32)
         self._owners: list[Request | None] = []
         self._ends = np.zeros(0, np.int64)
@@ -130,25 +158,43 @@ class StepTable:
     def decodes(self, works: Sequence[Work], shape: StepShape) -> Ints:
         """The arrays of ``StepInputs`` for works of one token each, one after the other."""
         width = self._width(max(w.end for w in works), extended=False)
-        packed = np.zeros(packed_size(shape, width), np.int32)
+        packed = np.zeros(packed_size(shape, width, self._windows), np.int32)
         lines = packed[: LINES * shape.rows].reshape(LINES, -1)
         lay_out(works, lines)
-        self._put_pages(works, packed[LINES * shape.rows :].reshape(shape.works, width))
+        self._put_tables(works, shape, lines, packed[LINES * shape.rows :], width)
         return packed
 
     def extends(self, works: Sequence[Work], shape: StepShape, rows_of_tile: int) -> Ints:
         """The same for works of any number of tokens; those that sample draw, in order."""
         width = self._width(max(w.end for w in works), extended=True)
-        packed = np.zeros(packed_size(shape, width), np.int32)
+        packed = np.zeros(packed_size(shape, width, self._windows), np.int32)
         at = LINES * shape.rows
-        lasts = lay_out(works, packed[:at].reshape(LINES, -1))
+        lines = packed[:at].reshape(LINES, -1)
+        lasts = lay_out(works, lines)
         drawn = [(last, work.request.row) for last, work in zip(lasts, works, strict=True) if work.samples]
         cut, end = at + 2 * shape.works, at + 2 * shape.works + 3 * shape.tiles
         if drawn:
             packed[at:cut].reshape(2, -1)[:, : len(drawn)] = np.array(drawn).T
         packed[cut:end] = tile_rows([w.end - w.start for w in works], rows_of_tile, shape.tiles).reshape(-1)
-        self._put_pages(works, packed[end:].reshape(shape.works, width))
+        self._put_tables(works, shape, lines, packed[end:], width)
         return packed
+
+    def _put_tables(self, works: Sequence[Work], shape: StepShape, lines: Ints, rest: Ints, width: int) -> None:
+        """Fills in the works' page tables, windowed layers' too."""
+        end, rows = shape.works * width, shape.rows
+        table = rest[:end].reshape(shape.works, width)
+        self._put_pages(works, table)
+        if self._windows is None:
+            return
+        n, counts = sum(w.end - w.start for w in works), [w.end - w.start for w in works]
+        first = np.array([self._windows.first(w.start) // self._page_size for w in works])
+        rest[end : end + n] = lines[3, :n] - np.repeat(first, counts) * self._page_size
+        rest[end + rows : end + rows + n] = self._windows.slots(lines[4, :n])
+        own = rest[end + 2 * rows :].reshape(shape.works, -1)[: len(works)]
+        at = first[:, None] + np.arange(own.shape[1])
+        read = at <= np.array([(w.end - 1) // self._page_size for w in works])[:, None]
+        pages = np.take_along_axis(table[: len(works)], np.where(read, at, 0), axis=1)[read]
+        own[read] = self._windows.slots(pages * self._page_size) // self._page_size
 
     def _width(self, longest: int, extended: bool) -> int:
         return -(-padded_length(longest, extended) // self._page_size)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.cache.state import OpenStates
+from pippin.cache.windows import WindowTable
 from pippin.types import Work
 
 Ints = npt.NDArray[np.int32]
@@ -24,7 +25,8 @@ class Group:
     """``count`` works of ``rows`` tokens each that lie one after the other and attend together.
 
     ``slots`` [count, context] int32 are the slots of tokens 0 … context-1, filled up with 0; ``starts`` [count] int32
-    is the position of each work's first token. ``ragged`` says that some contexts are shorter than the longest.
+    is the position of each work's first token. In windowed layers both may count from a later token than the first.
+    ``ragged`` says that some contexts are shorter than the longest.
     ``pages`` [count, n] int32 are page numbers instead, where a kernel reads the pool by page; ``slots`` is None then.
     ``counts`` are each work's tokens, ``rows`` at most, where a kernel takes several of each at once; None: ``rows``.
     With ``tiles`` [n, 3] int32 (``kernels.tile_rows``) it does so too, and what else is said of works is said of rows:
@@ -57,6 +59,22 @@ class Group:
         """Positions of the group's tokens, [count, rows] int32."""
         return self.starts[:, None] + mx.arange(self.rows, dtype=mx.int32)[None]
 
+    def lengths(self) -> mx.array:
+        """How many tokens each row attends to, int32 [tokens], of groups whose works have a row each, or ``counts``."""
+        if self.counts is None:
+            return self.starts + 1
+        owners = np.repeat(np.arange(self.count, dtype=np.int32), self.counts)
+        within = np.concatenate([np.arange(1, n + 1, dtype=np.int32) for n in self.counts])
+        return self.starts[mx.array(owners)] + mx.array(within)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the layers of one kind write K and V, ``write_slots`` as in ``Step``, and what they read."""
+
+    write_slots: mx.array
+    groups: tuple[Group, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -66,7 +84,7 @@ class Step:
     work's first. ``write_slots`` int32 [T] or [B, L]. ``lasts`` says where each work's last token lies in the flattened
     tokens, in the order in which the works were given. ``after`` is something that all steps before have computed: what
     writes the pool in place waits for it. ``decodes`` says that all works are (``Work.decodes``). ``states`` are the
-    works' recurrent states, in the order in which the tokens lie.
+    works' recurrent states, in the order in which the tokens lie. ``windowed`` is for layers whose pool is another.
     """
 
     tokens: mx.array
@@ -77,6 +95,13 @@ class Step:
     after: mx.array | None = None
     decodes: bool = False
     states: OpenStates | None = None
+    windowed: Places | None = None
+
+    def places(self, windowed: bool) -> Places:
+        """Where layers write and read, windowed ones or all others."""
+        if windowed and self.windowed is not None:
+            return self.windowed
+        return Places(self.write_slots, self.groups)
 
     @property
     def stores_as_it_attends(self) -> bool:
@@ -116,16 +141,27 @@ def _lay_out_singles(works: Sequence[Work], lines: Ints) -> None:
     lines[4, :n] = [r.slots[at] for r, at in zip(requests, starts, strict=True)]
 
 
-def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None, several: int = 1) -> Step:
+def row_step(
+    works: Sequence[Work],
+    last_token: mx.array,
+    page_size: int | None = None,
+    several: int = 1,
+    windows: WindowTable | None = None,
+) -> Step:
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
 
     With ``page_size``, groups name pages, for kernels that read the pool. All single tokens are one group then, and
-    all works of up to ``several`` tokens another.
+    all works of up to ``several`` tokens another. With ``windows``, the groups of windowed layers begin where the
+    window of each work's first token does: positions count from there, which is all the same to a mask.
     """
     order = sorted(range(len(works)), key=lambda i: _group_key(works[i], several))
     ordered = [works[i] for i in order]
     lines = np.zeros((5, sum(w.end - w.start for w in works)), np.int32)
     lasts = dict(zip(order, lay_out(ordered, lines), strict=True))
+    windowed = None
+    if windows is not None:
+        groups = _groups(ordered, page_size, several, _Tails(windows))
+        windowed = Places(mx.array(windows.slots(lines[4])), tuple(groups))
     return Step(
         tokens=_with_unseen(lines[0], lines[1] * lines[2], last_token)[:, None],
         positions=mx.array(lines[3]),
@@ -133,11 +169,18 @@ def row_step(works: Sequence[Work], last_token: mx.array, page_size: int | None 
         groups=tuple(_groups(ordered, page_size, several)),
         lasts=tuple(lasts[i] for i in range(len(works))),
         decodes=all(w.decodes for w in works),
+        windowed=windowed,
     )
 
 
-def padded_step(works: Sequence[Work], last_token: mx.array, page_size: int | None = None) -> Step:
-    """The step in the padded layout, one group for all works; the arguments are ``row_step``'s."""
+def padded_step(
+    works: Sequence[Work], last_token: mx.array, page_size: int | None = None, windows: WindowTable | None = None
+) -> Step:
+    """The step in the padded layout, one group for all works; the arguments are ``row_step``'s.
+
+    The groups of windowed layers are as wide as all others, since models hand one mask to layers of both kinds: what
+    lies behind a window is read from scratch.
+    """
     rows = max(w.end - w.start for w in works)
     shape = (len(works), rows)
     tokens, slots, unseen = (np.zeros(shape, np.int32) for _ in range(3))
@@ -147,13 +190,55 @@ def padded_step(works: Sequence[Work], last_token: mx.array, page_size: int | No
         slots[i, :n] = _slots_of(work)[work.start :]
         if work.end > len(work.request.tokens):
             unseen[i, n - 1] = work.request.row
+    windowed = None
+    if windows is not None:
+        written, real = np.zeros(shape, np.int32), slots > 0
+        written[real] = windows.slots(slots[real])
+        windowed = Places(mx.array(written), (_group(works, 0, rows, page_size, _Tails(windows, whole=True)),))
     return Step(
         tokens=_with_unseen(tokens, unseen, last_token),
         positions=mx.array(np.array([w.start for w in works], np.int32)),
         write_slots=mx.array(slots),
         groups=(_group(works, 0, rows, page_size),),
         lasts=tuple(i * rows + w.end - w.start - 1 for i, w in enumerate(works)),
+        windowed=windowed,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Contexts:
+    """What layers read that see everything: tokens 0 … end-1 of each work."""
+
+    def begin(self, work: Work, stride: int) -> int:
+        """The token of the table's first slot."""
+        return 0
+
+    def slots(self, work: Work, stride: int) -> Ints:
+        """Every ``stride``-th slot from there on."""
+        return _slots_of(work)[::stride]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tails:
+    """What windowed layers read: from the window of each work's first token on; ``whole``: in its old place."""
+
+    windows: WindowTable
+    whole: bool = False
+
+    def begin(self, work: Work, stride: int) -> int:
+        return 0 if self.whole else self._first(work, stride)
+
+    def slots(self, work: Work, stride: int) -> Ints:
+        first = self._first(work, stride)
+        slots = self.windows.slots(_slots_of(work)[first::stride])
+        return np.concatenate([np.zeros(first // stride, np.int32), slots]) if self.whole else slots
+
+    def _first(self, work: Work, stride: int) -> int:
+        first = self.windows.first(work.start)
+        return first - first % stride
+
+
+_ALL = _Contexts()
 
 
 def _group_key(work: Work, several: int) -> tuple[int, int]:
@@ -162,7 +247,9 @@ def _group_key(work: Work, several: int) -> tuple[int, int]:
     return (0, work.end) if count == 1 else (1 if count <= several else 2, 0)
 
 
-def _groups(works: Sequence[Work], page_size: int | None, several: int) -> list[Group]:
+def _groups(
+    works: Sequence[Work], page_size: int | None, several: int, read: _Contexts | _Tails = _ALL
+) -> list[Group]:
     """Cuts works, as ``_group_key`` orders them, into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
@@ -177,7 +264,7 @@ def _groups(works: Sequence[Work], page_size: int | None, several: int) -> list[
         while stop < len(works) and _fits(head, works[stop], page_size is not None, several if few else 0):
             stop += 1
         counts = [w.end - w.start for w in works[at:stop]]
-        group = _group(works[at:stop], first, max(counts), page_size)
+        group = _group(works[at:stop], first, max(counts), page_size, read)
         groups.append(replace(group, counts=tuple(counts)) if few else group)
         first += sum(counts)
         at = stop
@@ -194,21 +281,26 @@ def _fits(head: Work, work: Work, paged: bool, several: int) -> bool:
     return work.end == head.end
 
 
-def _group(works: Sequence[Work], first: int, rows: int, page_size: int | None) -> Group:
-    """Slots of all contexts, or with ``page_size`` the pages: every page's first slot tells which it is."""
-    context, stride = max(w.end for w in works), page_size or 1
+def _group(
+    works: Sequence[Work], first: int, rows: int, page_size: int | None, read: _Contexts | _Tails = _ALL
+) -> Group:
+    """Slots of what is read, or with ``page_size`` the pages: every page's first slot tells which it is."""
+    stride = page_size or 1
+    begins = [read.begin(w, stride) for w in works]
+    contexts = [w.end - begin for w, begin in zip(works, begins, strict=True)]
+    context = max(contexts)
     table = np.zeros((len(works), -(-context // stride)), np.int32)
     for i, work in enumerate(works):
-        slots = _slots_of(work)[::stride]
+        slots = read.slots(work, stride)
         table[i, : len(slots)] = slots // stride
     return Group(
         first=first,
         count=len(works),
         rows=rows,
         context=context,
-        ragged=any(w.end != context for w in works),
+        ragged=any(c != context for c in contexts),
         slots=mx.array(table) if page_size is None else None,
-        starts=mx.array(np.array([w.start for w in works], np.int32)),
+        starts=mx.array(np.array([w.start - begin for w, begin in zip(works, begins, strict=True)], np.int32)),
         pages=mx.array(table) if page_size is not None else None,
     )
 

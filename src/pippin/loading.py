@@ -22,6 +22,7 @@ from pippin.cache.layout import bytes_per_slot
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
+from pippin.cache.windows import WindowPages, WindowTable
 from pippin.claims import claims_folder, share
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
@@ -129,7 +130,7 @@ def build_runner(
     set_wired_limit(config)
     tell(Progress("probe", 2, 2))
     vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
-    pool = choice.pool(plan.slots + config.page_size, config.page_size)
+    pool = choice.pool(plan.slots + config.page_size, config.page_size, _window_table(plan, config.page_size))
     runner = MlxModelRunner(
         loaded.model,
         choice.backend,
@@ -143,6 +144,12 @@ def build_runner(
     if not config.skip_server_warmup:
         runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
+
+
+def _window_table(plan: MemoryPlan, page: int) -> WindowTable | None:
+    if not plan.window_slots:
+        return None
+    return WindowTable.empty(plan.reach, plan.window_slots + page, plan.slots // page + 1, page)
 
 
 def load_adapters(model: nn.Module, info: ModelInfo, config: EngineConfig) -> Adapters:
@@ -180,12 +187,14 @@ def _at_fault(given: str) -> Iterator[None]:
 
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
     """An engine over a runner that holds what ``info`` says."""
-    allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size)
+    table = runner.pool.windows if isinstance(runner, MlxModelRunner) else None
+    windows = WindowPages(table) if table is not None else None
+    allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size, windows)
     states = runner.pool.states if isinstance(runner, MlxModelRunner) else None
     snapshots = NONE if states is None else Snapshots(states, info.max_mamba_cache_size)
     scheduler = Scheduler(
         allocator,
-        RadixCache(allocator, enabled=not config.disable_radix_cache, snapshots=snapshots),
+        RadixCache(allocator, not config.disable_radix_cache, snapshots, windows),
         max_running=info.max_running_requests,
         chunk=info.chunked_prefill_size,
         policy=config.schedule_policy,
@@ -197,7 +206,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     adapters = load_adapters(runner.model, info, config) if isinstance(runner, MlxModelRunner) else None
     if adapters is not None:
         info = msgspec.structs.replace(info, lora_paths=dict(adapters.paths))
-    canary = KVCanary(allocator.num_pages * allocator.page_size) if config.kv_canary != "none" else None
+    canary = KVCanary(allocator.num_pages * info.page_size, table) if config.kv_canary != "none" else None
     return EngineCore(
         scheduler,
         runner,
@@ -276,4 +285,6 @@ def _info(
         pooling=loaded.vectors.pooling,
         normalizes=loaded.vectors.normalizes,
         device="gpu" if on_gpu() else "cpu",
+        window_slots=plan.window_slots,
+        window=plan.reach,
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from pippin.cache.layout import bytes_per_slot
+from pippin.cache.layout import CacheLayout, bytes_per_slot, is_within
+from pippin.cache.windows import least_pages, span
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.footprint import free_bytes, process_bytes
@@ -34,6 +36,8 @@ _SNAPSHOT_SHARE = 1 / 4
 _STATE_COPIES = 3
 _MOST_SNAPSHOTS = 4096
 _CPU_SNAPSHOTS = 128
+# Slots of windowed layers, as a share of all others', where none is asked for: many enough for short requests.
+_WINDOW_SHARE = 1 / 6
 _SPARE_BYTES = 256 << 20
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -53,6 +57,8 @@ class MemoryPlan:
     ``state_bytes`` are recurrent states of the requests in a step in flight (those of the step that is measured are
     activations), ``snapshots`` how many more may be kept for reuse, of ``snapshot_bytes`` in all. ``copy_bytes`` are on
     their way between the pool and the disk, ``adapter_bytes`` LoRA adapters that are there from the start.
+    ``window_slots`` are what the pool of windowed layers holds beside its scratch page, ``reach`` is how far back they
+    look; 0 if they have no pool of their own.
     """
 
     device_bytes: int
@@ -66,6 +72,8 @@ class MemoryPlan:
     snapshots: int = 0
     copy_bytes: int = 0
     adapter_bytes: int = 0
+    window_slots: int = 0
+    reach: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -180,7 +188,8 @@ def plan_memory(
     others += f", and LoRA adapters ({_gb(adapter_bytes)})," if adapter_bytes else ""
     snapshots = _snapshots(config, each, left, gpu)
     left -= snapshots * each
-    fit = max(0, (left // slot if slot else _FREE_SLOTS) - page)  # beside the scratch page
+    sizes = _PoolSizes.of(config, choice.layout, context_length, max_running, limits(config, gpu).chunk)
+    fit = sizes.fit(left)
     least = -(-_LEAST_SLOTS // page) * page
     want = min(fit, max(least, -(-max_running * context_length // page) * page))
     if not gpu and config.mem_fraction_static is None:
@@ -193,7 +202,7 @@ def plan_memory(
             )
         if want > fit:
             raise ConfigError(
-                f"{want} slots take {_gb(want * slot)}, but {others} leave room for {fit} of the {_gb(budget)} "
+                f"{want} slots take {_gb(sizes.nbytes(want))}, but {others} leave room for {fit} of the {_gb(budget)} "
                 "allowed; lower it, or raise --mem-fraction-static",
                 "--max-total-tokens",
             )
@@ -208,14 +217,61 @@ def plan_memory(
         budget,
         weight_bytes,
         activation_bytes,
-        (slots + page) * slot,
+        sizes.nbytes(slots),
         slots,
         state_bytes=max_running * each,
         snapshot_bytes=snapshots * each,
         snapshots=snapshots,
         copy_bytes=copies,
         adapter_bytes=adapter_bytes,
+        window_slots=sizes.window_slots(slots),
+        reach=sizes.reach if sizes.window_slots(slots) else 0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _PoolSizes:
+    """Bytes of a slot: ``full`` in layers that see everything, ``part`` in windowed ones that have slots of their own.
+
+    Of these there are a ``ratio`` of the others, but at least ``least`` and at most ``most``.
+    """
+
+    page: int
+    full: int
+    part: int = 0
+    reach: int = 0
+    ratio: float = 1.0
+    least: int = 0
+    most: int = 0
+
+    @classmethod
+    def of(cls, config: EngineConfig, layout: CacheLayout, context: int, running: int, chunk: int) -> _PoolSizes:
+        page, every = config.page_size, bytes_per_slot(layout.shapes)
+        reach = layout.reach(context) if config.frees_windows else None
+        if reach is None:
+            return cls(page, every)
+        part = bytes_per_slot([s for s in layout.shapes if is_within(s, reach)])
+        asked = config.swa_full_tokens_ratio
+        least = least_pages(reach, page, chunk if asked is None else 1) * page
+        # Nobody ever needs more: each running request's window, once more as much of ends that are kept, and a step.
+        most = (2 * running * span(reach, page)) * page + least
+        ratio = _WINDOW_SHARE if asked is None else asked
+        return cls(page, every - part, part, reach, ratio, least, most if asked is None else sys.maxsize)
+
+    def window_slots(self, slots: int) -> int:
+        """Slots of windowed layers beside so many of all others, without scratch pages; 0: they share the others'."""
+        pages = int(slots * self.ratio) // self.page
+        found = max(self.least, min(self.most, pages * self.page)) if self.reach else slots
+        return found if found < slots else 0
+
+    def nbytes(self, slots: int) -> int:
+        """Of both pools, scratch pages included."""
+        return (slots + self.page) * self.full + ((self.window_slots(slots) or slots) + self.page) * self.part
+
+    def fit(self, left: int) -> int:
+        """The most slots that ``left`` bytes have room for."""
+        most = left // self.full if self.full else _FREE_SLOTS - self.page
+        return max(0, bisect_right(range(most + 1), left, key=self.nbytes) - 1)
 
 
 def adapter_room(info: ModelInfo) -> int:

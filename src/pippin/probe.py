@@ -18,6 +18,7 @@ from pippin import kernels
 from pippin.attention import AttentionBackend, backends_to_try
 from pippin.cache.layout import CacheLayout, LayerShape, Leaf, StateShape
 from pippin.cache.pool import KVPool
+from pippin.cache.windows import WindowTable
 from pippin.errors import ConfigError, ModelError
 from pippin.models.deferred import Fusions
 from pippin.models.joined import join
@@ -63,9 +64,9 @@ class Choice:
             raise ConfigError("this model keeps no K and V that can be quantized; leave it out", "--kv-cache-dtype")
         return replace(self, layout=layout)
 
-    def pool(self, num_slots: int, page_size: int = 1) -> KVPool:
-        """A store for the model: ``num_slots`` slots, the scratch page included."""
-        return KVPool(self.shapes, num_slots, page_size, self.layout)
+    def pool(self, num_slots: int, page_size: int = 1, windows: WindowTable | None = None) -> KVPool:
+        """A store for the model: ``num_slots`` slots, the scratch page included; ``windows`` as ``KVPool`` takes it."""
+        return KVPool(self.shapes, num_slots, page_size, self.layout, windows=windows)
 
 
 def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool | None = None) -> Choice:
@@ -123,6 +124,7 @@ def measure_caches(model: nn.Module, lazily: bool = False) -> CacheLayout:
     for leaf in _leaves(caches):
         if type(leaf) not in (KVCache, RotatingKVCache, ArraysCache):
             raise ModelError(f"its layers keep {type(leaf).__name__}, which no attention backend serves yet")
+    asked = {id(leaf): _note_windows(leaf) for leaf in _leaves(caches) if isinstance(leaf, RotatingKVCache)}
     model(mx.array([[1] * _SETTLED]), cache=caches)
     states = [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]
     logits = model(mx.array([[1]]), cache=caches)
@@ -130,7 +132,7 @@ def measure_caches(model: nn.Module, lazily: bool = False) -> CacheLayout:
         mx.eval(logits)
     if states != [_state_of(leaf) for leaf in _leaves(caches) if isinstance(leaf, ArraysCache)]:
         raise ModelError("its recurrent state changes its shape with the context, which no attention backend serves")
-    shapes = [_shape_of(leaf) for leaf in _leaves(caches) if not isinstance(leaf, ArraysCache)]
+    shapes = [_shape_of(leaf, asked.get(id(leaf), [])) for leaf in _leaves(caches) if not isinstance(leaf, ArraysCache)]
     indices = count(), count()  # of K and Vs, of states
 
     def part(leaf: object) -> Leaf:
@@ -150,12 +152,26 @@ def _state_of(cache: ArraysCache) -> StateShape:
     return StateShape(tuple(None if a is None else (a.shape[1:], a.dtype) for a in cache.cache))
 
 
-def _shape_of(cache: KVCache | RotatingKVCache) -> LayerShape | None:
+def _note_windows(cache: RotatingKVCache) -> list[int]:
+    """From here on, the windows that ``cache`` is asked masks for: PLaMo 3 looks one token further than its caches."""
+    asked: list[int] = []
+    make_mask = cache.make_mask
+
+    def noting(N: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        asked.append(window_size or 0)
+        return make_mask(N, window_size=window_size, return_array=return_array)
+
+    cache.make_mask = noting
+    return asked
+
+
+def _shape_of(cache: KVCache | RotatingKVCache, windows: Sequence[int]) -> LayerShape | None:
+    """``windows``: what masks it was asked for."""
     window = None
     if isinstance(cache, RotatingKVCache):
         if cache.keep:
             raise ModelError("it keeps the first tokens beside a sliding window, which no backend serves yet")
-        window = int(cache.max_size)
+        window = max(int(cache.max_size), *windows, 0)
     if cache.keys is None:
         return None
     (_, heads, _, key_dim), value_dim = cache.keys.shape, cache.values.shape[-1]

@@ -322,11 +322,11 @@ class MlxModelRunner:
         self._queued = True
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
-        states = self.pool.states
+        states, windows = self.pool.states, self.pool.windows
         del self.pool, self.graphs  # before the next is made: there may not be memory for two
         if states is not None:
             states.reset()
-        self.pool = KVPool(*shape, states)
+        self.pool = KVPool(*shape, states, windows)
         self.graphs = self._make_graphs()
 
     def _forward(

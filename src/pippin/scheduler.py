@@ -81,7 +81,7 @@ class Scheduler:
         self, *, steps: int = 0, overlapped_steps: int = 0, step_seconds: float = 0.0, graph_traces: int = 0
     ) -> Stats:
         """Counts now and since the start; the caller's own are passed through."""
-        size = self._allocator.page_size
+        size, windows = self._allocator.page_size, self._radix.windows
         return Stats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -101,6 +101,9 @@ class Scheduler:
             snapshots=len(self._radix.snapshots),
             snapshots_evicted=self._radix.snapshots.num_evicted,
             misses=dict(self.holdings.misses),
+            window_slots_total=windows.num_pages * size if windows is not None else 0,
+            window_slots_free=windows.num_free * size if windows is not None else 0,
+            window_slots_cached=(windows.room - windows.num_free) * size if windows is not None else 0,
         )
 
     def add(self, request: Request) -> None:

@@ -103,7 +103,7 @@ def budget(info: ModelInfo) -> str:
     states, copies, steps = info.state_bytes, info.copy_bytes, info.activation_bytes
     parts = (
         ("weights", info.weight_bytes, ""),
-        (f"KV cache, {info.max_total_tokens} slots", info.pool_bytes, ""),
+        (f"KV cache, {info.max_total_tokens} slots", info.pool_bytes, _windows(info)),
         ("recurrent states and their snapshots", states, ""),
         ("activations of the largest step, measured", steps, ""),
         ("copies on their way to and from the disk", copies, ""),
@@ -111,6 +111,10 @@ def budget(info: ModelInfo) -> str:
         ("the budget", info.budget_bytes, f"of {info.device_bytes / 2**20:.0f} MiB ({info.device})"),
     )
     return "\n".join(f"  {name:<42}{size / 2**20:>9.0f} MiB {note}".rstrip() for name, size, note in parts if size)
+
+
+def _windows(info: ModelInfo) -> str:
+    return f"({info.window_slots} in layers that see the last {info.window} tokens)" if info.window_slots else ""
 
 
 def show(answers: Generator[dict[str, Any], None, None], out: TextIO) -> dict[str, Any]:

@@ -155,9 +155,10 @@ class CacheMiss(msgspec.Struct, frozen=True):
 
     ``cold``: nothing is cached. ``diverged``: what is cached goes on otherwise, from ``token`` on. ``evicted``: it was
     cached from ``token`` on, and gave way. ``no_snapshot``: K and V are there up to ``token``, but no recurrent state.
+    ``no_window``: they are, but not any more in layers with a sliding window.
     """
 
-    reason: Literal["cold", "diverged", "evicted", "no_snapshot"]
+    reason: Literal["cold", "diverged", "evicted", "no_snapshot", "no_window"]
     token: int = 0
 
 
@@ -410,6 +411,8 @@ class Stats(msgspec.Struct, frozen=True):
 
     ``memory_bytes`` is what MLX's arrays hold now on its device, ``memory_peak_bytes`` the most they held.
     ``restarts`` of its process and ``resumed`` requests are the server's own counts.
+    ``window_slots_total`` are those of layers with a sliding window, where they have their own: ``_free`` belong to no
+    token, ``_cached`` to tokens that no running request's window reaches.
     ``memory_process_bytes`` is what the engine's process holds, ``memory_level`` how short memory is (``watermarks``).
     """
 
@@ -444,6 +447,9 @@ class Stats(msgspec.Struct, frozen=True):
     kv_disk_read_bytes: int = 0
     kv_disk_written_bytes: int = 0
     kv_disk_drops: dict[str, int] = {}
+    window_slots_total: int = 0
+    window_slots_free: int = 0
+    window_slots_cached: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -513,6 +519,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``vocab_size`` counts ids that are tokens; the model's own may be padded beyond.
     ``is_embedding``: it is there for its vectors alone. ``pooling`` is how a text's vector is made (``Pooling.kind``;
     empty: not at all), ``normalizes`` whether it is then scaled to length 1.
+    ``window_slots`` are those of layers whose sliding window is ``window`` tokens or less, where they have their own.
     ``budget_bytes`` is what all parts of memory fit in, of the ``device_bytes`` that other engines leave.
     """
 
@@ -545,6 +552,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int = 0
     adapter_bytes: int = 0
     lora_paths: dict[str, str] = {}
+    window_slots: int = 0
+    window: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

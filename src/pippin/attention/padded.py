@@ -36,6 +36,7 @@ class PaddedLayer:
         self._grouped = grouped
         shape = pool.shapes[layer]
         self._window = shape.window if shape else None
+        self._places = step.places(pool.is_windowed(layer))
         self._stored: tuple[mx.array, mx.array] | None = None
         # Some models set these, so that a cache that they read only in part is evaluated (DeepSeek V3.2).
         self.keys: mx.array | None = None
@@ -51,12 +52,12 @@ class PaddedLayer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stores keys and values [B, kv_heads, L, …] and returns the works' whole K and V, padded."""
-        slots = self._step.write_slots.reshape(-1)
+        slots = self._places.write_slots.reshape(-1)
         flat = [x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (keys, values)]
         if keys.shape[2] > 1:  # a NaN in scratch would reach everyone: a mask makes a weight 0, and 0 * NaN is NaN
             flat = [mx.where((slots > 0)[:, None, None], x, 0) for x in flat]
         written = self._pool.write(self._layer, slots, flat[0], flat[1], self._step.after)
-        group = self._step.groups[0]
+        group = self._places.groups[0]
         self._stored = fetch(self._pool, self._layer, group, written, lambda: group.head_rows(keys.shape[1]))
         self.keys, self.values = self._stored
         return self._stored
@@ -90,7 +91,7 @@ class Padded:
         return [run.works for run in runs]
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
-        return padded_step(works, last_token, pool.page_size if pool.in_place else None)
+        return padded_step(works, last_token, pool.page_size if pool.in_place else None, pool.windows)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         masks: dict[int | None, mx.array] = {}

@@ -38,6 +38,8 @@ class RowLayer:
         self._seam = seam
         shape = pool.shapes[layer]
         self._window = shape.window if shape else None
+        self._windowed = pool.is_windowed(layer)
+        self._places = step.places(self._windowed)
         self._stored: tuple[mx.array | Part, mx.array | Part] | None = None
         self._written: mx.array | None = None
 
@@ -70,7 +72,7 @@ class RowLayer:
 
     def _write(self) -> mx.array:
         keys, values = (settled(x) for x in self.keys_and_values())
-        return self._pool.write(self._layer, self._step.write_slots, flat(keys), flat(values), self._step.after)
+        return self._pool.write(self._layer, self._places.write_slots, flat(keys), flat(values), self._step.after)
 
     def _rotate_and_write(self, q: mx.array | Part) -> mx.array:
         """Stores K and V that are parts, and returns the queries [T, heads, dim]; at once if they are a part too."""
@@ -87,7 +89,7 @@ class RowLayer:
             Heads(q.heads, keys.heads, keys.dim, values.dim, q.first, keys.first, values.first),
             keys.turn.rope,
             positions=self._step.positions,
-            slots=self._step.write_slots,
+            slots=self._places.write_slots,
             norms=(q.norm, keys.norm),
             after=self._step.after,
         )
@@ -108,13 +110,13 @@ class RowLayer:
         """Attention of all rows, group by group; see ``seam.LayerAttention``."""
         if mask is not None and not isinstance(mask, Window):
             raise ModelError("it computes with its attention mask")
-        window = mask.size if mask is not None else self._window
+        window = (mask.size if mask is not None else None) or self._window
         if self._written is None and isinstance(self.keys_and_values()[0], Part):
             queries = self._rotate_and_write(q)
         else:
             queries = flat(settled(q))
         self._pool.note_heads(self._layer, queries.shape[1])
-        groups = self._step.groups
+        groups = self._places.groups
         if len(groups) == 1 and self._reads_pages(groups[0]) and self._seam.fusions.joined:
             return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
         parts = []
@@ -181,12 +183,8 @@ class RowLayer:
         )
 
     def _lengths(self, group: Group) -> mx.array:
-        """How many tokens each row attends to, int32 [count], or of several rows a work one for each."""
-
-        def make() -> mx.array:
-            return (group.starts if group.counts is None else self.offset[group.tokens]) + 1
-
-        return self._once((group.first, "lengths"), make)
+        """``Group.lengths``."""
+        return self._once((group.first, "lengths"), group.lengths)
 
     def _head_rows(self, group: Group) -> mx.array:
         """``Group.head_rows``."""
@@ -194,7 +192,8 @@ class RowLayer:
         return self._once((group.first, "heads", kv_heads), lambda: group.head_rows(kv_heads))
 
     def _once(self, key: tuple[int | str, ...], make: Callable[[], mx.array]) -> mx.array:
-        """What all layers share, made for the first of them that wants it."""
+        """What all layers of a kind share, made for the first of them that wants it."""
+        key = self._windowed, *key
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -214,7 +213,7 @@ class Rows:
         return [works]
 
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
-        return row_step(works, last_token, pool.page_size if pool.in_place else None, pool.rows_by_page)
+        return row_step(works, last_token, pool.page_size if pool.in_place else None, pool.rows_by_page, pool.windows)
 
     def layers(self, step: Step, pool: KVPool, seam: Seam) -> list[object]:
         shared: dict[tuple[int | str, ...], mx.array] = {}

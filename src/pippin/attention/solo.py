@@ -111,9 +111,9 @@ class Solo:
     def step(self, works: Sequence[Work], last_token: mx.array, pool: KVPool) -> Step:
         page_size = pool.page_size if pool.in_place else None
         if self._padded:
-            step, placed = padded_step(works, last_token, page_size), list(works)
+            step, placed = padded_step(works, last_token, page_size, pool.windows), list(works)
         else:
-            step = row_step(works, last_token, page_size, pool.rows_by_page)
+            step = row_step(works, last_token, page_size, pool.rows_by_page, pool.windows)
             placed = [work for _, work in sorted(zip(step.lasts, works, strict=True), key=lambda pair: pair[0])]
             if works[0].end - works[0].start > 1:
                 step = replace(step, tokens=step.tokens.reshape(1, -1))

@@ -131,8 +131,11 @@ def with_room(config: EngineConfig, batches: Sequence[Sequence[int]]) -> EngineC
 
 
 def open_ours(config: EngineConfig, progress: Callable[[Progress], None]) -> Ours:
-    """Loads the runner that serves with this configuration; ``--device torch`` is PyTorch's."""
-    runner, info = load_runner(config, progress)
+    """Loads the runner that serves with this configuration; ``--device torch`` is PyTorch's.
+
+    No scheduler lets go of slots behind windows here: all layers have as many.
+    """
+    runner, info = load_runner(dataclasses.replace(config, disable_hybrid_swa_memory=True), progress)
     torch = config.device.startswith("torch")
     overlap = not config.disable_overlap_schedule and not torch
     engine = EngineRunner(runner, info, overlap=overlap)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from pippin.cache.windows import WindowTable
 from pippin.types import Batch, Request, Slot, Token, Work
 
 _MASK = (1 << 61) - 1
@@ -44,17 +45,19 @@ class Prefixes:
 class Mismatch:
     """A slot that a request was about to read, and that does not hold its token.
 
-    ``writer`` is who wrote there last, and which of its tokens; None if nobody did.
+    ``writer`` is who wrote there last, and which of its tokens; None if nobody did. ``windowed``: of windowed layers.
     """
 
     request: Request
     position: int
     slot: Slot
     writer: tuple[str, int] | None
+    windowed: bool = False
 
     def __str__(self) -> str:
         held = "nothing" if self.writer is None else f"token {self.writer[1]} of request {self.writer[0]}"
-        return f"slot {self.slot} is to hold token {self.position} of request {self.request.id}, and holds {held}"
+        slot = f"slot {self.slot}{' of windowed layers' if self.windowed else ''}"
+        return f"{slot} is to hold token {self.position} of request {self.request.id}, and holds {held}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,73 +70,104 @@ class _Unseen:
     ticket: int
 
 
-class KVCanary:
-    """Fingerprints of ``num_slots`` slots. ``check`` every batch before it is launched, in order."""
+class _Slots:
+    """What one pool's slots are to hold; ``windows`` if it is that of windowed layers."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, windows: WindowTable | None = None) -> None:
+        self.prints = np.zeros(num_slots, np.uint64)
+        self.writers: list[tuple[str, int] | None] = [None] * num_slots
+        self.unseen: list[_Unseen] = []
+        self.windows = windows
+
+    def reset(self) -> None:
+        self.prints[:] = 0
+        self.writers = [None] * len(self.writers)
+        self.unseen.clear()
+
+    def first(self, work: Work) -> int:
+        """The first token that the work reads."""
+        return self.windows.first(work.start) if self.windows is not None else 0
+
+    def of(self, request: Request, begin: int, end: int) -> npt.NDArray[np.int32]:
+        """The slots of tokens[begin:end]."""
+        slots = np.array(request.slots[begin:end], np.int32)
+        return self.windows.slots(slots) if self.windows is not None else slots
+
+
+class KVCanary:
+    """Fingerprints of ``num_slots`` slots, and of those that ``windows`` has.
+
+    ``check`` every batch before it is launched, in order.
+    """
+
+    def __init__(self, num_slots: int, windows: WindowTable | None = None) -> None:
         self.num_mismatches = 0
         """Requests that would have read a wrong slot."""
-        self._prints = np.zeros(num_slots, np.uint64)
-        self._writers: list[tuple[str, int] | None] = [None] * num_slots
+        self._main = _Slots(num_slots)
+        self._pools = [self._main, *([_Slots(windows.num_slots, windows)] if windows is not None else [])]
         self._prefixes: WeakKeyDictionary[Request, Prefixes] = WeakKeyDictionary()
-        self._unseen: list[_Unseen] = []
         self._tickets = _UNSEEN
 
     def reset(self) -> None:
         """Nothing is in the pool any more."""
-        self._prints[:] = 0
-        self._writers = [None] * len(self._writers)
-        self._unseen.clear()
+        for pool in self._pools:
+            pool.reset()
 
     def check(self, batch: Batch) -> list[Mismatch]:
         """Takes a step's writes in, and then looks at all that it reads; the first wrong slot of each request.
 
         Each layer writes all rows before any is read, so a work may read what another of the same step writes.
         """
-        self._see()
-        for work in batch.works:
-            self._write(work)
-        found = [m for work in batch.works if (m := self._read(work)) is not None]
-        self.num_mismatches += len(found)
-        return found
+        wrong: dict[Request, Mismatch] = {}
+        for pool in self._pools:
+            self._see(pool)
+            for work in batch.works:
+                self._write(pool, work)
+            for work in batch.works:
+                found = self._read(pool, work)
+                if found is not None:
+                    wrong.setdefault(work.request, found)
+        self.num_mismatches += len(wrong)
+        return [*wrong.values()]
 
     def restored(self, tokens: Sequence[Token], begin: int, slots: Sequence[Slot]) -> None:
         """tokens[begin:] were written to ``slots`` from elsewhere."""
         end = begin + len(slots)
-        self._prints[list(slots)] = Prefixes().upto(tokens, end)[begin:]
+        self._main.prints[list(slots)] = Prefixes().upto(tokens, end)[begin:]
         for position, slot in enumerate(slots, begin):
-            self._writers[slot] = "(restored)", position
+            self._main.writers[slot] = "(restored)", position
 
-    def _see(self) -> None:
+    def _see(self, pool: _Slots) -> None:
         """What the step before drew has been seen by now, or its request has ended without."""
-        for unseen in self._unseen:
-            if self._prints[unseen.slot] == unseen.ticket:
+        for unseen in pool.unseen:
+            if pool.prints[unseen.slot] == unseen.ticket:
                 known = len(unseen.request.tokens) > unseen.position
-                self._prints[unseen.slot] = self._expected(unseen.request, unseen.position + 1)[-1] if known else 0
-        self._unseen.clear()
+                pool.prints[unseen.slot] = self._expected(unseen.request, unseen.position + 1)[-1] if known else 0
+        pool.unseen.clear()
 
     def _expected(self, request: Request, end: int) -> Prints:
         return self._prefixes.setdefault(request, Prefixes()).upto(request.tokens, end)
 
-    def _write(self, work: Work) -> None:
+    def _write(self, pool: _Slots, work: Work) -> None:
         request, seen = work.request, min(work.end, len(work.request.tokens))
-        slots = request.slots[work.start : work.end].tolist()
-        self._prints[slots[: seen - work.start]] = self._expected(request, seen)[work.start :]
+        slots = pool.of(request, work.start, work.end).tolist()
+        pool.prints[slots[: seen - work.start]] = self._expected(request, seen)[work.start :]
         for position, slot in enumerate(slots, work.start):
-            self._writers[slot] = request.id, position
+            pool.writers[slot] = request.id, position
         if seen < work.end:
             self._tickets += 1
-            self._prints[slots[-1]] = self._tickets
-            self._unseen.append(_Unseen(request, work.end - 1, slots[-1], self._tickets))
+            pool.prints[slots[-1]] = self._tickets
+            pool.unseen.append(_Unseen(request, work.end - 1, slots[-1], self._tickets))
 
-    def _read(self, work: Work) -> Mismatch | None:
-        request, seen = work.request, min(work.end, len(work.request.tokens))
-        slots = np.array(request.slots[: work.end], np.int64)
-        wrong = np.flatnonzero(self._prints[slots[:seen]] != self._expected(request, seen))
-        at = int(wrong[0]) if len(wrong) else None
-        if at is None and seen < work.end and not any(u.ticket == self._prints[slots[-1]] for u in self._mine(request)):
+    def _read(self, pool: _Slots, work: Work) -> Mismatch | None:
+        request, seen, first = work.request, min(work.end, len(work.request.tokens)), pool.first(work)
+        slots = pool.of(request, first, work.end)
+        wrong = np.flatnonzero(pool.prints[slots[: seen - first]] != self._expected(request, seen)[first:])
+        at = first + int(wrong[0]) if len(wrong) else None
+        mine = [u.ticket for u in pool.unseen if u.request is request]
+        if at is None and seen < work.end and pool.prints[slots[-1]] not in mine:
             at = work.end - 1
-        return None if at is None else Mismatch(request, at, int(slots[at]), self._writers[slots[at]])
-
-    def _mine(self, request: Request) -> list[_Unseen]:
-        return [u for u in self._unseen if u.request is request]
+        if at is None:
+            return None
+        slot = int(slots[at - first])
+        return Mismatch(request, at, slot, pool.writers[slot], pool.windows is not None)

@@ -97,6 +97,11 @@ class CacheLayout:
         """This with quantized slots, in each layer where that is possible; states stay what they are."""
         return replace(self, shapes=tuple(s and s.quantized(packing) for s in self.shapes))
 
+    def reach(self, context_length: int) -> int | None:
+        """The longest window that is shorter than the context; None if there is none: all layers may see all of it."""
+        windows = [s.window for s in self.shapes if s and s.window]
+        return max((w for w in windows if w < context_length), default=None)
+
     def nest(self, layers: Sequence[object], states: Sequence[object] = ()) -> list[object]:
         """The caches in the model's own arrangement. Raises ModelError if it has states and none are given."""
         if self.states and not states:
@@ -111,3 +116,8 @@ class CacheLayout:
 def bytes_per_slot(shapes: Sequence[LayerShape | None]) -> int:
     """Bytes that one token takes in all layers together."""
     return sum(s.bytes_per_slot for s in shapes if s)
+
+
+def is_within(shape: LayerShape | None, reach: int | None) -> bool:
+    """Whether a layer looks back no further than ``reach`` tokens: its slots are those of the windowed layers' pool."""
+    return shape is not None and shape.window is not None and reach is not None and shape.window <= reach

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from pippin import kernels
-from pippin.cache.layout import CacheLayout, LayerShape, bytes_per_slot
+from pippin.cache.layout import CacheLayout, LayerShape, is_within
 from pippin.cache.state import StateStore
+from pippin.cache.windows import WindowTable
 from pippin.kernels import PackedPool, Pool, storage
 
 
@@ -27,6 +28,7 @@ class KVPool:
     ``states`` holds what the model keeps beside K and V, None for most; ``layout`` says how all of it is arranged.
     ``tile_rows`` is the most rows of a tile that ``kernels.paged_extend`` takes in every layer, None until each has
     attended once.
+    ``windows``: layers that look back no further than its reach have so many slots as it says, and other ones.
     """
 
     def __init__(
@@ -36,13 +38,15 @@ class KVPool:
         page_size: int = 1,
         layout: CacheLayout | None = None,
         states: StateStore | None = None,
+        windows: WindowTable | None = None,
     ) -> None:
         self.shapes = tuple(shapes)
         self.layout = layout or CacheLayout.of(self.shapes)
         self.states = states or (StateStore(self.layout.states) if self.layout.states else None)
         self.num_slots = num_slots
         self.page_size = page_size
-        self._layers = [_arrays_of(s, num_slots) if s else None for s in self.shapes]
+        self.windows = windows
+        self._layers = [_arrays_of(s, self.slots_of(i)) if s else None for i, s in enumerate(self.shapes)]
         mx.eval(self.arrays)
         stored = [layer for layer in self._layers if layer]
         self.in_place = all(kernels.writes_in_place(*layer) for layer in stored)
@@ -57,7 +61,15 @@ class KVPool:
 
     @property
     def nbytes(self) -> int:
-        return self.num_slots * bytes_per_slot(self.shapes)
+        return sum(s.bytes_per_slot * self.slots_of(i) for i, s in enumerate(self.shapes) if s)
+
+    def is_windowed(self, index: int) -> bool:
+        """Whether a layer's slots are others than those that requests hold."""
+        return self.windows is not None and is_within(self.shapes[index], self.windows.reach)
+
+    def slots_of(self, index: int) -> int:
+        """How many slots a layer has."""
+        return self.windows.num_slots if self.windows is not None and self.is_windowed(index) else self.num_slots
 
     def layer(self, index: int) -> tuple[Pool, Pool]:
         """K and V of the model's cache ``index``; LookupError if the model stored nothing there when measured."""

@@ -7,8 +7,8 @@ count is never below a child's, so what no one holds are whole subtrees, and the
 The recency of a node is the time of its last release: until then it can't be evicted anyway.
 
 For models with a recurrent state (``snapshots``), a prefix is reused only up to a node at whose end a snapshot of it
-is kept. For models with windowed layers (``windows``), up to where the last pages have their slots in those too. A node's
-``gone`` are the beginnings of what was evicted behind it, to tell why a prompt finds no more.
+is kept. For models with windowed layers (``windows``), up to where the last pages have their slots in those too. A
+node's ``gone`` are the beginnings of what was evicted behind it, to tell why a prompt finds no more.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ class RadixCache:
         return Match(found.slots + slots[done:end], grown)
 
     def lend(self, tokens: Sequence[int], slots: array[int], end: int, pin: object | None = None) -> None:
-        """Gives pages of tokens[:end] after the pin that have no slots in windowed layers those of ``slots``, their twins.
+        """Gives pages of tokens[:end] after the pin, if they have no slots in windowed layers, those of their twins.
 
-        The caller is about to fill them; the pages stay his own, and his pin where it is.
+        Those are ``slots``, which the caller is about to fill; they stay his own, and his pin where it is.
         """
         assert self.windows is not None
         node = self._node(pin)
@@ -270,14 +270,12 @@ class RadixCache:
 
     def _open_ends(self, windows: WindowPages, node: Node, path: list[tuple[Node, int]]) -> npt.NDArray[np.int64]:
         """Tokens after which a window's last pages have their slots, on a path below ``node``: rising, int64 [n]."""
-        before = _tokens()
-        above, left = node, windows.before * self._page
-        while left > len(before) and above.parent is not None:
-            before, above = above.slots[len(before) - left :] + before, above.parent
-        slots = before
+        slots, above, left = _tokens(), node, windows.before * self._page
+        while left > len(slots) and above.parent is not None:
+            slots, above = above.slots[len(slots) - left :] + slots, above.parent
+        begin = node.end - len(slots)
         for child, same in path:
             slots += child.slots[:same]
-        begin = node.end - len(before)
         ends = begin + self._page * (1 + windows.ends(slots, begin // self._page).nonzero()[0])
         return ends[ends > node.end]
 

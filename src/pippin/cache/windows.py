@@ -1,7 +1,7 @@
 """The second, smaller pool of pages, for layers that look back only so far. Plain Python and numpy.
 
-A page of the cache has its slots in the layers that see everything for as long as it is somebody's. In windowed layers it
-has slots of a pool of their own, while somebody's window reaches it and for as long as nobody else needs them: what
+A page of the cache has its slots in the layers that see everything for as long as it is somebody's. In windowed layers
+it has slots of a pool of their own, while somebody's window reaches it and for as long as nobody else needs them: what
 lies behind all windows is given up only when there are no others. So the tree keeps pages, as ever, and a prefix can be
 reused where its last pages still have their slots in both pools.
 
@@ -69,13 +69,13 @@ def span(reach: int, page_size: int) -> int:
     return -(-(reach - 1) // page_size) + 1
 
 
-def streams(window_pages: int, reach: int, page_size: int, chunk: int, length: int) -> int:
+def streams(window_slots: int, reach: int, page_size: int, chunk: int, length: int) -> int:
     """Requests of ``length`` tokens that may run at a time, by their windows: one, if no more.
 
     A step's prompts beside them take up to ``chunk`` tokens more than their windows.
     """
     each = min(-(-length // page_size), span(reach, page_size))
-    return max(1, (window_pages - _ahead(chunk, page_size)) // each)
+    return max(1, (window_slots // page_size - _ahead(chunk, page_size)) // each)
 
 
 def least_pages(reach: int, page_size: int, chunk: int) -> int:
@@ -158,7 +158,7 @@ class WindowPages:
             self._holds[mine] = 1
 
     def share(self, pages: Sequence[int], others: Sequence[int]) -> None:
-        """``others`` of the cache's pages are of the same tokens as ``pages``: who has no slots gets those of the twin."""
+        """``others`` of the cache's pages are of the same tokens as ``pages``: if they have no slots they get those."""
         table = self.table.pages
         for page, other in zip(pages, others, strict=True):
             mine, theirs = int(table[page]), int(table[other])
@@ -280,7 +280,7 @@ class WindowPages:
 
     def _evict(self, count: int) -> None:
         """Frees ``count`` pages that no one holds, whose owners stay in the cache without."""
-        freed = []
+        freed: list[int] = []
         while len(freed) < count and (self._behind or self._ends):
             mine, _ = (self._behind or self._ends).popitem(last=False)
             for page in self._owners[mine]:
@@ -296,6 +296,8 @@ class WindowPages:
         return self.table.first(computed - computed % self._size) // self._size
 
     def _tail(self, end: int) -> range:
-        """The last pages of tokens[:end], whole ones, that a prefix of them needs."""
-        pages = end // self._size
-        return range(self._first(pages * self._size), pages)
+        """The last pages of tokens[:end], whole ones, that a prefix of them needs, or of one token less.
+
+        Who asks the same again computes the prompt's last token.
+        """
+        return range(self._first(max(0, end - 1)), end // self._size)

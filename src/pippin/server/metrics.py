@@ -141,6 +141,13 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
         ("kv_disk_bytes", "Bytes of K and V on disk, by the last look.", stats.kv_disk_bytes),
         ("kv_disk_restoring_reqs", "Requests that wait for K and V from disk.", stats.kv_disk_restoring),
+        (
+            "window_slots",
+            "KV slots that windowed layers have of their own.",
+            stats.window_slots_total,
+        ),
+        ("window_slots_free", "Of these, those of no token.", stats.window_slots_free),
+        ("window_slots_cached", "Of these, those that no request's window reaches.", stats.window_slots_cached),
         ("num_mamba_snapshots", "Snapshots of recurrent state kept for reuse.", stats.snapshots),
         ("memory_bytes", "Bytes of MLX's arrays on its device.", stats.memory_bytes),
         ("memory_peak_bytes", "The most bytes that they had so far.", stats.memory_peak_bytes),
