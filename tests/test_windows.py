@@ -22,7 +22,7 @@ from pippin.probe import Choice
 from pippin.types import CacheMiss, Request
 from tests.checkpoints import WINDOW, make_checkpoint
 from tests.fake_device import Loop, endless
-from tests.test_core import GREEDY, as_on_a_gpu, make_core, prompts, replace_params, run, submits
+from tests.cores import GREEDY, as_on_a_gpu, make_core, prompts, replace_params, run, submits
 
 __all__ = ["as_on_a_gpu"]
 
