@@ -21,10 +21,9 @@ from pippin.memory import MemoryPlan, plan_memory
 from pippin.probe import Choice
 from pippin.types import CacheMiss, Request
 from tests.checkpoints import WINDOW, make_checkpoint
+from tests.compiling import play_gpu
+from tests.cores import GREEDY, make_core, prompts, replace_params, run, submits
 from tests.fake_device import Loop, endless
-from tests.cores import GREEDY, as_on_a_gpu, make_core, prompts, replace_params, run, submits
-
-__all__ = ["as_on_a_gpu"]
 
 
 def windows_of(loop: Loop) -> WindowPages:
@@ -253,7 +252,8 @@ def tokens_twice(core: EngineCore, rows: list[list[int]]) -> list[list[int]]:
 def compare(path: Path, options: dict[str, Any]) -> EngineCore:
     """Tokens with a pool of their own are those with one for all; the engine of the first."""
     rows = prompts(5, 80)
-    kinds = {name: value for name, value in options.items() if name in ("kv_cache_dtype",)}
+    options = {"skip_server_warmup": True, **options}
+    kinds = {name: options[name] for name in ("kv_cache_dtype", "skip_server_warmup") if name in options}
     expected = tokens_twice(make_core(path, disable_hybrid_swa_memory=True, **kinds), rows)
     core = make_core(path, kv_canary="raise", **options)
     assert core.info.window_slots < core.info.max_total_tokens
@@ -275,9 +275,11 @@ def test_tokens_are_the_same_as_with_one_pool_for_all_layers(checkpoint: Path, o
         assert core.stats.retractions > 0
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("options", [{"page_size": 4}, {"page_size": 8, "disable_graph": True}], ids=str)
-def test_tokens_are_the_same_by_page_and_in_graphs(checkpoint: Path, options: dict[str, Any]) -> None:
+def test_tokens_are_the_same_by_page_and_in_graphs(
+    checkpoint: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_gpu(monkeypatch)
     compare(checkpoint, {**SMALL, **options})
 
 

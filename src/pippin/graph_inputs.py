@@ -91,11 +91,13 @@ def _unpacked(packed: mx.array, shape: StepShape) -> StepInputs:
 def packed_size(shape: StepShape, width: int, windows: WindowTable | None = None) -> int:
     """How many numbers a step's inputs are, with a page table ``width`` wide."""
     cuts = 2 * shape.works + 3 * shape.tiles if shape.tiles else 0
-    return LINES * shape.rows + cuts + shape.works * width + (_window_size(shape, windows) if windows is not None else 0)
+    return LINES * shape.rows + cuts + shape.works * width + _window_size(shape, windows)
 
 
-def _window_size(shape: StepShape, windows: WindowTable) -> int:
-    more = -(-shape.rows // windows.page_size) if shape.tiles else 0  # pages that a work may fill behind its first token
+def _window_size(shape: StepShape, windows: WindowTable | None) -> int:
+    if windows is None:
+        return 0
+    more = -(-shape.rows // windows.page_size) if shape.tiles else 0  # that a work may fill behind its first token's
     return 2 * shape.rows + shape.works * (windows.span + more)
 
 

@@ -247,9 +247,7 @@ def _group_key(work: Work, several: int) -> tuple[int, int]:
     return (0, work.end) if count == 1 else (1 if count <= several else 2, 0)
 
 
-def _groups(
-    works: Sequence[Work], page_size: int | None, several: int, read: _Contexts | _Tails = _ALL
-) -> list[Group]:
+def _groups(works: Sequence[Work], page_size: int | None, several: int, read: _Contexts | _Tails = _ALL) -> list[Group]:
     """Cuts works, as ``_group_key`` orders them, into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
