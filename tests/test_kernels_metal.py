@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from pippin.kernels import fused, paged
+from pippin.kernels import fused, latent, paged
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, small_inputs
 from pippin.kernels.packing import PACKINGS, PackedPool, Pool
@@ -117,6 +117,12 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
 
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         record_pools(dtype, mx.zeros((9, 2, 128), dtype=dtype))
+        latents, keys = (mx.zeros((9, 1, d), dtype=dtype) for d in (512, 64))
+        q, turned = (mx.zeros((3, 16, d), dtype=dtype) for d in (512, 64))
+        where = mx.zeros((3, 4), dtype=mx.int32), mx.zeros(3, dtype=mx.int32)
+        for splits in (1, 2):
+            part = latent.Cut(8, 2, 1, splits)
+            latent.latent_decode(record, q, turned, latents, keys, *where, Form(1, 0.1), part)
     for packing in PACKINGS:
         record_pools(mx.bfloat16, PackedPool.zeros(9, line_of(packing, 2, 128), mx.bfloat16))
     return found
@@ -142,6 +148,7 @@ def test_every_variant_is_here() -> None:
         "paged_reduce",
         *rows,
         *decodes,
+        *(f"latent_decode{s}" for s in suffixes),
         *(f"paged_extend{s}" for s in suffixes),
         *(f"{name}_packed{kind}" for name in over_pools for kind in (4, 8, 43)),
     }

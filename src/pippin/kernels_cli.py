@@ -10,7 +10,7 @@ from pippin.backend import prepare
 from pippin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pippin.kernels.build.variants import ModelShape
+    from pippin.kernels.build.shapes import ModelShape
 
 kernels = typer.Typer(
     name="kernels", help="Build, tune and check the GPU kernels of this machine.", no_args_is_help=True
@@ -25,6 +25,8 @@ def build(
     arch: Annotated[str | None, typer.Option(help="CUDA architecture to build for, such as sm_90.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, if not the checkpoint's.")] = None,
     page_size: Annotated[int, typer.Option(help="As `pippin serve` will be told.", min=1)] = 1,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As `pippin serve` will be told.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="As `pippin serve` will be told.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say what the build would need and lacks here.")] = False,
 ) -> None:
     """Compile a model's kernels into the user's cache, so that no server has to.
@@ -42,7 +44,7 @@ def build(
         lacks = missing(platform, machine)
         typer.echo("\n".join(lacks) if lacks else f"everything that a {platform} build needs is here")
         raise typer.Exit(1 if lacks else 0)
-    shape = _shape(model_path, page_size, dtype)
+    shape = _shape(model_path, page_size, dtype, kv_cache_dtype, quantization)
     done = build_kernels(platform, [shape], machine, lambda name: typer.echo(f"  {name}"), arch)
     typer.echo(f"{done.kernels} kernels, {done.compiled} compiled in {done.seconds:.1f} s: {done.folder}")
 
@@ -89,12 +91,23 @@ def check(
     raise typer.Exit(1 if failed or not outcomes else 0)
 
 
-def _shape(model_path: str | None, page_size: int, dtype: str | None) -> ModelShape:
+def _shape(
+    model_path: str | None, page_size: int, dtype: str | None, kv_cache_dtype: str, quantization: str | None
+) -> ModelShape:
+    from pippin.config import KV_CACHE_DTYPES
     from pippin.demo import demo_model_path
-    from pippin.kernels.build.variants import DTYPES, read_config, shape_of_config
+    from pippin.kernels import PACKINGS
+    from pippin.kernels.build.shapes import DTYPES, Codes, read_config, shape_of_config
     from pippin.models.download import find_checkpoint
+    from pippin.models.quantize import BITS, GROUP_SIZE
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"must be one of {', '.join(DTYPES)}, not {dtype!r}", "--dtype")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"must be one of {', '.join(KV_CACHE_DTYPES)}, not {kv_cache_dtype!r}", "--kv-cache-dtype")
+    if quantization not in (None, *BITS):
+        raise ConfigError(f"must be one of {', '.join(BITS)}, not {quantization!r}", "--quantization")
+    packing = next((p for p in PACKINGS if kv_cache_dtype.startswith(p)), None)
+    codes = Codes(GROUP_SIZE, BITS[quantization]) if quantization else None
     folder = find_checkpoint(model_path, None, ["config.json"]) if model_path else demo_model_path()
-    return shape_of_config(read_config(folder), page_size, DTYPES[dtype] if dtype else None)
+    return shape_of_config(read_config(folder), page_size, DTYPES[dtype] if dtype else None, packing, codes)

@@ -15,9 +15,10 @@ from pippin.kernels.build import toolchain
 from pippin.kernels.build.cuda import Tell, build_cuda
 from pippin.kernels.build.metal import build_metal
 from pippin.kernels.build.prebuilt import Recorded
+from pippin.kernels.build.shapes import ModelShape
 from pippin.kernels.build.store import Key
 from pippin.kernels.build.toolchain import Machine
-from pippin.kernels.build.variants import ModelShape, variants
+from pippin.kernels.build.variants import variants
 
 
 @dataclass(frozen=True, slots=True)
