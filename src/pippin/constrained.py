@@ -84,7 +84,11 @@ class GrammarRequests:
         params = request.params
         if matcher is None or request.finish is not None or params.logprobs or params.prompt_logprobs:
             return None
-        tokens = matcher.forced()
+        try:
+            tokens = matcher.forced()
+        except Exception as error:
+            self._scheduler.fail(request, self._broken(request, error))
+            return Output(request.id, num_cached=request.num_cached, finish=request.finish)
         if len(tokens) < LEAST_FORCED:
             return None
         finish = self.follow(request, tokens)
@@ -108,9 +112,12 @@ class GrammarRequests:
         except RequestError as error:
             return failed(error)
         except Exception as error:
-            log.exception("the grammar of request %s failed", request.id)
-            return Finish("error", None, f"the grammar of this request failed ({type(error).__name__})")
+            return self._broken(request, error)
         return Finish("stop") if matcher.ended else None
+
+    def _broken(self, request: Request, error: Exception) -> Finish:
+        log.error("the grammar of request %s failed", request.id, exc_info=error)
+        return Finish("error", None, f"the grammar of this request failed ({type(error).__name__})")
 
     def masks(self, works: Sequence[Work], outputs: list[Output]) -> Callable[[], npt.NDArray[np.uint32]]:
         """What each work may draw, in a while. A request whose grammar can't go on fails then, alone."""

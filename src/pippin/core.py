@@ -204,6 +204,11 @@ class EngineCore:
                     continue
             except RequestError as error:
                 request.finish = failed(error)
+            except Exception as error:
+                log.exception("request %s could not be queued", request.id)
+                request.finish = Finish(
+                    "error", None, f"the engine could not queue the request ({type(error).__name__})"
+                )
             self._notices.append(Output(request.id, finish=request.finish))
 
     def _move(self, disk: DiskTier) -> None:
@@ -313,6 +318,7 @@ class EngineCore:
             if self._memory.level == "hard":
                 self._scheduler.shed()
         batch = self._scheduler.schedule()
+        self._note_mending(outputs)
         if self._profile is not None:
             self._profile.scheduled(began, batch)
         if self._canary is not None and batch is not None:
@@ -351,9 +357,7 @@ class EngineCore:
             faulty[mismatch.request] = Finish("error", None, f"the KV cache is not what it should be: {mismatch}")
         if not faulty:
             return batch
-        canary.reset()
-        if self._disk is not None:
-            self._disk.reset()
+        self._forget_slots()
         self._scheduler.start_over(batch, faulty)
         outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in faulty]
         return None
@@ -430,7 +434,22 @@ class EngineCore:
                     pooled=vector_of(request),
                 )
             )
+        self._note_mending(found)
         return found
+
+    def _note_mending(self, outputs: list[Output]) -> None:
+        """What the scheduler had to mend: who ended with it is told, and nobody else knows of slots any more."""
+        ended = self._scheduler.mended()
+        if ended is None:
+            return
+        outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in ended]
+        self._forget_slots()
+
+    def _forget_slots(self) -> None:
+        if self._canary is not None:
+            self._canary.reset()
+        if self._disk is not None:
+            self._disk.reset()
 
     def _drop(self, batch: Batch, kind: str, outputs: list[Output]) -> None:
         """Takes back a step that failed, and the one in flight: their requests run again one by one, from nothing.
@@ -445,10 +464,7 @@ class EngineCore:
         if guilty is not None:
             outputs.append(Output(guilty.id, num_cached=guilty.num_cached, finish=finish))
         self._runner.reset()
-        if self._canary is not None:
-            self._canary.reset()
-        if self._disk is not None:
-            self._disk.reset()
+        self._forget_slots()
 
 
 def vector_of(request: Request) -> bytes:

@@ -7,6 +7,7 @@ moves, and no one who has a Work in the batch being built can lose his slots.
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
 from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
+
+log = logging.getLogger(__name__)
 
 HEADROOM = 16
 """Tokens that each running request can still draw, by count, when another is admitted: fewer retractions."""
@@ -60,7 +63,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []  # by rank
         self._waiting: list[Request] = []  # by rank, retracted ones first
-        self._rows = list(range(max_running, 0, -1))  # row 0 is scratch
+        self._max_running = max_running
+        self._rows = self._all_rows()
         self._added = 0
         self._lpm_turn = 0
         self._retractions = 0
@@ -71,6 +75,8 @@ class Scheduler:
         self.held = False  # memory is short: no one is admitted while others run
         self._suspects: set[Request] = set()  # run alone until they have drawn a token
         self.holdings = Holdings(allocator, radix, self._suspects)
+        self._at: Request | None = None  # whose run is being changed
+        self._mended: list[Request] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +146,14 @@ class Scheduler:
         While someone may be admitted, prompts in progress get half of the budget first, newcomers the other half;
         what they leave goes back to the prompts in progress.
         """
+        try:
+            return self._schedule()
+        except Exception:
+            log.exception("a step could not be planned")
+        self._mend()
+        return None
+
+    def _schedule(self) -> Batch | None:
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
         self.holdings.plan(self._running)
         if self._suspects and self._alone(min(self._suspects, key=_rank), plan):
@@ -162,7 +176,8 @@ class Scheduler:
         """Retracts the lower half of those that run, so that steps take less memory; returns how many that is."""
         number = len(self._running) // 2
         for request in self._running[len(self._running) - number :][::-1]:
-            self._retract(request)
+            if request.row >= 0:
+                self._retract(request)
         return number
 
     def finish(self, batch: Batch, results: Sequence[RowResult]) -> list[Update]:
@@ -233,9 +248,7 @@ class Scheduler:
         self._suspects |= requests
         if guilty is not None:
             self._end(guilty, finish)
-        for request in tuple(self._running):
-            self._retract(request, keep=False)
-        self.holdings.flush()
+        self._vacate()
         return guilty
 
     def _undo(self, work: Work) -> None:
@@ -258,16 +271,47 @@ class Scheduler:
             request.length -= work.samples
             if work.logprobs_from is not None:
                 request.scored = work.logprobs_from - 1
-        self.holdings.reset(self._running)
-        for request in self._running:
-            self._rows.append(request.row)
-            request.row = -1
-            request.retractions += 1
-            insort(self._waiting, request, key=_queue_rank)
-        self._retractions += len(self._running)
-        self._running.clear()
+        self._vacate()
         for request, finish in faulty.items():
             self._end(request, finish)
+
+    def mended(self) -> list[Request] | None:
+        """None unless an error of its own has been mended since this was asked; then those that ended with it.
+
+        Everything has started over then, with an empty cache: what else is known of slots is to be forgotten.
+        """
+        ended, self._mended = self._mended, None
+        return ended
+
+    def _mend(self) -> None:
+        """After an error in what is kept of slots and of the tree, which may be half done: everything starts over.
+
+        Whose run was being changed runs alone from here on, and ends if it did already.
+        """
+        request, self._at = self._at, None
+        self._mended = self._mended or []
+        self._vacate()
+        if request is None or request.finish is not None:
+            return
+        if request in self._suspects:
+            self._end(request, Finish("error", None, "the engine failed on this request (its place in the cache)"))
+            self._mended.append(request)
+        self._suspects |= {request} if request.finish is None else set()
+
+    def _vacate(self) -> None:
+        """Ends all runs at once, unfinished ones wait. Every page is free again, and the tree is empty."""
+        runs = {r for r in (*self._running, *self._requests.values()) if r.row >= 0}
+        self.holdings.reset(runs)
+        for request in runs:
+            request.row = -1
+            request.retractions += 1
+        self._retractions += len(runs)
+        self._running.clear()
+        self._rows = self._all_rows()
+        self._waiting = sorted(self._requests.values(), key=_queue_rank)
+
+    def _all_rows(self) -> list[int]:
+        return list(range(self._max_running, 0, -1))  # row 0 is scratch
 
     # --- limits ---
 
@@ -372,6 +416,7 @@ class Scheduler:
 
         ``whole``: only if no more tokens than that are left to compute.
         """
+        self._at = request
         found = self.holdings.find(request)
         cached = len(found.slots)
         wanted = self._claim(request) - self.holdings.pages(cached)
@@ -395,6 +440,7 @@ class Scheduler:
 
     def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans up to ``budget`` more tokens of a request, as far as pages go; returns how many."""
+        self._at = request
         prefill = _is_prefill(request)
         if prefill and request not in plan:
             self.holdings.rematch(request)
@@ -416,11 +462,16 @@ class Scheduler:
         return end - begin
 
     def _batch(self, plan: dict[Request, int]) -> Batch:
-        works = [self._work(request, start) for request, start in plan.items()]
+        snapshots = [self._planned(request) for request in plan]
+        works = [self._work(r, start, *kept) for (r, start), kept in zip(plan.items(), snapshots, strict=True)]
         works.sort(key=lambda work: work.end - work.start > 1)
         return Batch(tuple(works))
 
-    def _work(self, request: Request, start: int) -> Work:
+    def _planned(self, request: Request) -> tuple[int | None, int | None]:
+        self._at = request
+        return self.holdings.planned(request)
+
+    def _work(self, request: Request, start: int, restore: int | None, save: int | None) -> Work:
         end, scores = request.computed, None
         samples = end == request.length and request.pooling is None
         if start < request.num_prompt or end - start > 1:
@@ -431,7 +482,6 @@ class Scheduler:
             scores = request.scored + 1
             request.scored = min(end, request.num_prompt)
         request.length += samples
-        restore, save = self.holdings.planned(request)
         return Work(request, start, end, samples, scores, restore, save, _pools_from(request, end))
 
     # --- ends ---
@@ -449,9 +499,19 @@ class Scheduler:
             if request.pooling is not None:
                 request.pooled, request.scored = None, 0
             self._suspects.add(request)
-            if request.row >= 0:
-                self._retract(request, keep=False)
+            self._set_aside(request)
         self.holdings.flush()
+
+    def _set_aside(self, request: Request) -> None:
+        """Ends its run, for it to start over."""
+        if request.row < 0:
+            return
+        try:
+            self._retract(request, keep=False)
+            return
+        except Exception:
+            log.exception("request %s could not be put back", request.id)
+        self._mend()
 
     def _take(self, work: Work, result: RowResult) -> RowResult:
         """Appends a token that was drawn, and ends the request if it is its last; returns what is worth telling."""
@@ -495,8 +555,13 @@ class Scheduler:
         del self._requests[request.id]
         if request.row < 0:
             self._waiting.remove(request)
-        else:
+            return
+        try:
             self._leave(request, keep=finish.reason != "error")
+            return
+        except Exception:
+            log.exception("what request %s had computed could not be kept", request.id)
+        self._mend()
 
     def _retract(self, request: Request, keep: bool = True) -> None:
         """Takes a running request's slots; it waits at the front of its priority, and starts over when resumed."""
@@ -507,6 +572,7 @@ class Scheduler:
 
     def _leave(self, request: Request, keep: bool = True) -> None:
         """Ends a request's run. ``keep`` False: its recurrent state is not to be trusted."""
+        self._at = request
         self.holdings.leave(request, keep)
         self._running.remove(request)
         self._rows.append(request.row)

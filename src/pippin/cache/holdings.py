@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from pippin.cache.radix import Match, Node, RadixCache
 from pippin.cache.slots import SlotAllocator
@@ -97,7 +97,7 @@ class Holdings:
         self._allocator.free(self._allocator.pages_of(request.slots[request.shared :]))
         self._empty(request)
 
-    def reset(self, running: Sequence[Request]) -> None:
+    def reset(self, running: Iterable[Request]) -> None:
         """Ends the runs of all requests at once. Every page is free again, whoever had it, and the tree is empty."""
         for request in running:
             self._let_go(request)

@@ -102,6 +102,11 @@ class GrammarCompiler:
             return future.result()
         except RequestError as error:  # perhaps of a request that spelled its field otherwise
             raise RequestError(f"{grammar.field}: {error.message}", grammar.field, error.status) from error
+        except Exception:  # of the moment, perhaps: the next one may try again
+            with self._lock:
+                if self._compiled.get(key) is future:
+                    del self._compiled[key]
+            raise
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         vocabulary = self._vocabulary.result()
