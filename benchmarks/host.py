@@ -12,7 +12,7 @@ import statistics
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pippin import kernels
-from pippin.kernels.launch import Launch
+from pippin.kernels.launch import Launch, Source
 from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
@@ -34,7 +34,7 @@ class Phantom:
 
     def __init__(self) -> None:
         self.names: Counter[str] = Counter()
-        self.variants: set[tuple[object, ...]] = set()
+        self.variants: set[tuple[Source, object, tuple[bool, ...]]] = set()
 
     def __call__(self, what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
         self.names[what.source.name] += 1
@@ -55,16 +55,27 @@ def _zero(dtype: mx.Dtype) -> mx.array:
 @contextmanager
 def phantom_gpu() -> Iterator[Phantom]:
     """Makes kernels believe in a GPU whose launches compute nothing."""
-    phantom = Phantom()
-    with (
-        mock.patch.object(kernels, "backend", lambda: "cuda"),
-        mock.patch.object(kernels, "gpu_launcher", lambda platform, stream=None: phantom),
-        mock.patch.object(kernels, "prefer_built", lambda platform, jit, stream=None: jit),
-        mock.patch.object(kernels, "_verdicts", lambda *_: AllRight()),
+    phantom, verdicts = Phantom(), AllRight()
+
+    def backend() -> str:
+        return "cuda"
+
+    def launcher(*_: object) -> Phantom:
+        return phantom
+
+    def all_right(*_: object) -> AllRight:
+        return verdicts
+
+    kernels._gpu.cache_clear()
+    with mock.patch.multiple(
+        kernels, backend=backend, gpu_launcher=launcher, prefer_built=launcher, _verdicts=all_right
     ):
-        kernels._gpu.cache_clear()
         yield phantom
     kernels._gpu.cache_clear()
+
+
+def unqueued(*_: object) -> None:
+    """Stands for ``mx.async_eval``."""
 
 
 class AllRight(dict[Any, bool]):
@@ -125,7 +136,7 @@ def runner_for(model: nn.Module, choice: Choice, slots: int, vocab_size: int, gr
 def build_microseconds(runner: MlxModelRunner, works: Sequence[Work], rounds: int) -> float:
     """Median time of this thread to build a step, others on the machine left out; it is dropped."""
     found = []
-    with mock.patch.object(mx, "async_eval", lambda *_: None):
+    with mock.patch.object(mx, "async_eval", unqueued):
         for _ in range(rounds):
             begun = time.thread_time()
             runner.launch(Batch(tuple(works)))
@@ -176,7 +187,7 @@ def main() -> None:
                 if graphs:  # after this, what steps are cut into is known
                     runner.launch(Batch(tuple(requests_of(CASES[0], SamplingParams(temperature=0.0)))))
                 phantom.names.clear()
-                with mock.patch.object(mx, "async_eval", lambda *_: None):
+                with mock.patch.object(mx, "async_eval", unqueued):
                     runner.launch(Batch(tuple(works)))
                 line.setdefault("launches", sum(phantom.names.values()))
                 line["compiled" if graphs else "anew"] = round(build_microseconds(runner, works, options.rounds))

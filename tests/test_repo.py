@@ -60,6 +60,7 @@ kernels <- models
 config <- models <- attention
 types <- penalties <- sampler <- graph_inputs <- graph <- sampler_graphs <- runner
 pooling <- flight <- runner
+cache <- warmup <- runner
 sampler <- flight <- core
 inputs <- pooling <- runner
 inputs <- models

@@ -19,6 +19,9 @@ from pippin.types import Work
 
 Ints = npt.NDArray[np.int32]
 
+# Smaller inputs of a Metal kernel are of another address space, and so of another variant of it.
+LEAST_INPUT = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -287,7 +290,8 @@ def _group(
     begins = [read.begin(w, stride) for w in works]
     contexts = [w.end - begin for w, begin in zip(works, begins, strict=True)]
     context = max(contexts)
-    table = np.zeros((len(works), -(-context // stride)), np.int32)
+    width = -(-context // stride)
+    table = np.zeros((len(works), width if page_size is None else max(width, LEAST_INPUT)), np.int32)
     for i, work in enumerate(works):
         slots = read.slots(work, stride)
         table[i, : len(slots)] = slots // stride

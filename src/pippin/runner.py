@@ -26,7 +26,7 @@ from pippin.flight import (
 )
 from pippin.graph import Compiler, StepGraphs
 from pippin.graph_inputs import StepShape
-from pippin.inputs import Step
+from pippin.inputs import LEAST_INPUT, Step
 from pippin.models.deferred import Fusions
 from pippin.models.lora import AdapterRows, adapter_rows
 from pippin.models.seam import NO_FUSIONS, Seam, active
@@ -36,9 +36,8 @@ from pippin.profile.timeline import Lap, no_lap
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, sample, sampling_inputs
 from pippin.sampler_graphs import SamplerGraphs
 from pippin.types import Batch, Work
+from pippin.warmup import eager_steps, lent_windows, warm_attention
 
-# Inputs of fewer elements are of another address space in a Metal kernel.
-_LEAST_TABLE = 8
 # The last tokens of prompts in a forward of their own read all weights again: what that saves must be worth it.
 _LEAST_AHEAD = 32
 
@@ -85,7 +84,7 @@ class MlxModelRunner:
         self.lap: Lap = no_lap
         self.graphs = self._make_graphs()
         self._sampler = SamplerGraphs(vocab_size, self._compiler) if self.graphs else None
-        self._last_token = mx.zeros((max(max_running + 1, _LEAST_TABLE),), dtype=mx.int32)
+        self._last_token = mx.zeros((max(max_running + 1, LEAST_INPUT),), dtype=mx.int32)
         mx.eval(self._last_token)
 
     def _make_graphs(self) -> StepGraphs | None:
@@ -103,7 +102,7 @@ class MlxModelRunner:
         )
 
     def warm_up(self, context_length: int, tell: Callable[[int, int], None]) -> None:
-        """Compiles the steps that will come; ``tell`` (done, all). ``traces`` counts what is compiled later."""
+        """Compiles the steps that will come, in an empty pool; ``tell`` (done, all). ``traces`` counts the others."""
         if self.graphs is None or self._sampler is None:
             return
         known: set[int] = set()
@@ -111,6 +110,11 @@ class MlxModelRunner:
         first, length = decodes[0]
         self.graphs.warm(first, length, self._last_token)  # after this, what other steps are cut into is known
         shapes = [*decodes, *self.graphs.extends(context_length)]
+        lengths = sorted({length for _, length in decodes})
+        warm_attention(self.pool, [shape.rows for shape, at in decodes if at == length], lengths)
+        with lent_windows(self.pool):
+            for batch in eager_steps(self.pool, max(self._extend_rows, _LEAST_AHEAD)):
+                self.launch(batch).read()
         for done, (shape, length) in enumerate(shapes):
             tell(done, len(shapes))
             made = self.graphs.warm(shape, length, self._last_token)

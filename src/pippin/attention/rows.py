@@ -10,7 +10,7 @@ import mlx.core as mx
 from pippin.attention.plain import fetch, group_attention
 from pippin.cache.pool import KVPool
 from pippin.errors import ModelError
-from pippin.inputs import Group, Step, row_step
+from pippin.inputs import LEAST_INPUT, Group, Step, row_step
 from pippin.kernels import Form, Heads, paged_decode, paged_extend, rope_kv_write, rows_per_tile, tile_rows
 from pippin.models.deferred import Attended, Part, settled
 from pippin.models.seam import Seam
@@ -115,7 +115,7 @@ class RowLayer:
             queries = self._rotate_and_write(q)
         else:
             queries = flat(settled(q))
-        self._pool.note_heads(self._layer, queries.shape[1])
+        self._pool.note(self._layer, queries.shape[1], Form(self._pool.page_size, scale, window), sinks)
         groups = self._places.groups
         if len(groups) == 1 and self._reads_pages(groups[0]) and self._seam.fusions.joined:
             return Attended(self._decode(queries, groups[0], scale, window, sinks, joined=True), queries.shape[1])
@@ -176,7 +176,9 @@ class RowLayer:
         pools, tiles = self._pool.layer(self._layer), group.tiles
         if tiles is None:
             most = rows_per_tile(q.shape[1], pools[0].shape[1], pools[0].dtype)
-            tiles = self._once((group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most)))
+            tiles = self._once(
+                (group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most, LEAST_INPUT))
+            )
         lengths, after = self._lengths(group), self._written
         return paged_extend(
             q, *pools, group.pages, lengths, tiles, form, sinks=sinks, after=after, longest=group.context

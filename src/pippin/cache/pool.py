@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -10,7 +11,22 @@ from pippin import kernels
 from pippin.cache.layout import CacheLayout, LayerShape, is_within
 from pippin.cache.state import StateStore
 from pippin.cache.windows import WindowTable
-from pippin.kernels import PackedPool, Pool, storage
+from pippin.kernels import Form, PackedPool, Pool, storage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attending:
+    """How a layer attends: its query heads, what it computes, its sinks [heads] and what it stores."""
+
+    heads: int
+    form: Form
+    sinks: mx.array | None
+    shape: LayerShape | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for layers that kernels can't tell apart."""
+        return self.heads, self.form, self.sinks is not None, self.shape
 
 
 class KVPool:
@@ -26,8 +42,8 @@ class KVPool:
     ``rows_by_page`` is the most rows of one sequence that attend to the pool itself together; more gather first.
 
     ``states`` holds what the model keeps beside K and V, None for most; ``layout`` says how all of it is arranged.
-    ``tile_rows`` is the most rows of a tile that ``kernels.paged_extend`` takes in every layer, None until each has
-    attended once.
+    ``attending`` says how layers attend, once they have; ``tile_rows`` is the most rows of a tile that
+    ``kernels.paged_extend`` takes in every layer, None until each has attended.
     ``windows``: layers that look back no further than its reach have so many slots as it says, and other ones.
     """
 
@@ -52,7 +68,7 @@ class KVPool:
         self.in_place = all(kernels.writes_in_place(*layer) for layer in stored)
         self.rows_by_page = min((kernels.rows_by_page(*layer) for layer in stored), default=1) if self.in_place else 1
         self.tile_rows: int | None = None
-        self._heads: dict[int, int] = {}
+        self.attending: dict[int, Attending] = {}
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -78,14 +94,14 @@ class KVPool:
             raise LookupError(f"layer {index} stored nothing when the model was measured")
         return layer
 
-    def note_heads(self, index: int, heads: int) -> None:
-        """A layer attends with so many query heads; no one knows before it does."""
-        if self.tile_rows is None:
-            self._heads[index] = heads
-            layers = [(i, layer) for i, layer in enumerate(self._layers) if layer]
-            if len(self._heads) == len(layers):
-                tiles = [kernels.rows_per_tile(self._heads[i], k.shape[1], k.dtype) for i, (k, _) in layers]
-                self.tile_rows = min(tiles)
+    def note(self, index: int, heads: int, form: Form, sinks: mx.array | None) -> None:
+        """A layer attends so; no one knows before it does."""
+        if index not in self.attending:
+            layers = [(i, layer[0]) for i, layer in enumerate(self._layers) if layer]
+            self.attending[index] = Attending(heads, form, sinks, self.shapes[index])
+            if len(self.attending) == len(layers):
+                each = [(self.attending[i].heads, k) for i, k in layers]
+                self.tile_rows = min(kernels.rows_per_tile(heads, k.shape[1], k.dtype) for heads, k in each)
 
     def stores_as_it_attends(self, index: int) -> bool:
         """Whether attention may store the newest K and V itself: quantizing them takes a launch of its own."""
