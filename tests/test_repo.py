@@ -61,6 +61,7 @@ config <- models <- attention
 types <- penalties <- sampler <- graph_inputs <- graph <- sampler_graphs <- runner
 pooling <- flight <- runner
 cache <- warmup <- runner
+inputs <- warmup
 sampler <- flight <- core
 inputs <- pooling <- runner
 inputs <- models
