@@ -51,6 +51,8 @@ kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving
 errors <- backend <- core
 backend <- worker
+garbage <- worker
+garbage <- bench
 backend <- transport
 types <- inputs <- attention <- runner <- probe <- memory <- core
 cache <- attention

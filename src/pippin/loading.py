@@ -47,6 +47,7 @@ from pippin.memory import (
 )
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.lora import Adapters
+from pippin.models.turned import turn_weights
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import MlxModelRunner
@@ -95,6 +96,8 @@ def build_runner(
 ) -> tuple[MlxModelRunner, ModelInfo]:
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
+    if not on_gpu():
+        turn_weights(loaded.model)
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
     choice = choice.with_kv_cache_dtype(config.kv_cache_dtype)
     # A recurrent state can be reused where a page ends: with pages of one slot, that is wherever it was kept.

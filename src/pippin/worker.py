@@ -26,6 +26,7 @@ import zmq
 from pippin.backend import leave_torch_out
 from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
+from pippin.garbage import leave_loaded_alone
 from pippin.logs import configure
 from pippin.recorder import Recorder
 from pippin.types import (
@@ -225,7 +226,9 @@ def main() -> int:
 
     def load(progress: Callable[[Progress], None]) -> Core:
         make: Callable[[EngineConfig, Callable[[Progress], None]], Core] = pkgutil.resolve_name(hello.core)
-        return make(hello.config, progress)
+        core = make(hello.config, progress)
+        leave_loaded_alone()
+        return core
 
     ok = run(load, receive, send, recorder)
     commands.close(linger=0)

@@ -21,6 +21,7 @@ import msgspec
 from pippin.backend import prepare
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError
+from pippin.garbage import leave_loaded_alone
 
 T = TypeVar("T")
 Ask = Callable[[Any], Any]
@@ -141,6 +142,7 @@ def main() -> int:
 
     def opened() -> Opened:
         asks.append(pkgutil.resolve_name(hello.target)(hello.config))
+        leave_loaded_alone()  # as an engine's own process does
         return Opened()
 
     if not send(opened):

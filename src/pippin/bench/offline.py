@@ -19,6 +19,7 @@ from pippin.bench.sides import in_turn, mlx_device
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
+from pippin.garbage import loaded_left_alone
 from pippin.loading import load_core
 from pippin.memory import on_gpu, use_device
 from pippin.terminal import LoadingBar
@@ -47,7 +48,7 @@ def run(config: EngineConfig, options: OfflineOptions, dataset: DatasetOptions) 
         sides: list[OfflineSide] = [CoreSide("torch" if torch else "pippin", core, counted=not torch)]
         sides += [stack.enter_context(mlx_lm_side(as_ours(config, info))) for _ in options.peers]
         rounds = options.rounds * len(sides) * len(requests)
-        with bar(console, rounds) as tick:
+        with bar(console, rounds) as tick, loaded_left_alone():
             found = measure(sides, requests, options, tick)
     results = [to_result(side.name, found, requests, options, dataset, info) for side in sides]
     console.print(table(results, info))

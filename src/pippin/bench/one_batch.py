@@ -27,6 +27,7 @@ from pippin.cache.layout import CacheLayout
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
+from pippin.garbage import loaded_left_alone
 from pippin.runner import MlxModelRunner
 from pippin.terminal import LoadingBar
 from pippin.types import ModelInfo, Token
@@ -142,7 +143,7 @@ def measure_grid(config: EngineConfig, options: OneBatchOptions, console: Consol
             check_profile(info, options)
         sides: list[Side] = [ours.side, *(stack.enter_context(peer(name, config, info)) for name in options.peers)]
         yardstick = Yardstick.of(ours, bandwidth)
-        with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick:
+        with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick, loaded_left_alone():
             found = list(measure(sides, plain_ids(info), shapes, options, tick))
         files = {s: profile_shape(ours, s, options) for s in shapes} if options.profile else {}
     console.print(table(found, yardstick, info))

@@ -23,6 +23,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from pippin import kernels
 from pippin.errors import ModelError
 from pippin.kernels import cpu
+from pippin.kernels.turns import rotating
 from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_swiglu, settled
 
 NO_FUSIONS = Fusions()
@@ -87,11 +88,16 @@ def active(seam: Seam) -> Iterator[None]:
     """Sends the attention and the head of any model called inside through ``seam``."""
     token = _active.set(seam)
     try:
-        with deferring() if seam.fusions != NO_FUSIONS else nullcontext():
+        with deferring() if seam.fusions != NO_FUSIONS else rotating() if on_cpu() else nullcontext():
             yield
     finally:
         _active.reset(token)
         seam.owners.clear()  # layers and seam refer to each other: K and V would wait for the cycle collector
+
+
+def on_cpu() -> bool:
+    """Whether what is built now runs on the CPU."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def fusing_now() -> bool:
@@ -141,7 +147,7 @@ def swiglu(gate: mx.array | Part, x: mx.array | Part) -> mx.array:
             return whole
     a: mx.array = settled(gate)
     b: mx.array = settled(x)
-    if a.dtype == b.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
+    if a.dtype == b.dtype == mx.float32 and on_cpu():
         return cpu.swiglu(a, b)
     out: mx.array = _original_swiglu(a, b)
     return out
