@@ -39,14 +39,38 @@ def ropes(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, object]]:
     }
 
 
-@given(ropes(), st.integers(0, 9))
-def test_rotated_as_mlx_does_bit_for_bit(rope: tuple[tuple[int, ...], dict[str, object]], seed: int) -> None:
+@given(ropes(), st.integers(0, 9), st.booleans())
+def test_rotated_as_mlx_does_bit_for_bit(
+    rope: tuple[tuple[int, ...], dict[str, object]], seed: int, by_product: bool
+) -> None:
     shape, how = rope
-    rotations = Rotations()
+    rotations = Rotations(few=1 << 20 if by_product else 0)
     for key in mx.random.split(mx.random.key(seed), 2):  # the second is by the table that the first made
         x = mx.random.normal(shape, key=key)
         expected, got = np.asarray(mx.fast.rope(x, **how)), np.asarray(rotations.rope(x, **how))  # type: ignore[arg-type]
         assert np.array_equal(expected, got)
+
+
+def test_each_rotation_has_a_table_of_its_own() -> None:
+    x, rotations = mx.random.normal((2, 3, 1, 8)), Rotations()
+    usual = {"dims": 8, "traditional": False, "base": 1e4, "scale": 1.0, "offset": mx.array([7, 900]), "freqs": None}
+    others = [
+        {"dims": 4},
+        {"traditional": True},
+        {"base": 1e5},
+        {"scale": 0.5},
+        {"offset": 7},
+        {"offset": 8},
+        {"offset": mx.array([7, 901])},
+        {"base": None, "freqs": mx.arange(1.0, 5.0)},
+        {"base": None, "freqs": mx.arange(2.0, 6.0)},
+    ]
+    for other in [{}, *others, {}]:
+        how = usual | other
+        got, expected = rotations.rope(x, **how), mx.fast.rope(x, **how)  # type: ignore[arg-type]
+        assert mx.array_equal(got, expected).item(), other
+    long = mx.random.normal((2, 3, 4, 8))
+    assert mx.array_equal(rotations.rope(long, **usual), mx.fast.rope(long, **usual)).item()  # type: ignore[arg-type]
 
 
 def test_one_forward_asks_mlx_once_for_all_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:

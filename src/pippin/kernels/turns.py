@@ -32,9 +32,10 @@ class Table:
 
 
 class Rotations:
-    """Stands in for ``mx.fast.rope`` during one forward."""
+    """Stands in for ``mx.fast.rope`` during one forward; ``few`` numbers are swapped by a product, more by slices."""
 
-    def __init__(self) -> None:
+    def __init__(self, few: int = _FEW) -> None:
+        self._few = few
         self._tables: dict[tuple[object, ...], tuple[Table, object, object]] = {}
 
     def rope(
@@ -63,7 +64,18 @@ class Rotations:
             turned = _rope(unit, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs)
             found = self._tables[key] = _table(turned, dims, traditional), offset, freqs
         table = found[0]
-        return x * table.same + _partners(x, dims, traditional) * table.other
+        return x * table.same + self._partners(x, dims, traditional) * table.other
+
+    def _partners(self, x: mx.array, dims: int, traditional: bool) -> mx.array:
+        """Each number's partner, as x; whatever for numbers that have none."""
+        if x.size <= self._few:
+            return x @ _swaps(dims, x.shape[-1], traditional)
+        if traditional:
+            pairs = x[..., :dims].reshape(*x.shape[:-1], dims // 2, 2)
+            swapped = [pairs[..., ::-1].reshape(*x.shape[:-1], dims)]
+        else:
+            swapped = [x[..., dims // 2 : dims], x[..., : dims // 2]]
+        return mx.concatenate([*swapped, x[..., dims:]] if dims < x.shape[-1] else swapped, axis=-1)
 
 
 @cache
@@ -107,18 +119,6 @@ def _kept(values: list[Any]) -> mx.array:
     array = mx.array(values)
     mx.eval(array)
     return array
-
-
-def _partners(x: mx.array, dims: int, traditional: bool) -> mx.array:
-    """Each number's partner, as x; whatever for numbers that have none."""
-    if x.size <= _FEW:
-        return x @ _swaps(dims, x.shape[-1], traditional)
-    if traditional:
-        pairs = x[..., :dims].reshape(*x.shape[:-1], dims // 2, 2)
-        swapped = [pairs[..., ::-1].reshape(*x.shape[:-1], dims)]
-    else:
-        swapped = [x[..., dims // 2 : dims], x[..., : dims // 2]]
-    return mx.concatenate([*swapped, x[..., dims:]] if dims < x.shape[-1] else swapped, axis=-1)
 
 
 @contextmanager
