@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,8 +54,15 @@ def test_rotated_as_mlx_does_bit_for_bit(
 
 def test_each_rotation_has_a_table_of_its_own() -> None:
     x, rotations = mx.random.normal((2, 3, 1, 8)), Rotations()
-    usual = {"dims": 8, "traditional": False, "base": 1e4, "scale": 1.0, "offset": mx.array([7, 900]), "freqs": None}
-    others = [
+    usual: dict[str, Any] = {
+        "dims": 8,
+        "traditional": False,
+        "base": 1e4,
+        "scale": 1.0,
+        "offset": mx.array([7, 900]),
+        "freqs": None,
+    }
+    others: list[dict[str, Any]] = [
         {"dims": 4},
         {"traditional": True},
         {"base": 1e5},
@@ -67,10 +75,10 @@ def test_each_rotation_has_a_table_of_its_own() -> None:
     ]
     for other in [{}, *others, {}]:
         how = usual | other
-        got, expected = rotations.rope(x, **how), mx.fast.rope(x, **how)  # type: ignore[arg-type]
+        got, expected = rotations.rope(x, **how), mx.fast.rope(x, **how)
         assert mx.array_equal(got, expected).item(), other
     long = mx.random.normal((2, 3, 4, 8))
-    assert mx.array_equal(rotations.rope(long, **usual), mx.fast.rope(long, **usual)).item()  # type: ignore[arg-type]
+    assert mx.array_equal(rotations.rope(long, **usual), mx.fast.rope(long, **usual)).item()
 
 
 def test_one_forward_asks_mlx_once_for_all_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
