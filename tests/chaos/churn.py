@@ -258,13 +258,13 @@ class Churn:
         (engine,) = children(pid)
         return Sample(time.monotonic() - began, resident(pid), resident(engine), stats["memory_bytes"])
 
-    async def run(self, pid: int, seconds: float, rounds: int, clients: int) -> list[Sample]:
-        """``rounds`` of so many clients, with a rest behind each."""
+    async def run(self, pid: int, seconds: float, each: float, clients: int) -> list[Sample]:
+        """So many clients for ``seconds`` or more, with a rest after ``each`` so many."""
         for number in range(len(self.trunks) * 2):
             self.known[number] = await self.fixed(number)
         began, samples = time.monotonic(), list[Sample]()
-        for _ in range(rounds):
-            end = time.monotonic() + seconds / rounds
+        while (now := time.monotonic()) - began < seconds:
+            end = now + each
             await asyncio.gather(*(self.client(end) for _ in range(clients)))
             samples.append(await self.rest(pid, began))
             print(samples[-1], dict(self.counts), f"{len(self.errors)} errors", flush=True)
