@@ -7,7 +7,7 @@
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples, and sweep-models
-#   make soak                             the tests under faults at full length: killed engines, canary, disk
+#   make soak                             the tests under faults at full length: killed engines, churn, canary, disk
 #   make sweep-models                     every architecture of mlx-lm; writes the table of docs/models.md
 #   make lint   make format   make docs   make wheel   make clean
 #
