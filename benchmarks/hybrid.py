@@ -1,6 +1,7 @@
 """What the prefix cache costs and gives a model with recurrent state: ``python -m benchmarks.hybrid``.
 
-Cold: prompts that share nothing, with the cache and without it, in turns; medians of ``--rounds``. Chat: turns of one
+Cold: prompts that share nothing, with the cache and without it, one right after the other, since a machine's speed
+drifts; the median of ``--rounds`` such pairs. Chat: turns of one
 conversation, and how much of each prompt came from the cache. The model is a random Qwen3-Next of a few layers: speed
 does not depend on the weights. One line of JSON.
 """
@@ -64,7 +65,7 @@ def measure(path: Path, rounds: int, prompts: int, length: int) -> dict[str, Any
         for on in (turn % 2, 1 - turn % 2):
             took = run(cores[on], rows, f"cold{turn}", 16)[0]
             seconds[on] += [took] * bool(turn)  # the first is to warm up
-    stats = cores[1].stats
+    stats, pairs = cores[1].stats, (seconds[1], seconds[0])
     history, hits = [source.randrange(3, 280) for _ in range(length)], []
     for turn in range(5):
         _, cached, tokens = run(cores[1], [history], f"chat{turn}", 32)
@@ -74,7 +75,7 @@ def measure(path: Path, rounds: int, prompts: int, length: int) -> dict[str, Any
     return {
         "prompts": prompts,
         "prompt_tokens": length,
-        "cold_on_of_off": round(statistics.median(seconds[0]) / statistics.median(seconds[1]), 3),
+        "cold_on_of_off": round(statistics.median(off / on for on, off in zip(*pairs, strict=True)), 3),
         "cold_seconds_on": [round(s, 3) for s in seconds[1]],
         "cold_seconds_off": [round(s, 3) for s in seconds[0]],
         "snapshots": stats.snapshots,
@@ -92,7 +93,7 @@ def snapshot_bytes(core: EngineCore) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--length", type=int, default=600)
     args = parser.parse_args()

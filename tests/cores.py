@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
+from pippin.models.load import load_mlx_model
 from pippin.types import Output, SamplingParams, Submit
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
@@ -58,8 +58,8 @@ def submits(rows: Sequence[Sequence[int]], params: SamplingParams = GREEDY, name
 
 
 def greedy_by_mlx_lm(path: Path, row: Sequence[int], count: int) -> list[int]:
-    model, _ = load_model(path)
-    model.set_dtype(mx.float32)
+    """mlx-lm's own loop and caches, over its model with our corrections, which ``tests/parity`` checks."""
+    model = load_mlx_model(str(path), EngineConfig(dtype="float32")).model
     steps = generate_step(mx.array(list(row)), model, max_tokens=count)
     return [int(token) for token, _ in steps]
 

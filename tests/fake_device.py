@@ -225,6 +225,7 @@ class Loop:
     forcing: Random | None = None  # now and then, tokens of a queued step are forced before it is read
     states: int | None = None
     """For a model with recurrent states: how many snapshots there may be."""
+    least_cut: int = 1
     window: tuple[int, int] | None = None
     """For a model with windowed layers: how far they look, and pages of their pool beyond the fewest."""
     canary: KVCanary | None = None
@@ -236,7 +237,7 @@ class Loop:
         self.allocator = WatchedAllocator(self.num_pages, self.page, self.windows)
         table = self.windows.table if self.windows else None
         self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None, self.watched, table)
-        self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states)
+        self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states, self.least_cut)
         self.radix = RadixCache(self.allocator, self.cache, self.snapshots, self.windows)
         self.scheduler = Scheduler(
             self.allocator,

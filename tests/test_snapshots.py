@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
-from pippin.cache.snapshots import Snapshots
+from pippin.cache.snapshots import LEAST_CUT, Snapshots
 from pippin.types import CacheMiss, Request
 from tests.fake_device import Loop, endless
 
@@ -173,6 +173,18 @@ def test_a_third_prompt_of_one_beginning_starts_where_the_first_two_parted() -> 
         loop.run()
         cached.append(request.num_cached)
     assert cached == [0, 0, 40]
+
+
+@pytest.mark.parametrize(("common", "cut"), [(LEAST_CUT - 1, False), (LEAST_CUT, True)])
+def test_a_chunk_is_not_cut_for_a_few_words_in_common(common: int, cut: bool) -> None:
+    loop = Loop(num_pages=800, chunk=64, states=50, least_cut=LEAST_CUT)
+    for i in range(3):
+        request = loop.add([*[2] * common, *[3 + i] * 20], endless(2))
+        loop.run()
+    assert [w.end for b in loop.batches for w in b.works if w.start == 0] == (
+        [common + 20, common] if cut else [common + 20] * 3
+    )
+    assert request.num_cached == (common if cut else 0)
 
 
 def test_without_room_for_snapshots_nothing_is_reused_and_nothing_cut() -> None:

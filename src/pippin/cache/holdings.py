@@ -207,13 +207,14 @@ class Holdings:
     def boundary(self, request: Request, begin: int, end: int) -> int:
         """Where a chunk is to stop short of ``end``, so that the state after it will be of use.
 
-        That is where a cached prompt parts from this one: a third may well do so too. And the end of a page, since the
-        tree holds whole pages: for the last chunk the last one before the prompt's end, where the next turn goes on.
+        That is where a cached prompt parts from this one: a third may well do so too, if they have more in common than
+        a template's first words. And the end of a page, since the tree holds whole pages: for the last chunk the last
+        one before the prompt's end, where the next turn goes on.
         """
         if not self._snapshots.most:
             return end
         known = request.shared + self._radix.known(request.tokens, self.reusable(request), request.pin)
-        if begin < known < end:
+        if begin + self._snapshots.least_cut <= known < end:
             return known
         last = min(end, request.length - 1) if self._allocator.page_size > 1 else end
         aligned = last - last % self._allocator.page_size

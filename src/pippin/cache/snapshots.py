@@ -34,12 +34,21 @@ class Place(Protocol):
     snapshot: int
 
 
-class Snapshots:
-    """At most ``most`` snapshots; the longest unused goes first, but none that a request is about to start from."""
+LEAST_CUT = 16
+"""Tokens that two prompts must have in common for a chunk to end there: that costs a forward more, which reads all
+weights again, and a template's first words are soon computed."""
 
-    def __init__(self, keeper: StateKeeper, most: int) -> None:
+
+class Snapshots:
+    """At most ``most`` snapshots; the longest unused goes first, but none that a request is about to start from.
+
+    ``least_cut``: a chunk is cut short for one only behind so many tokens.
+    """
+
+    def __init__(self, keeper: StateKeeper, most: int, least_cut: int = LEAST_CUT) -> None:
         self.keeper = keeper
         self.most = most
+        self.least_cut = least_cut
         self.num_evicted = 0
         self._places: OrderedDict[int, Place] = OrderedDict()  # longest unused first
         self._used: set[int] = set()
