@@ -62,7 +62,7 @@ def test_tokens_are_mlx_lms_whatever_the_schedule(checkpoints: dict[str, Path], 
         stats = core.stats
         rarely = {"disable_radix_cache", "max_mamba_cache_size", "max_total_tokens"}
         assert stats.cached_tokens or options.keys() & rarely, options
-        assert stats.retractions > 0 or not small
+        assert stats.retractions > 0 or not small or stats.window_slots_total  # few of which admit few at a time
         assert stats.snapshots == states_of(core).num_kept
         core.flush()
         assert core.stats.slots_free == core.stats.slots_total
