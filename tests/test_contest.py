@@ -176,7 +176,7 @@ def test_a_product_is_computed_as_was_found_to_be_fastest(
 @needs_compiler
 @pytest.mark.parametrize(("name", "kernel"), [("affine-4", True), ("affine-8", False), ("mxfp4", False)])
 def test_without_a_measurement_only_what_an_h200_found_goes_by_the_kernel(gpu: Gpu, name: str, kernel: bool) -> None:
-    kernels.verify(mx.bfloat16)
+    kernels.verify(mx.bfloat16, "products")
     gpu.launched.clear()
     w, x = weights(name), mx.ones((5, 128), mx.bfloat16)
     kernels.measure_products([w], mx.bfloat16)  # for which there is no time

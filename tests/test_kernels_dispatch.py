@@ -294,10 +294,10 @@ def test_each_check_finds_its_fault(check: checks.KernelName, line: str, planted
 
 
 @needs_compiler
-@pytest.mark.parametrize("check", checks.CHECKS)
+@pytest.mark.parametrize("check", [*checks.CHECKS, *checks.PRODUCT_CHECKS])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_matrix_products_pass_each_check(check: checks.KernelName, dtype: mx.Dtype) -> None:
-    assert checks.CHECKS[check](host_launcher(), dtype, paged.Tuning(matrix=True))
+    assert {**checks.CHECKS, **checks.PRODUCT_CHECKS}[check](host_launcher(), dtype, paged.Tuning(matrix=True))
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pippin.kernels import fused, paged, products, reference
-from pippin.kernels.checks import CHECKS, check_product
+from pippin.kernels.checks import CHECKS, PRODUCT_CHECKS, check_product
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.products import Weights
 
@@ -168,6 +168,10 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "a part of K left out": ("product", "k += WARPS * STEP", "k += (WARPS + 1) * STEP"),
     "rows of the wrong pair": ("product", "mine[i] / PER", "mine[i] / (PER + 1)"),
     "the next group's scale": ("product", "row * GROUPS + at / GROUP", "row * GROUPS + (at / GROUP + 1) % GROUPS"),
+    "the second half's scale": ("product_nvfp4", "u * 8 / GROUP % SCALES", "0"),
+    "the next 16 bytes": ("product_mxfp8", "load_words(w, (row * K + at) / EACH)", "load_words(w, (row * K) / EACH)"),
+    "nibbles meet others' numbers": ("product_mxfp4", "FAR ? far_pairs(p) : p", "p"),
+    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(biases, group) : 0u", "0u"),
     "warps not waited for": ("product", "      BARRIER();\n      for (int j = tid", "      for (int j = tid"),
 }
 
@@ -183,9 +187,9 @@ def test_planted_faults_are_found(fault: str) -> None:
         seen.append(line in text)
         return text.replace(line, planted)
 
-    check: Callable[..., bool] = CHECKS[name]  # type: ignore[index]
+    check: Callable[..., bool] = {**CHECKS, **PRODUCT_CHECKS}[name]  # type: ignore[index]
     tuning = paged.Tuning(matrix=True)
-    dtype = mx.bfloat16 if name == "product" else mx.float32
+    dtype = mx.bfloat16 if name in PRODUCT_CHECKS else mx.float32
     with mx.stream(mx.cpu):
         assert check(host_launcher(1), dtype, tuning)
         found = [

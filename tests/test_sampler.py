@@ -20,6 +20,7 @@ from pippin.sampler import (
     GREEDY_BELOW,
     Sampled,
     SamplingPlan,
+    allow,
     gumbel,
     kept_tokens,
     noise_keys,
@@ -171,8 +172,56 @@ def test_partition_and_bisection_agree_to_the_bit(data: st.DataObject) -> None:
 @given(st.lists(NICE, min_size=1, max_size=30), st.integers(1, 30))
 def test_the_largest_come_first_and_of_equals_the_lower_id(values: list[float], count: int) -> None:
     count = min(count, len(values))
-    found = ints(top_ids(mx.array([values]), count))[0]
-    assert found == sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    rows = mx.array([values, values[::-1]])
+    for partition in (True, False):
+        found = ints(top_ids(rows, count, partition))
+        for row, mine in zip((values, values[::-1]), found, strict=True):
+            assert mine == sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "top_k": {"top_k": 40},
+    "top_k of most": {"top_k": 2000},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+    "all": {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "edits": {"top_p": 0.8, "repetition_penalty": 1.2, "logit_bias": {3: 2.0}},
+    "logprobs": {"top_p": 0.8, "logprobs": True, "top_logprobs": 20},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("partition", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nobody_sorts_a_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, kind: str, compiled: bool, partition: bool, masked: bool
+) -> None:
+    """A GPU partitions nothing either, since MLX's partition sorts there; what is sorted has few numbers a row."""
+    vocab, lengths = 3000, dict[str, list[int]]()
+    for name in ("sort", "argsort", "partition", "argpartition", "topk"):
+        real = getattr(mx, name)
+
+        def seen(x: mx.array, *given: object, _name: str = name, _real: Any = real, **more: object) -> mx.array:
+            lengths.setdefault(_name, []).append(x.shape[-1])
+            return _real(x, *given, **more)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(mx, name, seen)
+    monkeypatch.setattr("pippin.sampler.mx.default_device", lambda: mx.Device(mx.cpu if partition else mx.gpu))
+    params = SamplingParams(**{"temperature": 0.8, "seed": 1, **KINDS[kind]})
+    works = [work(params) for _ in range(3)]
+    plan, inputs = sampling_inputs(works, vocab, compiled=compiled)
+    if masked:
+        plan, inputs = allow(plan, inputs, np.full((3, -(-vocab // 32)), 2**32 - 1, np.uint32), 3)
+    logits = mx.random.normal((3, vocab), key=mx.random.key(2))
+    mx.eval(sample(logits, plan, inputs, mx.zeros(3, mx.int32)).tokens)
+    prompt_logprobs(logits, mx.array([1, 2, 3]), 20)
+    assert not {"argsort", "argpartition", "topk"} & lengths.keys()
+    assert max(lengths.get("sort", [0])) <= 1024
+    if not partition:
+        assert max(lengths.get("partition", [0])) <= 32
 
 
 # --- edges ---

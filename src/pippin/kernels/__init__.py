@@ -23,7 +23,7 @@ import mlx.core as mx
 from pippin.kernels import fused, latent, paged, products, reference, tuning
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
-from pippin.kernels.checks import KernelName, Slots, fingerprint, verdicts
+from pippin.kernels.checks import KernelName, Kind, fingerprint, verdicts
 from pippin.kernels.contest import Contests
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
@@ -77,10 +77,10 @@ def backend() -> Platform | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def verify(dtype: mx.Dtype = mx.bfloat16, kind: Slots | None = None) -> dict[KernelName, bool]:
+def verify(dtype: mx.Dtype = mx.bfloat16, kind: Kind | None = None) -> dict[KernelName, bool]:
     """Which kernels compute what ``reference`` does here, for pools of ``dtype``; those that fail are logged.
 
-    ``kind`` asks for those of quantized pools that are read as ``dtype``, or of latents.
+    ``kind`` asks for those of quantized pools that are read as ``dtype``, of latents, or of products.
 
     The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
     """
@@ -415,7 +415,7 @@ def _product_launcher(dtype: mx.Dtype, weights: Weights) -> Launcher | None:
     """What runs the product, None for plain MLX; only CUDA's dialect has matrix products of fragments."""
     if backend() != "cuda" or not products.takes(dtype, weights):
         return None
-    return _gpu("cuda") if _verdicts("cuda", dtype)[products.check_of(weights)] else None
+    return _gpu("cuda") if _verdicts("cuda", dtype, "products")[products.check_of(weights)] else None
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:
@@ -450,7 +450,7 @@ def _gpu(platform: Platform) -> Launcher:
 
 
 @cache
-def _verdicts(platform: Platform, dtype: mx.Dtype, kind: Slots | None = None) -> dict[KernelName, bool]:
+def _verdicts(platform: Platform, dtype: mx.Dtype, kind: Kind | None = None) -> dict[KernelName, bool]:
     log.info("checking the %s kernels for %s, once on this machine", platform, kind or dtype)
     gpu = mx.Device(mx.gpu)
     launcher = prefer_built(platform, gpu_launcher(platform, gpu), gpu)

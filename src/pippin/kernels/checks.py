@@ -46,6 +46,8 @@ KernelName = Literal[
 ]
 Slots = Packing | Literal["latents"]
 """What lies in slots, where that is not heads of full numbers."""
+Kind = Slots | Literal["products"]
+"""What has checks and a verdict of its own, so that only those pay for it who use it."""
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 2e-2}
@@ -244,6 +246,9 @@ CHECKS: dict[KernelName, Check] = {
     "rope_kv_write": check_rope_kv_write,
     "add_rms_norm": check_add_rms_norm,
     "swiglu": check_swiglu,
+}
+
+PRODUCT_CHECKS: dict[KernelName, Check] = {
     "product": check_product,
     "product_8": partial(check_product, bits=8),
     "product_mxfp4": partial(check_product, mode="mxfp4"),
@@ -285,10 +290,12 @@ LATENT_CHECKS: dict[KernelName, KindCheck] = {
 }
 
 
-def checks_for(kind: Slots | None) -> dict[KernelName, Check]:
-    """Those of full pools, or of quantized ones, or of latents."""
+def checks_for(kind: Kind | None) -> dict[KernelName, Check]:
+    """Those of a kind, or of full pools and what every model launches."""
     if kind is None:
         return CHECKS
+    if kind == "products":
+        return PRODUCT_CHECKS
     chosen = LATENT_CHECKS if kind == "latents" else PACKED_CHECKS
     return {name: _of_kind(check, kind) for name, check in chosen.items()}
 
@@ -302,7 +309,7 @@ def _of_kind(check: KindCheck, kind: Slots) -> Check:
 
 
 def check_all(
-    launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None
+    launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Kind | None = None
 ) -> dict[KernelName, bool]:
     """Each kernel's verdict for pools of ``dtype``; one that raises (it may not compile there) has failed.
 
@@ -312,7 +319,7 @@ def check_all(
         return {name: _passes(name, check, launch, dtype, tuning) for name, check in checks_for(kind).items()}
 
 
-def recorded(dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> list[Recorded]:
+def recorded(dtype: mx.Dtype, tuning: paged.Tuning, kind: Kind | None = None) -> list[Recorded]:
     """Every launch of the checks, with its inputs; nothing of ours runs. A check must launch all before it compares."""
     found: list[Recorded] = []
 
@@ -325,7 +332,7 @@ def recorded(dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -
 
 
 def verdicts(
-    platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None
+    platform: str, launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Kind | None = None
 ) -> dict[KernelName, bool]:
     """``check_all``, kept in the user's cache for this machine and these sources.
 
