@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from benchmarks.checkpoint import SMALL, make_checkpoint
 from pippin.bench.correctness import PROMPTS, Difference, differences
 from pippin.bench.runner import Prompts, Timing
-from pippin.bench.sides import Measured, Side, peer
+from pippin.bench.sides import Measured, Side, open_ours, peer
 from pippin.cli import run_command
 from pippin.config import EngineConfig
-from pippin.types import ModelInfo
+from pippin.flight import Flight
+from pippin.types import Batch, ModelInfo
 
 Lines = pytest.CaptureFixture[str]
 answers = st.lists(st.integers(0, 5), max_size=5)
@@ -53,6 +54,31 @@ def test_ours_and_mlx_lm_agree(capfd: Lines) -> None:
     assert result["settings"]["dtype"] == "float32"
     assert result["figures"] == {"prompts": len(PROMPTS), "equal": len(PROMPTS), "first_difference": None}
     assert f"pippin and mlx-lm: {len(PROMPTS)} of {len(PROMPTS)} answers of 24 tokens are equal" in captured.err
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 99])
+def test_a_cut_prompt_is_computed_in_two_steps_and_answered_alike(checkpoint: Path, cut: int) -> None:
+    ours = open_ours(EngineConfig(str(checkpoint), max_total_tokens=100, max_running_requests=3), lambda _: None)
+    prompts = [[5, 9, 300, 41, 7], [11], [8, 2]]
+    expected = ours.side.run(prompts, 6).timing.tokens
+    works: list[list[tuple[int, int]]] = []
+    launch = ours.runner.launch
+
+    class Noting:
+        """Passes on, and notes what each step computes."""
+
+        def launch(self, batch: Batch) -> Flight:
+            works.append([(w.start, w.end) for w in batch.works])
+            return launch(batch)
+
+        def reset(self) -> None:
+            ours.runner.reset()
+
+    with ours.engine.cutting(cut), ours.engine.over(Noting()):
+        assert ours.side.run(prompts, 6).timing.tokens == expected
+    starts = {0: [[(0, 5), (0, 1), (0, 2)]], 1: [[(0, 1), (0, 1)], [(1, 5), (0, 1), (1, 2)]]}
+    four = [[(0, 4), (0, 1)], [(4, 5), (0, 1), (1, 2)]]
+    assert works[: 2 if cut else 1] == starts.get(cut, four)
 
 
 class Wrong:

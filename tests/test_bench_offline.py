@@ -173,7 +173,7 @@ def test_the_command_serves_beside_mlx_lm(checkpoint: Path, tmp_path: Path) -> N
     [
         ("--num-prompts 0", "--num-prompts: must be at least 1"),
         ("--rounds 0", "--rounds: must be at least 1"),
-        ("--vs torch", "--vs: 'torch' is not known; there is mlx-lm"),
+        ("--vs jax", "--vs: 'jax' is not known; there are mlx-lm, torch"),
         ("--dataset-name multi-turn", "--dataset-name: multi-turn waits for answers"),
         ("--dataset-name sharegpt", "--dataset-path"),
         ("--dataset-name sharegpt --dataset-path nowhere.json", "--dataset-path: nowhere.json"),

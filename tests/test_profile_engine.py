@@ -27,7 +27,7 @@ from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Marks, ProfileStarted, SamplingParams, Span, StartProfile, StopProfile, Submit
 from tests.checkpoints import make_checkpoint
 from tests.test_core_faults import FlakyRunner
-from tests.test_profile import RecordedMetal
+from tests.test_profile_captures import RecordedMetal
 from tests.trace_checks import check_events, read_events
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)

@@ -111,7 +111,7 @@ WITHOUT_MLX = (
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",
-    "profile.control", "profile.summary",
+    "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip
 
 

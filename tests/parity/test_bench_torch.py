@@ -65,6 +65,18 @@ def test_figures_of_both_in_one_table(checkpoint: Path, capfd: Lines) -> None:
     assert all(name in captured.err for name in ("pippin", "torch", "mlx-lm"))
 
 
+def test_the_engine_alone_beside_the_same_scheduler_over_torch(checkpoint: Path, capfd: Lines) -> None:
+    command = ["bench", "offline", "--model-path", str(checkpoint), "--vs", "torch", "mlx-lm", "--num-prompts", "5"]
+    assert (
+        run_command([*command, "--max-total-tokens", "400", "--random-input-len", "9", "--random-output-len", "5"]) == 0
+    )
+    ours, torch, theirs = (json.loads(line) for line in capfd.readouterr().out.splitlines())
+    assert [r["side"] for r in (ours, torch, theirs)] == ["pippin", "torch", "mlx-lm"]
+    assert ours["figures"]["throughput_vs_torch"] > 0
+    assert ours["figures"]["total_output_tokens"] == torch["figures"]["total_output_tokens"]
+    assert torch["figures"]["peak_memory_bytes"] is None, "nobody counts torch's on a CPU"
+
+
 def test_torch_is_not_measured_beside_itself(capfd: Lines) -> None:
     assert run_command(["bench", "one-batch", "--device", "torch", "--vs", "torch"]) == 2
     assert "--vs: torch is what --device torch runs already" in capfd.readouterr().err

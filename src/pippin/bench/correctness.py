@@ -96,7 +96,8 @@ def check_correctness(config: EngineConfig, options: OneBatchOptions, console: C
                 "--prompt-filename",
             )
         sides = [stack.enter_context(peer(name, config, ours.info)) for name in peers_of(config, options)]
-        return list(compare(ours.side, sides, prompts, options, ours.info, tokenizer, console))
+        with ours.engine.cutting(options.cut_len):
+            return list(compare(ours.side, sides, prompts, options, ours.info, tokenizer, console))
 
 
 def compare(

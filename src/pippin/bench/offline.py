@@ -9,13 +9,14 @@ from contextlib import ExitStack
 
 from rich.table import Table
 
-from pippin.bench.offline_run import CoreSide, OfflineSide, Requests, Served, mlx_lm_side
-from pippin.bench.options import OfflineOptions
+from pippin.bench.offline_profile import profile_run
+from pippin.bench.offline_run import CoreSide, OfflineSide, Requests, Served, peer_side
+from pippin.bench.options import OfflineOptions, check_ours
 from pippin.bench.results import BenchResult, Value, make_result
 from pippin.bench.screen import Tick, bar, stderr, writer
 from pippin.bench.serving_data import TOKEN_DATASETS, Conversation, Ruler, make_dataset
 from pippin.bench.serving_options import DatasetOptions
-from pippin.bench.sides import in_turn, mlx_device
+from pippin.bench.sides import in_turn, mlx_device, torch_device
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
@@ -37,6 +38,7 @@ def run(config: EngineConfig, options: OfflineOptions, dataset: DatasetOptions) 
     """
     if dataset.dataset_name == "multi-turn":
         raise ConfigError("multi-turn waits for answers, which only `pippin bench serving` does", "--dataset-name")
+    check_ours(options.peers, config.device)
     console = stderr()
     write = writer(options.result_filename)
     with ExitStack() as stack:
@@ -45,13 +47,19 @@ def run(config: EngineConfig, options: OfflineOptions, dataset: DatasetOptions) 
         info = core.info
         requests = make_requests(dataset, options, info, config)
         torch = config.device.startswith("torch")
-        sides: list[OfflineSide] = [CoreSide("torch" if torch else "pippin", core, counted=not torch)]
-        sides += [stack.enter_context(mlx_lm_side(as_ours(config, info))) for _ in options.peers]
+        ours = CoreSide("torch" if torch else "pippin", core, counted=not torch)
+        sides: list[OfflineSide] = [ours]
+        sides += [stack.enter_context(peer_side(name, as_ours(name, config, info))) for name in options.peers]
         rounds = options.rounds * len(sides) * len(requests)
         with bar(console, rounds) as tick, loaded_left_alone():
             found = measure(sides, requests, options, tick)
+        files = profile_run(core, ours, requests, options.run_name) if options.profile else []
     results = [to_result(side.name, found, requests, options, dataset, info) for side in sides]
+    if files:
+        results[0].figures["profiles"] = [str(path) for path in files]
     console.print(table(results, info))
+    for path in files:
+        console.print(f"recorded {path}", soft_wrap=True)
     write(results)
     return 0
 
@@ -66,10 +74,14 @@ def beside(config: EngineConfig, peers: Sequence[str]) -> EngineConfig:
     return dataclasses.replace(config, mem_fraction_static=_SHARE_BESIDE_A_PEER)
 
 
-def as_ours(config: EngineConfig, info: ModelInfo) -> EngineConfig:
-    """What a peer is given: the same model in the same dtype, and as many rows."""
+def as_ours(name: str, config: EngineConfig, info: ModelInfo) -> EngineConfig:
+    """What a peer is given: the same model in the same dtype on the same device, as many rows, and slots."""
     return dataclasses.replace(
-        config, dtype=info.dtype, device=mlx_device(info.device), max_running_requests=info.max_running_requests
+        config,
+        dtype=info.dtype,
+        device=torch_device(info.device) if name == "torch" else mlx_device(info.device),
+        max_running_requests=info.max_running_requests,
+        max_total_tokens=info.max_total_tokens,
     )
 
 

@@ -19,6 +19,7 @@ from pippin.bench.mlx_lm import load
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import EngineError
+from pippin.loading import load_core
 from pippin.types import SamplingParams, Submit, Token
 
 Requests = Sequence[tuple[Sequence[Token], int]]
@@ -132,10 +133,17 @@ class ChildSide:
 
 
 @contextmanager
-def mlx_lm_side(config: EngineConfig) -> Iterator[OfflineSide]:
-    """Starts mlx-lm; ``config.max_running_requests`` are its rows."""
-    with Child("mlx-lm", f"{__name__}:{open_mlx_lm.__name__}", config) as child:
-        yield ChildSide("mlx-lm", child)
+def peer_side(name: str, config: EngineConfig) -> Iterator[OfflineSide]:
+    """Starts ``mlx-lm``, whose rows are ``config.max_running_requests``, or our scheduler over ``torch``'s model."""
+    opener = open_torch if name == "torch" else open_mlx_lm
+    with Child(name, f"{__name__}:{opener.__name__}", config) as child:
+        yield ChildSide(name, child)
+
+
+def open_torch(config: EngineConfig) -> Ask:
+    """In the child."""
+    side = CoreSide("torch", load_core(config), counted=False)
+    return lambda requests: side.serve(requests, lambda: None)
 
 
 def open_mlx_lm(config: EngineConfig) -> Ask:

@@ -140,16 +140,26 @@ def measure_grid(config: EngineConfig, options: OneBatchOptions, console: Consol
         info = ours.info
         check_room(info, shapes)
         if options.profile:
-            check_profile(info, options)
+            check_profile(info, options, [s.output_len for s in shapes])
         sides: list[Side] = [ours.side, *(stack.enter_context(peer(name, config, info)) for name in options.peers)]
         yardstick = Yardstick.of(ours, bandwidth)
         with bar(console, len(shapes) * (options.rounds + 1) * len(sides)) as tick, loaded_left_alone():
             found = list(measure(sides, plain_ids(info), shapes, options, tick))
         files = {s: profile_shape(ours, s, options) for s in shapes} if options.profile else {}
+    for line in decode_steps(found, options.log_decode_step):
+        console.print(line)
     console.print(table(found, yardstick, info))
     for path in chain.from_iterable(files.values()):
         console.print(f"recorded {path}", soft_wrap=True)
     return [to_result(m, group, yardstick, info, options, files.get(m.shape, [])) for group in found for m in group]
+
+
+def decode_steps(found: Sequence[Sequence[Measurement]], every: int) -> Iterator[str]:
+    """Every so many decode steps of each side's last round at each shape, as lines; none if ``every`` is 0."""
+    for m in chain.from_iterable(found if every else ()):
+        for i, seconds in enumerate(m.rounds[-1].timing.steps):
+            if i % every == 0:
+                yield f"{m.shape}, {m.side}: decode step {i}, {seconds * 1e3:.2f} ms"
 
 
 def profile_shape(ours: Ours, shape: Shape, options: OneBatchOptions) -> list[Path]:

@@ -27,11 +27,22 @@ class OneBatchOptions:
         "--correct",
     )
     prompt_filename: str | None = option(None, "File with a prompt a line for --correctness-test.")
+    cut_len: int = option(
+        4, "Tokens of each prompt that --correctness-test computes in a step before the rest, by ours; 0 for none."
+    )
     rounds: int = option(3, "Measured runs of each; medians are reported. One more run warms up.")
+    log_decode_step: int = option(0, "Print the latency of every so many decode steps of the last round; 0 for none.")
     profile: bool = option(False, "Record one more run of each shape: timelines of prefill and decode, in files apart.")
     profile_filename_prefix: str = option(
-        "profile", "Beginning of the timelines' names; SGLANG_TORCH_PROFILER_DIR is where they go."
+        "profile",
+        "Beginning of the timelines' names; SGLANG_TORCH_PROFILER_DIR is where they go.",
+        "--profile-prefix",
     )
+    profile_stage: str = option("all", "What --profile records.", choices=("all", "prefill", "decode"))
+    profile_start_step: int | None = option(
+        None, "Record decode steps from this one on, counted from 0; the middle one if only --profile-steps is given."
+    )
+    profile_steps: int | None = option(None, "Record so many decode steps; all that follow if left out.")
     profile_activities: list[str] | None = option(  # noqa: RUF009
         None,
         "CPU: the timeline, which is always there; GPU: the device's own profiler too. Left out: GPU if it can.",
@@ -48,14 +59,28 @@ class OneBatchOptions:
             ("input_len", self.input_len),
             ("output_len", self.output_len),
             ("rounds", [self.rounds]),
+            ("profile_steps", [] if self.profile_steps is None else [self.profile_steps]),
         ):
             if wrong := [v for v in values or () if v < 1]:
                 raise ConfigError(f"must be at least 1, not {wrong[0]}", flag_of(name))
+        for name, value in (
+            ("cut_len", self.cut_len),
+            ("log_decode_step", self.log_decode_step),
+            ("profile_start_step", self.profile_start_step),
+        ):
+            if value is not None and value < 0:
+                raise ConfigError(f"must be at least 0, not {value}", flag_of(name))
         check_peers(self.vs or ())
         if wrong_kinds := [a for a in self.profile_activities or () if a not in ("CPU", "GPU")]:
             raise ConfigError(f"must be CPU or GPU, not {wrong_kinds[0]!r}", "--profile-activities")
-        if not self.profile and self.profile_activities:
-            raise ConfigError("records nothing without --profile", "--profile-activities")
+        for name, given in (
+            ("profile_activities", self.profile_activities),
+            ("profile_stage", self.profile_stage != "all"),
+            ("profile_start_step", self.profile_start_step is not None),
+            ("profile_steps", self.profile_steps),
+        ):
+            if given and not self.profile:
+                raise ConfigError("records nothing without --profile", flag_of(name))
 
     @property
     def peers(self) -> list[str]:
@@ -80,8 +105,11 @@ class OfflineOptions:
     """How ``pippin bench offline`` measures; what is asked are ``DatasetOptions``."""
 
     num_prompts: int = option(1000, "Requests, where the dataset does not say its own number.")
-    vs: list[str] | None = option(None, "Measure this too, in turn with ours: mlx-lm.")  # noqa: RUF009
+    vs: list[str] | None = option(None, "Measure these too, in turn with ours: mlx-lm, torch.")  # noqa: RUF009
     rounds: int = option(1, "Measured runs of each; medians are reported.")
+    profile: bool = option(
+        False, "Record one more run: a timeline, in SGLANG_TORCH_PROFILER_DIR or the temporary directory."
+    )
     skip_warmup: bool = option(False, "Do not run a few of the requests before.")
     seed: int = option(1, "Seed of the dataset.")
     run_name: str = option("default", "Name of the run in its results.")
@@ -93,8 +121,7 @@ class OfflineOptions:
         for name, value in (("num_prompts", self.num_prompts), ("rounds", self.rounds)):
             if value < 1:
                 raise ConfigError(f"must be at least 1, not {value}", flag_of(name))
-        if wrong := [name for name in self.vs or () if name != "mlx-lm"]:
-            raise ConfigError(f"{wrong[0]!r} is not known; there is mlx-lm", "--vs")
+        check_peers(self.vs or ())
 
     @property
     def peers(self) -> list[str]:

@@ -76,6 +76,7 @@ class EngineRunner:
         self._allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size)
         self._requests: list[Request] = []
         self._ids = 0
+        self._cut = 0
 
     def prefill(self, prompts: Prompts, output_len: int) -> list[Token]:
         self.clear()
@@ -103,6 +104,15 @@ class EngineRunner:
         finally:
             self._runner = before
 
+    @contextmanager
+    def cutting(self, count: int) -> Iterator[None]:
+        """Computes the first ``count`` tokens of each prompt in a step of their own meanwhile; 0 for none."""
+        before, self._cut = self._cut, count
+        try:
+            yield
+        finally:
+            self._cut = before
+
     def _admit(self, prompt: Sequence[Token], row: int, output_len: int) -> Request:
         size = self._info.page_size
         pages = self._allocator.allocate(-(-(len(prompt) + output_len) // size))
@@ -119,6 +129,9 @@ class EngineRunner:
 
     def _chunks(self) -> Iterator[Batch]:
         """The prompts in steps of ``chunked_prefill_size`` tokens, as the scheduler would cut them."""
+        firsts = [(r, min(self._cut, r.num_prompt - 1)) for r in self._requests]
+        if first := tuple(_compute(request, count) for request, count in firsts if count):
+            yield Batch(first)
         works: list[Work] = []
         left = self._info.chunked_prefill_size
         for request in self._requests:

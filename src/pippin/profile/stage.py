@@ -45,12 +45,14 @@ def profiled(
     device: str = "cpu",
     about: Mapping[str, str | int] = {},
     metal: Metal = METAL,
+    window: Window | None = None,
 ) -> Iterator[StageProfile]:
     """Records the steps that the block launches and reads, and writes them when it ends, even by an exception.
 
     ``runner`` is any ``ModelRunner``. ``name``: of the files, without suffix; numbered if taken. ``directory`` None:
     SGLANG_TORCH_PROFILER_DIR or the temporary directory. ``gpu`` and ``device`` (``gpu`` or ``cpu``) as in
-    ``StartProfile``. ``about`` goes into the file. Raises RequestError for what can't be captured, or written.
+    ``StartProfile``. ``about`` goes into the file; ``window`` says which steps are recorded, all if left out. Raises
+    RequestError for what can't be captured, or written.
     """
     stem, paths = reserve(Path(directory) if directory is not None else default_directory(), name, False)
     marks: list[int] = []
@@ -65,7 +67,7 @@ def profiled(
     except BaseException:
         discard(paths)
         raise
-    profile = StepProfile(Window(None, None, False), report, tracer)
+    profile = StepProfile(window or Window(None, None, False), report, tracer)
     found = StageProfile(TimedRunner(runner, profile))
     began = profile.now()
     try:
