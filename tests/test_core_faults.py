@@ -38,7 +38,7 @@ class FlakyRunner:
         poisoned = any(work.request.id == who for work in batch.works)
         if "launch" in self.fail or (poisoned and where == "launch"):
             self.fail.clear()
-            raise MemoryError("planted")
+            raise ArithmeticError("planted")
         return FlakyFlight(self.runner.launch(batch), {where} if poisoned else self.fail)
 
     def reset(self) -> None:
@@ -199,3 +199,55 @@ def test_logits_without_a_finite_number_end_that_request_alone(checkpoint: Path)
     good = found["good"][-1].finish
     assert good is not None
     assert good.reason == "length"
+
+
+class SmallRunner:
+    """A runner whose device has memory for so many tokens a step, and none for steps with a request called ``huge``."""
+
+    def __init__(self, runner: MlxModelRunner, tokens: int, rows: int) -> None:
+        self.runner, self.tokens, self.rows = runner, tokens, rows
+        self.failures = 0
+        self.widest = 0
+
+    def launch(self, batch: Batch) -> InFlight:
+        huge = any(work.request.id == "huge" for work in batch.works)
+        if batch.num_tokens > self.tokens or len(batch.works) > self.rows or huge:
+            self.failures += 1
+            raise RuntimeError("[malloc] Unable to allocate 34359738368 bytes.")
+        self.widest = max(self.widest, len(batch.works))
+        return self.runner.launch(batch)
+
+    def reset(self) -> None:
+        self.runner.reset()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_that_finds_no_memory_is_done_in_smaller_ones(checkpoint: Path, overlap: bool) -> None:
+    core = make_core(checkpoint, disable_overlap_schedule=not overlap)
+    small = SmallRunner(core._runner, tokens=50, rows=3)  # type: ignore[arg-type]
+    core._runner = small
+    rows = prompts(10, longest=120)
+    found = run(core, submits(rows))
+    assert found == {f"r{i}": greedy_by_mlx_lm(checkpoint, row, 12) for i, row in enumerate(rows)}
+    assert 2 <= small.failures <= 30, "smaller at once, and larger only now and then"
+    small.tokens = small.rows = 10**6
+    small.widest, before = 0, small.failures
+    many = GREEDY.__class__(temperature=0.0, max_new_tokens=100, ignore_eos=True)
+    run(core, submits(rows, many))
+    run(core, submits(rows, many))
+    assert (small.failures, small.widest) == (before, 10), "as many as ever run once there is memory again"
+    core.flush()
+    assert core.stats.slots_free == core.stats.slots_total
+
+
+def test_who_finds_no_memory_alone_is_told_so_and_others_go_on(checkpoint: Path) -> None:
+    core = make_core(checkpoint)
+    core._runner = SmallRunner(core._runner, tokens=10**6, rows=10**6)  # type: ignore[arg-type]
+    rows = prompts(4)
+    found = collect(core, [*submits(rows[:3]), Submit("huge", rows[3], len(rows[3]), GREEDY)])
+    finish = found["huge"][-1].finish
+    assert finish is not None
+    assert (finish.reason, finish.status) == ("error", 503)
+    assert "out of memory" in finish.message
+    for i in range(3):
+        assert [t for o in found[f"r{i}"] for t in o.tokens] == greedy_by_mlx_lm(checkpoint, rows[i], 12)

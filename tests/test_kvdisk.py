@@ -314,6 +314,33 @@ def test_no_more_is_copied_than_was_planned_with(
     assert len(files_of(tmp_path)) == 4 * 3
 
 
+def test_numbers_on_disk_that_are_not_finite_harm_nobody_for_long(
+    checkpoint: Path, tmp_path: Path, cold: EngineCore
+) -> None:
+    tokens = prompt(1, 3 * BLOCK + 10)
+    core = make(checkpoint, tmp_path)
+    right = answer(core, tokens).tokens
+    assert core._disk is not None
+    core._disk.close()
+    files, keys = core._disk._files, block_keys(core._disk._root, tokens, 3)
+    block = tokens[BLOCK : 2 * BLOCK]
+    arrays = files.read(keys[1], block)
+    assert arrays is not None
+    files.path(keys[1]).unlink()
+    files.write(keys[1], block, [np.full_like(array, 0x7FC00000) for array in arrays])  # NaN, in the bits of a float32
+    core = make(checkpoint, tmp_path)
+    assert answer(core, tokens).tokens == right
+    assert core.stats.kv_disk_hit_tokens == 3 * BLOCK, "they were read"
+    drain(core)
+    core.close()
+    assert core.stats.kv_disk_drops["not_finite"] == 3
+    core = make(checkpoint, tmp_path)
+    again = answer(core, tokens)
+    assert again.tokens == right
+    assert core.stats.retractions == 0, "what lies there now is right"
+    core.close()
+
+
 def test_another_model_finds_nothing(checkpoint: Path, tmp_path: Path) -> None:
     core = make(checkpoint, tmp_path / "kv")
     answer(core, prompt(1, 200))

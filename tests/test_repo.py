@@ -88,6 +88,7 @@ types <- preflight
 types <- carried
 restarts <- journal <- supervisor
 restarts <- server
+bounds <- scheduler
 types <- profile <- runner
 profile <- worker
 types <- models
@@ -109,7 +110,7 @@ WITHOUT_MLX = (
     "types", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots", "cache.snapshots",
     "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
-    "journal", "carried", "preflight",
+    "journal", "carried", "preflight", "bounds",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip

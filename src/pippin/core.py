@@ -16,6 +16,7 @@ prepare()  # before any import of MLX: it is what makes that work, and fast
 
 import msgspec
 
+from pippin.bounds import OUT_OF_MEMORY, kind_of
 from pippin.cache.canary import KVCanary
 from pippin.constrained import GrammarRequests
 from pippin.errors import ModelError, RequestError
@@ -217,7 +218,7 @@ class EngineCore:
             ready = disk.turn()
         except Exception as error:
             log.exception("K and V could not be moved between the pool and the disk")
-            kind = type(error).__name__
+            kind = kind_of(error)
         else:
             for request in ready:
                 try:
@@ -369,7 +370,7 @@ class EngineCore:
             return self._runner.launch(batch)
         except Exception as error:
             log.exception("a step of %d requests could not be queued", len(batch.works))
-            kind = type(error).__name__
+            kind = kind_of(error)
         self._drop(batch, kind, outputs)
         return None
 
@@ -378,7 +379,7 @@ class EngineCore:
             results = flight.read()
         except Exception as error:
             log.exception("a step of %d requests failed", len(flight.batch.works))
-            kind = type(error).__name__
+            kind = kind_of(error)
         else:
             profile = self._profile
             outputs += (
@@ -401,7 +402,7 @@ class EngineCore:
             return True
         except Exception as error:
             log.exception("the draws of a step of %d requests could not be queued", len(flight.batch.works))
-            kind = type(error).__name__
+            kind = kind_of(error)
         self._drop(flight.batch, kind, outputs)
         return False
 
@@ -434,6 +435,9 @@ class EngineCore:
                     pooled=vector_of(request),
                 )
             )
+        for request in self._scheduler.distrusted():
+            if self._disk is not None and request.adapter is None:
+                self._disk.discard(request.tokens)
         self._note_mending(found)
         return found
 
@@ -454,16 +458,20 @@ class EngineCore:
     def _drop(self, batch: Batch, kind: str, outputs: list[Output]) -> None:
         """Takes back a step that failed, and the one in flight: their requests run again one by one, from nothing.
 
-        One that fails alone is failed. Raises what ``reset`` does, if the device is lost. Not to be called while the
-        error is handled: its traceback keeps the pool alive that ``reset`` replaces.
+        After one that found no memory they run in smaller steps. One that fails alone is failed. Raises what ``reset``
+        does, if the device is lost. Not to be called while the error is handled: its traceback keeps the pool alive
+        that ``reset`` replaces.
         """
         parts = [batch] if self._in_flight is None else [batch, self._in_flight.batch]
         self._in_flight = None  # it holds the pool that ``reset`` replaces
-        finish = Finish("error", None, f"the engine failed on this request ({kind})")
-        guilty = self._scheduler.drop(parts, finish)
+        short = kind == OUT_OF_MEMORY
+        finish = Finish("error", None, f"the engine failed on this request ({kind})", status=503 if short else 500)
+        guilty = self._scheduler.drop(parts, finish, short)
         if guilty is not None:
             outputs.append(Output(guilty.id, num_cached=guilty.num_cached, finish=finish))
         self._runner.reset()
+        if short and self._memory is not None:
+            self._memory.shrink()
         self._forget_slots()
 
 

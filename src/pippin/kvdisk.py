@@ -236,6 +236,11 @@ class DiskTier:
         if len(self._saves) > _JOBS:
             self._give_up(self._saves.popleft(), "behind")
 
+    def discard(self, tokens: Sequence[Token]) -> None:
+        """What is kept of these tokens may be what gave numbers that are not finite: it goes."""
+        keys = block_keys(self._root, tokens, len(tokens) // BLOCK)
+        self._writer.submit(self._files.remove, keys, "not_finite")
+
     def turn(self) -> list[Request]:
         """Moves what can be moved without waiting; returns requests that have all that they will get.
 

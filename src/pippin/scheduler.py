@@ -13,6 +13,7 @@ from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pippin.bounds import StepBounds
 from pippin.cache.holdings import Holdings
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
@@ -58,6 +59,7 @@ class Scheduler:
         self._allocator = allocator
         self._radix = radix
         self._chunk = chunk
+        self._bounds = StepBounds(max_running, chunk)
         self._policy = policy
         self._context_length = context_length
         self._requests: dict[str, Request] = {}
@@ -77,6 +79,7 @@ class Scheduler:
         self.holdings = Holdings(allocator, radix, self._suspects)
         self._at: Request | None = None  # whose run is being changed
         self._mended: list[Request] | None = None
+        self._distrusted: list[Request] = []
 
     @property
     def has_work(self) -> bool:
@@ -159,8 +162,9 @@ class Scheduler:
         if self._suspects and self._alone(min(self._suspects, key=_rank), plan):
             return self._batch(plan)
         before = self._retractions
-        kept = self._chunk // 2 if self._waiting and self._rows else 0
-        left = self._chunk - kept
+        budget = self._bounds.tokens
+        kept = budget // 2 if self._waiting and self._rows else 0
+        left = budget - kept
         for request in tuple(self._running):
             if not self._decodes(request, plan):
                 left -= self._advance(request, left, plan)
@@ -186,6 +190,7 @@ class Scheduler:
         What a step brings for a request that has ended meanwhile is ignored.
         """
         updates = []
+        self._bounds.went_well()
         for work, result in zip(batch.works, results, strict=True):
             request = work.request
             if request.finish is not None:
@@ -233,19 +238,23 @@ class Scheduler:
         """Whether the next step is to be one request's alone: read every step before it is scheduled."""
         return bool(self._suspects)
 
-    def drop(self, batches: Sequence[Batch], finish: Finish) -> Request | None:
+    def drop(self, batches: Sequence[Batch], finish: Finish, short: bool = False) -> Request | None:
         """Undoes steps that raised: all that are in flight. Returns the request that ends with ``finish``, if one does.
 
         That is one which ran alone, since a step of several with it had failed. Several, and one that fails for the
-        first time, run again, each alone. Nothing in the pool is trusted: all that run are retracted and start over,
-        and so nothing is pinned and the tree is emptied.
+        first time, run again, each alone. Where memory was ``short`` nobody is to blame: they run again in steps of
+        half the size, and one ends if there is none that is smaller. Nothing in the pool is trusted: all that run are
+        retracted and start over, and so nothing is pinned and the tree is emptied.
         """
         works = [work for batch in batches for work in batch.works if work.request.finish is None]
         for work in reversed(works):
             self._undo(work)
         requests = {work.request for work in works}
-        guilty = next(iter(requests)) if len(requests) == 1 and requests <= self._suspects else None
-        self._suspects |= requests
+        rows, tokens = max((len(b.works) for b in batches), default=0), max((b.num_tokens for b in batches), default=0)
+        fits = short and self._bounds.shrink(rows, tokens)
+        alone = requests if short else requests & self._suspects
+        guilty = next(iter(requests)) if len(requests) == len(alone) == 1 and not fits else None
+        self._suspects |= requests if not short else set()
         if guilty is not None:
             self._end(guilty, finish)
         self._vacate()
@@ -274,6 +283,11 @@ class Scheduler:
         self._vacate()
         for request, finish in faulty.items():
             self._end(request, finish)
+
+    def distrusted(self) -> list[Request]:
+        """Requests that start over since this was asked, since what they read gave numbers that are not finite."""
+        found, self._distrusted = self._distrusted, []
+        return found
 
     def mended(self) -> list[Request] | None:
         """None unless an error of its own has been mended since this was asked; then those that ended with it.
@@ -378,7 +392,7 @@ class Scheduler:
         claimed = sum(self._claim(r) - self.holdings.pages(len(r.slots)) for r in self._running)
         if request.row < 0 and not (self._rows and self._enter(request, claimed, None)):
             return False
-        return self._compute(request, self._chunk, plan) > 0
+        return self._compute(request, self._bounds.tokens, plan) > 0
 
     def _admit(self, left: int, plan: dict[Request, int]) -> int:
         """Starts waiting requests, in order, until one finds no row, room or budget; returns the budget left."""
@@ -392,7 +406,7 @@ class Scheduler:
             whole = left if busy and admitted else None
             if not left or request.length > len(request.tokens) or request in self._suspects:
                 break
-            if self.held and self._running:
+            if (self.held and self._running) or len(self._running) >= self._bounds.rows:
                 break
             if not self._enter(request, claimed, whole):
                 break
@@ -499,6 +513,7 @@ class Scheduler:
             if request.pooling is not None:
                 request.pooled, request.scored = None, 0
             self._suspects.add(request)
+            self._distrusted.append(request)
             self._set_aside(request)
         self.holdings.flush()
 

@@ -66,7 +66,7 @@ class MemoryWatch:
         shrink: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._marks, self._read, self._shrink, self._clock = marks, read, shrink, clock
+        self._marks, self._read, self.shrink, self._clock = marks, read, shrink, clock
         self._next = clock()
         self.level: Level = "ok"
         self.latest = Reading(0, None)
@@ -80,7 +80,7 @@ class MemoryWatch:
         self.latest = self._read()
         before, self.level = self.level, self._marks.level(self.latest)
         if self.level != "ok":
-            self._shrink()
+            self.shrink()
         if self.level != before:
             self._tell()
         return True

@@ -224,6 +224,12 @@ class BlockFiles:
             self.counts.bytes = total
             self.counts.drops["evicted"] += gone
 
+    def remove(self, keys: Sequence[bytes], why: str) -> None:
+        """They go, as far as they are there."""
+        for key in keys:
+            if self.has(key):
+                self._remove(key, why)
+
     def drop(self, why: str) -> None:
         """Counts a block that is not there, or no more."""
         with self._mutex:
