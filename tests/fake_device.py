@@ -228,7 +228,8 @@ class Loop:
     least_cut: int = 1
     window: tuple[int, int] | None = None
     """For a model with windowed layers: how far they look, and pages of their pool beyond the fewest."""
-    canary: KVCanary | None = None
+    sings: bool = False
+    """Whether a canary looks at every step."""
     watched: bool = True
     """Whether every slot and page is checked by us; not where the canary alone is to find what is wrong."""
 
@@ -236,6 +237,7 @@ class Loop:
         self.windows = self._windows()
         self.allocator = WatchedAllocator(self.num_pages, self.page, self.windows)
         table = self.windows.table if self.windows else None
+        self.canary = KVCanary(self.num_pages * self.page, table) if self.sings else None
         self.device = FakeDevice(self.num_pages * self.page, self.page, self.states is not None, self.watched, table)
         self.snapshots = NONE if self.states is None else Snapshots(self.device, self.states, self.least_cut)
         self.radix = RadixCache(self.allocator, self.cache, self.snapshots, self.windows)

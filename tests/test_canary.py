@@ -7,11 +7,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pippin.cache.canary import KVCanary
 from pippin.cache.radix import Match
+from pippin.cache.windows import WindowPages
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
@@ -37,7 +40,8 @@ def fuzzed(rng: Random, watched: bool = True) -> Loop:
         overlap=rng.random() < 0.8,
         forcing=Random(rng.random()) if rng.random() < 0.3 else None,
         states=rng.choice([None, None, None, 4]),
-        canary=KVCanary(num_pages * page),
+        window=rng.choice([None, (3, 12), (9, 30 // page), (20, 60 // page)]),
+        sings=True,
         watched=watched,
     )
 
@@ -136,11 +140,57 @@ def computes_too_little(loop: Loop, every: int) -> None:
     loop.scheduler.holdings._reuse = wrong  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("plant", [hands_out_twice, finds_others, frees_early, computes_too_little])
+def forgets_a_window(loop: Loop, every: int) -> None:
+    """A prefix is reused whose last window is somebody else's now."""
+    windows, calls = windows_of(loop), 0
+    ends = windows.ends
+
+    def wrong(slots: array[int], begin: int) -> Any:
+        nonlocal calls
+        calls += 1
+        found = ends(slots, begin)
+        table = windows.table.pages
+        if calls % every == 0:
+            for slot in slots:
+                table[slot] = table[slot] or 1 + slot % windows.num_pages
+            return np.ones_like(found)
+        return found
+
+    windows.ends = wrong  # type: ignore[method-assign]
+
+
+def shares_a_window(loop: Loop, every: int) -> None:
+    """A new page gets slots that somebody's window reaches."""
+    windows, calls = windows_of(loop), 0
+    attach = windows.attach
+
+    def wrong(pages: Sequence[int]) -> None:
+        nonlocal calls
+        attach(pages)
+        calls += 1
+        others = [r for r in loop.scheduler._running if r.computed > 2 and r.row > 0]
+        if others and pages and calls % every == 0:
+            windows.table.pages[pages[-1]] = windows.table.pages[others[0].slots[others[0].computed - 1]]
+
+    windows.attach = wrong  # type: ignore[method-assign]
+
+
+def windows_of(loop: Loop) -> WindowPages:
+    assert loop.windows is not None
+    return loop.windows
+
+
+PLANTS = [hands_out_twice, finds_others, frees_early, computes_too_little, forgets_a_window, shares_a_window]
+
+
+@pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("seed", range(20 if SOAK else 5))
 def test_a_slot_bug_is_caught_within_100_requests(plant: Callable[[Loop, int], None], seed: int) -> None:
     rng = Random(seed)
-    loop, sent = Loop(num_pages=60, chunk=16, max_running=4, canary=KVCanary(60), watched=False), list[Request]()
+    shape: dict[str, Any] = {"num_pages": 60, "chunk": 16, "max_running": 4}
+    if plant in (forgets_a_window, shares_a_window):
+        shape |= {"window": (6, 20)}
+    loop, sent = Loop(**shape, sings=True, watched=False), list[Request]()
     plant(loop, 3)
     assert loop.canary is not None
     while not loop.canary.num_mismatches and len(sent) < CAUGHT_WITHIN:
