@@ -71,8 +71,8 @@ class EngineConfig:
     disable_radix_cache: bool = option(False, "Do not reuse the K and V of earlier requests.")
     swa_full_tokens_ratio: float | None = option(
         None,
-        "Slots of layers with a sliding window, as a share of those of all others. If left out a sixth, but no less "
-        "than a long prompt's chunk needs, and no more than --max-running-requests can use.",
+        "Slots of layers with a sliding window, as a share of those of all others. If left out a sixth, but "
+        "enough for eight requests and a long prompt's chunk, and no more than --max-running-requests can use.",
     )
     disable_hybrid_swa_memory: bool = option(
         False, "Keep as many slots in layers with a sliding window as in all others; --kv-disk does so too."

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from pippin.cache.layout import CacheLayout, bytes_per_slot, is_within
-from pippin.cache.windows import least_pages, span
+from pippin.cache.windows import least_pages
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.footprint import free_bytes, process_bytes
@@ -36,8 +36,9 @@ _SNAPSHOT_SHARE = 1 / 4
 _STATE_COPIES = 3
 _MOST_SNAPSHOTS = 4096
 _CPU_SNAPSHOTS = 128
-# Slots of windowed layers, as a share of all others', where none is asked for: many enough for short requests.
+# Slots of windowed layers, as a share of all others', where none is asked for; but whole windows of so many requests.
 _WINDOW_SHARE = 1 / 6
+_WINDOW_STREAMS = 8
 _SPARE_BYTES = 256 << 20
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -252,11 +253,12 @@ class _PoolSizes:
             return cls(page, every)
         part = bytes_per_slot([s for s in layout.shapes if is_within(s, reach)])
         asked = config.swa_full_tokens_ratio
-        least = least_pages(reach, page, chunk if asked is None else 1) * page
-        # Nobody ever needs more: each running request's window, once more as much of ends that are kept, and a step.
-        most = (2 * running * span(reach, page)) * page + least
-        ratio = _WINDOW_SHARE if asked is None else asked
-        return cls(page, every - part, part, reach, ratio, least, most if asked is None else sys.maxsize)
+        if asked is not None:
+            return cls(page, every - part, part, reach, asked, least_pages(reach, page, 1) * page, sys.maxsize)
+        few = least_pages(reach, page, chunk, min(running, _WINDOW_STREAMS)) * page
+        # Nobody ever needs more: each running request's window, as much of ends that are kept, and a step.
+        most = least_pages(reach, page, chunk, 2 * running) * page
+        return cls(page, every - part, part, reach, _WINDOW_SHARE, few, most)
 
     def window_slots(self, slots: int) -> int:
         """Slots of windowed layers beside so many of all others, without scratch pages; 0: they share the others'."""

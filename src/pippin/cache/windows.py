@@ -78,9 +78,9 @@ def streams(window_slots: int, reach: int, page_size: int, chunk: int, length: i
     return max(1, (window_slots // page_size - _ahead(chunk, page_size)) // each)
 
 
-def least_pages(reach: int, page_size: int, chunk: int) -> int:
-    """Pages with which one request can compute ``chunk`` tokens at a time, behind a whole window."""
-    return span(reach, page_size) + _ahead(chunk, page_size)
+def least_pages(reach: int, page_size: int, chunk: int, streams: int = 1) -> int:
+    """Pages with which ``streams`` requests run whose windows are full, and compute ``chunk`` tokens in a step."""
+    return streams * span(reach, page_size) + _ahead(chunk, page_size)
 
 
 def _ahead(chunk: int, page_size: int) -> int:
