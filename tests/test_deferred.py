@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import pippin.attention.rows
 from pippin import kernels
 from pippin.kernels import Rope, reference
-from pippin.models.deferred import Attended, Fusions, Part, Residual, Source, Turn, deferring, joined_swiglu
+from pippin.models.deferred import Attended, Fusions, Gelu, Part, Residual, Source, Turn, deferring, joined_swiglu
 from pippin.models.joined import join
 from pippin.models.seam import Seam, active, install
 from pippin.probe import choose_attention
@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     monkeypatch.setattr(pippin.attention.rows, "rope_kv_write", counted("rope_kv_write", kernels.rope_kv_write))
-    for name in ("add_rms_norm", "swiglu"):
+    for name in ("add_rms_norm", "swiglu", "geglu"):
         monkeypatch.setattr(kernels, name, counted(name, vars(kernels)[name]))
     return found
 
@@ -60,18 +60,34 @@ def test_a_layer_asks_for_three_kernels_where_it_did_ten_operations(family: str,
     assert calls == {"rope_kv_write": 6, "add_rms_norm": 12, "swiglu": 6}
 
 
+@pytest.mark.parametrize(
+    ("family", "kernels_of_a_layer"),
+    [
+        ("gemma3_text", {"rope_kv_write": 1, "add_rms_norm": 2, "geglu": 1}),
+        ("gpt_oss", {"rope_kv_write": 1, "add_rms_norm": 2}),
+        ("phi3", {"rope_kv_write": 1, "add_rms_norm": 2, "swiglu": 1}),
+    ],
+)
+def test_other_layouts_ask_for_them_too(family: str, kernels_of_a_layer: dict[str, int], calls: Counter[str]) -> None:
+    """A sum of 1 and each norm's weight and gelu; YaRN's lengths; projections that come joined."""
+    config = family_config(family)
+    choice = choose_attention(model_of(family), "mlx", config["vocab_size"], fuse=True)
+    assert choice.fusions.residual
+    forwards = 2 * config["num_hidden_layers"]
+    assert calls == {name: n * forwards for name, n in kernels_of_a_layer.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_its_logits_and_what_it_can(family: str) -> None:
     """The probe compares logits; what a model can't take (a compiled gelu) is left out, and the rest stays."""
     choice = choose_attention(model_of(family), "mlx", family_config(family)["vocab_size"], fuse=True)
     expected: dict[str, frozenset[tuple[str, ...]]] = {
-        "gemma": frozenset({QKV}),
-        "gemma3_text": frozenset({QKV}),
-        "phi3": frozenset(),
+        "gemma": frozenset({QKV}),  # its gelu is the exact one, and compiled
+        "phi3": frozenset({("qkv_proj",), ("gate_up_proj",)}),
         "mixtral": frozenset({QKV}),
         "gpt_oss": frozenset({QKV}),
-        "glm4": frozenset({QKV}),
-        "deepseek_v2": frozenset({MLP}),
+        "glm4": frozenset({QKV, ("gate_up_proj",)}),
+        "deepseek_v2": frozenset({MLP, ("kv_a_proj_with_mqa",)}),
     }
     if choice.backend.name == "rows":
         assert choice.fusions == Fusions(residual=True, joined=expected.get(family, frozenset({QKV, MLP})))
@@ -130,7 +146,9 @@ def part(heads: int = 4, dim: int = 8, rows: int = 3) -> Part:
 
 @given(
     st.lists(
-        st.sampled_from(["split", "swap", "norm", "turn", "scale", "slice", "cast", "flatten"]), min_size=1, max_size=6
+        st.sampled_from(["split", "swap", "norm", "stretch", "turn", "scale", "slice", "cast", "flatten", "half"]),
+        min_size=1,
+        max_size=6,
     )
 )
 def test_whatever_is_asked_of_a_part_gives_what_an_array_would(asked: list[str]) -> None:
@@ -145,6 +163,8 @@ def test_whatever_is_asked_of_a_part_gives_what_an_array_would(asked: list[str])
         "turn": lambda a: (
             mx.fast.rope(a, 8, traditional=False, base=100.0, scale=1.0, offset=offset) if a.ndim == 4 else a
         ),
+        "stretch": lambda a: a.at[..., :8].multiply(1.5) if a.ndim == 4 else a,
+        "half": lambda a: mx.split(a, 2, axis=-1)[1] if a.shape[-1] == 32 else a,
         "scale": lambda a: 2 * a + 1,
         "slice": lambda a: a[1:] if a.ndim == 2 else a,
         "cast": lambda a: a.astype(mx.float32),
@@ -160,6 +180,48 @@ def test_whatever_is_asked_of_a_part_gives_what_an_array_would(asked: list[str])
     assert np.allclose(np.array(got), np.array(y), atol=1e-5)
 
 
+def test_a_split_projection_is_parts_wherever_it_is_cut() -> None:
+    whole = part()
+    with deferring():
+        loose: Any = whole
+        pieces: Any = mx.split(loose, [8, 24], axis=-1)
+        halves: Any = mx.split(loose, 2, axis=2)
+        rows: Any = mx.split(loose, 3, axis=0)
+    assert all(isinstance(p, Part) for p in (*pieces, *halves))
+    assert not any(isinstance(p, Part) for p in rows)
+    assert [p.width for p in pieces] == [8, 16, 8]
+    joined = mx.concatenate([p.array() for p in pieces], axis=-1)
+    assert mx.array_equal(joined, whole.array()).item()
+    assert mx.array_equal(mx.concatenate(rows), whole.array()).item()
+
+
+def test_gelu_of_a_gate_waits_for_what_it_is_multiplied_with() -> None:
+    source = Source(mx.random.normal((2, 1, 16)))
+    gate, up = Part(source, 0, 8), Part(source, 8, 8)
+    want = nn.gelu_approx(gate.array()) * up.array()
+    with deferring():
+        loose: Any = gate
+        waits: Any = nn.gelu_approx(loose)
+        assert type(waits) is Gelu
+        loose_gelu: Any = waits
+        assert mx.allclose(waits * up, want, atol=1e-5).item()
+        assert mx.allclose(up.array() * waits, want, atol=1e-5).item()
+        assert mx.allclose(1 + loose_gelu, nn.gelu_approx(gate.array()) + 1, atol=1e-5).item()
+    assert (waits.shape, waits.dtype) == ((2, 1, 8), mx.float32)
+
+
+def test_norms_by_one_and_their_weight_keep_the_sum() -> None:
+    model = model_of("gemma3_text")
+    norm = model.model.layers[0].input_layernorm
+    x = mx.random.normal((2, 1, 64))
+    expected = norm(x)
+    choose_attention(model, "mlx", 288, fuse=True)
+    with active(Seam(None, Fusions(residual=True))):
+        assert mx.array_equal(norm(x), expected).item()
+        norm.weight = norm.weight + 1  # what is kept is the sum
+        assert mx.array_equal(norm(x), expected).item()
+
+
 def test_a_residual_is_summed_once_however_it_is_used() -> None:
     a, b = mx.arange(6).reshape(1, 6).astype(mx.float32), mx.ones((1, 6))
     weight = mx.ones(6)
@@ -169,8 +231,9 @@ def test_a_residual_is_summed_once_however_it_is_used() -> None:
         assert mx.allclose(normed, mx.fast.rms_norm(a + b, weight, 1e-5)).item()
         assert mx.array_equal(h.array(), a + b).item()
         assert mx.array_equal((h + h).array(), 2 * (a + b)).item()
+        assert mx.array_equal((h * 3).array(), 3 * (a + b)).item()
         loose: Any = h
-        assert mx.array_equal(1 + loose * 2, 1 + 2 * (a + b)).item()
+        assert mx.array_equal((1 + loose * 2).array(), 1 + 2 * (a + b)).item()
         assert mx.array_equal(b + loose, a + 2 * b).item(), "an array on the left asks for the array"
         assert mx.array_equal(mx.fast.layer_norm(h, None, None, 1e-5), mx.fast.layer_norm(a + b, None, None, 1e-5))  # type: ignore[arg-type]
     assert mx.fast.rms_norm is not None

@@ -6,7 +6,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import combinations, count
 from typing import Any
 
 import mlx.core as mx
@@ -103,14 +103,20 @@ def _fused(
     if choice.backend.name != "rows":
         return choice
     joined = join(model, lambda: model(mx.array([[1]]), cache=make_prompt_cache(model)))
-    first = Fusions(residual=True, joined=joined)
-    fewer = [replace(first, joined=joined - {names}) for names in sorted(joined)]
-    for fusions in [first, *fewer, Fusions(joined=joined), Fusions(residual=True)]:
+    for fusions in _to_try(joined):
         reason = _differs(model, replace(choice, fusions=fusions), tokens, expected, vocab_size)
         if reason is None:
             return replace(choice, fusions=fusions)
         log.info("%s: %s", fusions, reason)
     return choice
+
+
+def _to_try(joined: frozenset[tuple[str, ...]]) -> list[Fusions]:
+    """All fusions there may be, the most first; a model that takes few of them is one of many tries."""
+    names = sorted(joined)
+    some = [frozenset(part) for n in range(len(names) + 1) for part in combinations(names, n)]
+    found = [Fusions(residual, part) for part in some for residual in (False, True) if part or residual]
+    return sorted(found, key=lambda f: (len(f.joined) + f.residual, len(f.joined)), reverse=True)
 
 
 def measure_caches(model: nn.Module, lazily: bool = False) -> CacheLayout:

@@ -45,6 +45,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "expert_product",
+    "geglu",
     "kv_gather",
     "kv_write",
     "latent_decode",
@@ -136,7 +137,10 @@ def rope_kv_write(
         return fused.rope_kv_write(launch, y, k_pool, v_pool, heads, rope, positions, slots, norms, after)
     q, k, v = reference.heads_of(y.reshape(-1, y.shape[-1]), heads)
     q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in zip((q, k), norms, strict=True))
-    q, k = (reference.rope(x, positions, rope.dims, rope.frequencies, traditional=rope.traditional) for x in (q, k))
+    q, k = (
+        reference.rope(x, positions, rope.dims, rope.frequencies, traditional=rope.traditional, length=rope.length)
+        for x in (q, k)
+    )
     return q, kv_write(k_pool, v_pool, k, v, slots, after=after)
 
 
@@ -156,6 +160,14 @@ def swiglu(y: mx.array) -> mx.array:
     if launch is None:
         return reference.swiglu(y)
     return fused.swiglu(launch, y)
+
+
+def geglu(y: mx.array) -> mx.array:
+    """gelu(gate) * up [.., n], gelu in its tanh form, where y [.., 2 n] is gate, then up."""
+    launch = _row_launcher("swiglu", y.shape[-1] // 2, y.dtype)
+    if launch is None:
+        return reference.geglu(y)
+    return fused.geglu(launch, y)
 
 
 def quantized_product(x: mx.array, weights: Weights) -> mx.array:

@@ -173,12 +173,12 @@ def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning,
     keys = mx.random.split(mx.random.key(11), 2)
     y = mx.random.normal((3, 784), key=keys[0]).astype(dtype)
     norms = fused.Norm(mx.random.normal((64,), key=keys[1]).astype(dtype), 1e-5), None
-    rope, positions = fused.Rope(32, False, 1e4, 1.0), mx.array([3, 0, 70], dtype=mx.int32)
+    rope, positions = fused.Rope(32, False, 1e4, 1.0, length=1.5), mx.array([3, 0, 70], dtype=mx.int32)
     slots = reference.newest_slots(s.table, s.lengths, _PAGE)
     q, k, v = reference.heads_of(y, heads)
-    want_q = reference.rope(reference.rms_norm(q, *norms[0]), positions, 32, rope.frequencies)
+    want_q = reference.rope(reference.rms_norm(q, *norms[0]), positions, 32, rope.frequencies, length=1.5)
     want_k, want_v = copied(s.k_pool), copied(s.v_pool)
-    reference.kv_write(want_k, want_v, reference.rope(k, positions, 32, rope.frequencies), v, slots)
+    reference.kv_write(want_k, want_v, reference.rope(k, positions, 32, rope.frequencies, length=1.5), v, slots)
     mx.eval(y, slots, want_q, storage(want_k), storage(want_v))
     got = fused.rope_kv_write(launch, y, s.k_pool, s.v_pool, heads, rope, positions, slots, norms, None)
     mx.eval(got)
@@ -198,10 +198,11 @@ def check_add_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) 
 
 
 def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Rows of 1056 numbers, and numbers whose sigmoid is 0 or 1."""
+    """Rows of 1056 numbers, and numbers whose sigmoid is 0 or 1; with gelu too."""
     y = 4 * mx.random.normal((3, 2112), key=mx.random.key(13))
     y = mx.where(mx.arange(2112) < 4, mx.array([-100.0, 100.0, 1e4, -1e4] * 528), y).astype(dtype)
-    return _close(fused.swiglu(launch, y) / 16, reference.swiglu(y) / 16)
+    pairs = (fused.swiglu(launch, y), reference.swiglu(y)), (fused.geglu(launch, y), reference.geglu(y))
+    return all(_close(got / 16, want / 16) for got, want in pairs)
 
 
 def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:

@@ -38,6 +38,7 @@ class Rope:
     """Rotary embedding of a head's first ``dims`` numbers: ``mx.fast.rope``'s arguments.
 
     ``frequencies`` [dims / 2] float32 are radians a token, before ``scale``; made of ``base`` if None is given.
+    ``length`` is what the rotated numbers are multiplied by (YaRN's mscale, arXiv:2309.00071).
     """
 
     dims: int
@@ -45,6 +46,7 @@ class Rope:
     base: float | None
     scale: float
     periods: mx.array | None = None
+    length: float = 1.0
 
     @property
     def frequencies(self) -> mx.array:
@@ -57,7 +59,8 @@ class Rope:
     def same_as(self, other: Rope) -> bool:
         """Whether both rotate alike."""
         mine, theirs = (
-            (r.dims, r.traditional, r.base if r.periods is None else 0, r.scale, id(r.periods)) for r in (self, other)
+            (r.dims, r.traditional, r.base if r.periods is None else 0, r.scale, id(r.periods), r.length)
+            for r in (self, other)
         )
         return mine == theirs
 
@@ -132,7 +135,7 @@ def rope_kv_write(
         rope.frequencies,
         positions,
         slots,
-        params(q_norm.eps if q_norm else 0.0, k_norm.eps if k_norm else 0.0),
+        params(q_norm.eps if q_norm else 0.0, k_norm.eps if k_norm else 0.0, rope.length),
         nothing(mx.int32) if after is None else after,
     ]
     q, token = launch(what, inputs)
@@ -202,13 +205,18 @@ def _norm_launch(shape: tuple[int, ...], dtype: mx.Dtype) -> Launch:
 
 def swiglu(launch: Launcher, y: mx.array) -> mx.array:
     """See ``kernels.swiglu``."""
-    return launch(_swiglu_launch(tuple(y.shape), y.dtype), [y])[0]
+    return launch(_gated_launch(tuple(y.shape), y.dtype, False), [y])[0]
+
+
+def geglu(launch: Launcher, y: mx.array) -> mx.array:
+    """See ``kernels.geglu``."""
+    return launch(_gated_launch(tuple(y.shape), y.dtype, True), [y])[0]
 
 
 @lru_cache(maxsize=1024)
-def _swiglu_launch(shape: tuple[int, ...], dtype: mx.Dtype) -> Launch:
+def _gated_launch(shape: tuple[int, ...], dtype: mx.Dtype, gelu: bool) -> Launch:
     rows, width = math.prod(shape[:-1]), shape[-1] // 2
     packs = width * dtype.size // 16
     threads = min(256, -(-packs // 32) * 32)
-    constants = (("T", dtype), ("WIDTH", width), ("THREADS", threads))
+    constants = (("T", dtype), ("WIDTH", width), ("THREADS", threads), ("GELU", gelu))
     return Launch(SWIGLU, constants, (rows, -(-packs // threads)), threads, (((*shape[:-1], width), dtype),))

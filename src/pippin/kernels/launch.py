@@ -132,9 +132,9 @@ def dialect_digest(dialect: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def params(first: float, second: float) -> mx.array:
-    """Two numbers, as the float32 array that bodies call ``params``."""
-    return ready(mx.array([first, second] + [0.0] * 6, dtype=mx.float32))
+def params(first: float, second: float, third: float = 0.0) -> mx.array:
+    """A few numbers, as the float32 array that bodies call ``params``."""
+    return ready(mx.array([first, second, third] + [0.0] * 5, dtype=mx.float32))
 
 
 @lru_cache

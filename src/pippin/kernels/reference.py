@@ -8,6 +8,8 @@ gives zeros. ``sinks`` [heads] are logits that take part in the softmax and add 
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 
 from pippin.kernels.form import Form
@@ -166,13 +168,22 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return (normed.astype(x.dtype) * weight).astype(x.dtype)
 
 
-def rope(x: mx.array, positions: mx.array, dims: int, frequencies: mx.array, *, traditional: bool = False) -> mx.array:
+def rope(
+    x: mx.array,
+    positions: mx.array,
+    dims: int,
+    frequencies: mx.array,
+    *,
+    traditional: bool = False,
+    length: float = 1.0,
+) -> mx.array:
     """Rotates the first ``dims`` numbers of heads x [T, heads, n] by ``positions`` [T] * ``frequencies`` [dims / 2].
 
-    Pairs are numbers i and i + dims / 2, or neighbours if ``traditional``. RoFormer, arXiv 2104.09864.
+    Pairs are numbers i and i + dims / 2, or neighbours if ``traditional``. RoFormer, arXiv 2104.09864. What is rotated
+    becomes ``length`` times as long.
     """
     angles = (positions.astype(mx.float32)[:, None] * frequencies[: dims // 2])[:, None]
-    cos, sin = mx.cos(angles), mx.sin(angles)
+    cos, sin = length * mx.cos(angles), length * mx.sin(angles)
     wide = x[..., :dims].astype(mx.float32)
     if traditional:
         first, second = wide[..., ::2], wide[..., 1::2]
@@ -193,3 +204,10 @@ def swiglu(y: mx.array) -> mx.array:
     """silu(gate) * up, where y [.., 2 n] is gate, then up."""
     gate, up = mx.split(y.astype(mx.float32), 2, axis=-1)
     return (gate * mx.sigmoid(gate) * up).astype(y.dtype)
+
+
+def geglu(y: mx.array) -> mx.array:
+    """gelu(gate) * up in its tanh form (arXiv:1606.08415), where y [.., 2 n] is gate, then up."""
+    gate, up = mx.split(y.astype(mx.float32), 2, axis=-1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (0.5 * gate * (1 + mx.tanh(inner)) * up).astype(y.dtype)

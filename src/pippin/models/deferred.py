@@ -9,12 +9,15 @@ MLX has computed as ever; a model that does so where that can't be seen fails in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import builtins
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from pippin import kernels
 from pippin.kernels import Norm, Rope
@@ -22,6 +25,8 @@ from pippin.kernels import Norm, Rope
 _rms_norm = mx.fast.rms_norm
 _layer_norm = mx.fast.layer_norm
 _rope = mx.fast.rope
+_split = mx.split
+_gelu_approx = nn.gelu_approx
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,33 @@ class Turn:
     offset: Any
 
 
+class Stretch(NamedTuple):
+    """A head's first ``dims`` numbers are to be multiplied ``by`` this."""
+
+    dims: int
+    by: float
+
+
+class _At:
+    """What ``Part.at`` gives."""
+
+    def __init__(self, part: Part, index: Any = None) -> None:
+        self._part = part
+        self._index = index
+
+    def __getitem__(self, index: Any) -> Any:
+        return _At(self._part, index)
+
+    def multiply(self, by: Any) -> Any:
+        match self._index:
+            case (builtins.Ellipsis, slice(start=None, stop=int(dims), step=None)) if isinstance(by, (int, float)):
+                return self._part.stretched(Stretch(min(dims, self._part.dim), float(by)))
+        return self._part.array().at[self._index].multiply(by)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part.array().at[self._index], name)
+
+
 @dataclass(slots=True, eq=False)
 class Part(Deferred):
     """``width`` numbers of each row of a source, from ``first`` on, and what is to be done with them.
@@ -94,11 +126,12 @@ class Part(Deferred):
     heads: int = 0
     swapped: bool = False
     norm: Norm | None = None
+    stretch: Stretch | None = None
     turn: Turn | None = None
 
     def _copy(self) -> Part:
         """Another one to change: ``dataclasses.replace`` would take a tenth of the time that building a step takes."""
-        return Part(self.source, self.first, self.width, self.heads, self.swapped, self.norm, self.turn)
+        return Part(self.source, self.first, self.width, self.heads, self.swapped, self.norm, self.stretch, self.turn)
 
     @property
     def dim(self) -> int:
@@ -146,7 +179,7 @@ class Part(Deferred):
 
     def normed(self, weight: mx.array | None, eps: float) -> Any:
         """This, normed over a head; an array if that is not what is asked for."""
-        plain = self.heads and self.norm is None and self.turn is None
+        plain = self.heads and self.norm is None and self.stretch is None and self.turn is None
         if plain and weight is not None and weight.shape == (self.dim,) and weight.dtype == self.dtype:
             normed = self._copy()
             normed.norm = Norm(weight, eps)
@@ -156,11 +189,28 @@ class Part(Deferred):
     def turned(self, turn: Turn) -> Part | None:
         """This, rotated; None if only an array can be."""
         fits = self.swapped and self.turn is None and turn.rope.dims <= self.dim and self.source.y.shape[1] == 1
-        if not fits:
+        if not fits or (self.stretch is not None and self.stretch.dims != turn.rope.dims):
             return None
         turned = self._copy()
-        turned.turn = turn
+        turned.turn, turned.stretch = turn, None
+        if self.stretch is not None:
+            turned.turn = replace(turn, rope=replace(turn.rope, length=self.stretch.by))
         return turned
+
+    @property
+    def at(self) -> Any:
+        """``mx.array.at``, of which the stretching of what will be rotated is noted."""
+        return _At(self) if self.heads and self.stretch is None and self.turn is None else self.array().at
+
+    def split(self, bounds: Sequence[int]) -> list[Part]:
+        """What lies between these numbers of each row, which has no heads yet."""
+        return [Part(self.source, self.first + a, b - a) for a, b in pairwise([0, *bounds, self.width])]
+
+    def stretched(self, stretch: Stretch) -> Part:
+        """This with its heads' first numbers multiplied."""
+        longer = self._copy()
+        longer.stretch = stretch
+        return longer
 
     def array(self) -> mx.array:
         x = self.source.y[..., self.first : self.first + self.width]
@@ -170,8 +220,12 @@ class Part(Deferred):
             x = _rms_norm(x, *self.norm)
         if self.swapped:
             x = x.transpose(0, 2, 1, 3)
+        if self.stretch is not None:
+            x = x.at[..., : self.stretch.dims].multiply(self.stretch.by)
         if self.turn is not None:
             rope = self.turn.rope
+            if rope.length != 1:
+                x = x.at[..., : rope.dims].multiply(rope.length)
             x = _rope(
                 x,
                 rope.dims,
@@ -248,20 +302,59 @@ class Residual(Deferred):
         self._r = None
         return out
 
-    def __add__(self, other: Any) -> Residual:
-        return Residual(self.array(), settled(other))
+    def __mul__(self, other: Any) -> Residual:
+        return Residual(self.array() * settled(other))
 
-    def __radd__(self, other: Any) -> Residual:
-        return Residual(settled(other), self.array())
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Residual:
+        more = settled(other)
+        return Residual(self.array(), more) if isinstance(more, mx.array) else Residual(self.array() + more)
+
+    __radd__ = __add__
+
+
+class Gelu(Deferred):
+    """A part's gelu, in its tanh form, until it is multiplied with another part."""
+
+    def __init__(self, gate: Part) -> None:
+        self._gate = gate
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._gate.shape
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self._gate.dtype
+
+    def array(self) -> mx.array:
+        out: mx.array = _gelu_approx(self._gate.array())
+        return out
+
+    def __mul__(self, other: Any) -> mx.array:
+        return joined_gelu(self._gate, other)
+
+    __rmul__ = __mul__
+
+
+def joined_gelu(gate: Part, up: Any) -> mx.array:
+    """gelu(gate) * up, in its tanh form."""
+    if isinstance(up, Part) and _are_whole(gate, up):
+        return kernels.geglu(gate.source.y)
+    out: mx.array = _gelu_approx(gate.array()) * settled(up)
+    return out
 
 
 def joined_swiglu(gate: Part, up: Part) -> mx.array | None:
     """silu(gate) * up, if the two are a whole source, gate first; None otherwise."""
-    y, width = gate.source.y, gate.width
-    places = (gate.first, up.first, up.width, y.shape[-1])
-    if gate.source is not up.source or places != (0, width, width, 2 * width) or gate.heads or up.heads:
-        return None
-    return kernels.swiglu(y)
+    return kernels.swiglu(gate.source.y) if _are_whole(gate, up) else None
+
+
+def _are_whole(gate: Part, up: Part) -> bool:
+    width = gate.width
+    places = (gate.first, up.first, up.width, gate.source.y.shape[-1])
+    return gate.source is up.source and places == (0, width, width, 2 * width) and not gate.heads and not up.heads
 
 
 def _norm_of_rows(x: Any, weight: mx.array | None, eps: float, **options: Any) -> Any:
@@ -292,12 +385,29 @@ def _rope_of_heads(
     )
 
 
+def _gelu_of_part(x: Any) -> Any:
+    return Gelu(x) if isinstance(x, Part) and not x.heads else _gelu_approx(settled(x))
+
+
+def _split_parts(x: Any, parts: int | Sequence[int], axis: int = 0, **options: Any) -> Any:
+    if not isinstance(x, Part) or x.heads or axis not in (-1, x.ndim - 1):
+        return _split(settled(x), parts, axis, **options)
+    if not isinstance(parts, int):
+        return x.split(parts)
+    if x.width % parts:
+        return _split(x.array(), parts, axis, **options)
+    return x.split(range(x.width // parts, x.width, x.width // parts))
+
+
 @contextmanager
 def deferring() -> Iterator[None]:
-    """Lets ``mx.fast``'s norms and rotation take deferred values; for all else they stay what they are."""
+    """Lets ``mx.fast``'s norms and rotation, ``mx.split`` and gelu take deferred values; for all else they stay."""
     fast: Any = mx.fast
+    whole: Any = mx
     fast.rms_norm, fast.layer_norm, fast.rope = _norm_of_rows, _layer_norm_of_rows, _rope_of_heads
+    whole.split, nn.gelu_approx = _split_parts, _gelu_of_part
     try:
         yield
     finally:
         fast.rms_norm, fast.layer_norm, fast.rope = _rms_norm, _layer_norm, _rope
+        whole.split, nn.gelu_approx = _split, _gelu_approx

@@ -1,16 +1,17 @@
 """Projections of one input as one product: q, k and v, or gate and up.
 
 Which ones are found by watching a forward: layers side by side in one module that are called with the same array, one
-after the other. Their weights become rows of one array, of which each keeps its own, so nothing is stored twice and
-each alone computes what it did. While a forward defers values (``seam.Seam.fusions``), the first of them computes all,
-and each passes on its part.
+after the other; and single ones whose output the model splits by itself. Their weights become rows of one array, of
+which each keeps its own, so nothing is stored twice and each alone computes what it did. While a forward defers values
+(``seam.Seam.fusions``), the first of them computes all, and each passes on its part.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,8 +66,8 @@ def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str
     """Joins what ``forward``, a run of the model, shows to belong together; returns the names of what was joined."""
     found = set()
     paths = {id(m): path for path, m in model.named_modules()}
-    calls = _calls(model, forward)
-    groups = _groups(paths, calls)
+    calls, split = _calls(model, forward)
+    groups = _groups(paths, calls, split)
     calls.clear()  # what was not computed holds the weights that are replaced, and classes wait for the cycle collector
     for layers in groups:
         places = tuple(paths[id(layer)] for layer in layers)
@@ -82,6 +83,7 @@ def join(model: nn.Module, forward: Callable[[], object]) -> frozenset[tuple[str
     for _, layer in model.named_modules():
         if not isinstance(layer, _Joining):
             _turn(layer)
+        _add_one_ahead(layer)
     return frozenset(found)
 
 
@@ -89,6 +91,25 @@ def wholes(model: nn.Module) -> list[nn.Module]:
     """The layers that compute joined ones together, each once."""
     groups = {id(m._place[0]): m._place[0] for _, m in model.named_modules() if isinstance(m, _Joining)}
     return [group.whole for group in groups.values()]
+
+
+class _Summed(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
+    """Put before the class of a norm by 1 + weight (Gemma's): that sum is kept, not made each time."""
+
+    def __call__(self, x: Any) -> Any:
+        return mx.fast.rms_norm(x, self._sum, self.eps) if fusing_now() else super().__call__(x)
+
+
+def _add_one_ahead(norm: nn.Module) -> None:
+    """Whether a module is such a norm is seen from what it makes of some numbers."""
+    weight, arguments = norm.get("weight"), inspect.signature(type(norm).__call__).parameters
+    if not isinstance(weight, mx.array) or weight.ndim != 1 or "eps" not in vars(norm) or len(arguments) != 2:
+        return
+    x = mx.random.normal((1, weight.size), key=mx.random.key(5)).astype(weight.dtype)
+    added = 1.0 + weight
+    if type(norm) is not nn.RMSNorm and mx.array_equal(norm(x), mx.fast.rms_norm(x, added, norm.eps)).item():
+        put_before(norm, _Summed)
+        object.__setattr__(norm, "_sum", added)
 
 
 class _Turned(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
@@ -109,36 +130,58 @@ def _turn(layer: nn.Module) -> None:
         object.__setattr__(layer, "_turned", turned)
 
 
+class _Call(NamedTuple):
+    """A layer was called with ``x`` and gave ``y``."""
+
+    layer: nn.Module
+    x: Any
+    y: Any
+
+
 class _Watching(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """Put before a layer's own class: notes who is called with what, for a moment."""
 
-    seen: list[tuple[nn.Module, Any]]
+    seen: list[_Call]
 
     def __call__(self, x: Any) -> Any:
-        self.seen.append((self, x))
-        return super().__call__(x)
+        y = super().__call__(x)
+        self.seen.append(_Call(self, x, y))
+        return y
 
 
-def _calls(model: nn.Module, forward: Callable[[], object]) -> list[tuple[nn.Module, Any]]:
-    """Calls of layers that can be joined, in order, each with its input."""
-    seen: list[tuple[nn.Module, Any]] = []
+def _calls(model: nn.Module, forward: Callable[[], object]) -> tuple[list[_Call], list[nn.Module]]:
+    """Calls of layers that can be joined, in order, and the layers whose outputs the model splits."""
+    seen: list[_Call] = []
+    cut: list[Any] = []
+    split, whole = mx.split, cast(Any, mx)
+
+    def noted(x: Any, *arguments: Any, **options: Any) -> Any:
+        cut.append(x)
+        return split(x, *arguments, **options)
+
     watched = [m for _, m in model.named_modules() if isinstance(m, (nn.Linear, nn.QuantizedLinear))]
     classes = {id(m): m.__class__ for m in watched}
     for m in watched:
         m.__class__ = type("Watched", (_Watching, m.__class__), {"seen": seen})
+    whole.split = noted
     try:
         forward()
     finally:
+        whole.split = split
         for m in watched:
             m.__class__ = classes[id(m)]
-    return seen
+    ids = {id(x) for x in cut}
+    return seen, [call.layer for call in seen if id(call.y) in ids]
 
 
-def _groups(paths: dict[int, str], calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
-    """Runs of different layers of one module that take the same array and differ only in how wide their output is."""
+def _groups(paths: dict[int, str], calls: Sequence[_Call], split: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Runs of different layers of one module that take the same array and differ only in how wide their output is.
+
+    Layers in ``split`` stand for some that are joined already.
+    """
     runs: list[tuple[Any, Any, list[nn.Module]]] = []
     used: set[int] = set()
-    for layer, x in calls:
+    for layer, x, _ in calls:
         if id(layer) in used:
             continue
         used.add(id(layer))
@@ -147,7 +190,8 @@ def _groups(paths: dict[int, str], calls: Sequence[tuple[nn.Module, Any]]) -> li
             runs[-1][2].append(layer)
         else:
             runs.append((x, kind, [layer]))
-    return [layers for _, _, layers in runs if len(layers) > 1]
+    alone = {id(layer) for layer in split}
+    return [layers for _, _, layers in runs if len(layers) > 1 or id(layers[0]) in alone]
 
 
 def _kind(layer: nn.Module) -> tuple[object, ...]:

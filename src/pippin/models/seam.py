@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base
+from mlx_lm.models import activations, base, gemma3_text, gemma4_text
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
@@ -24,7 +24,7 @@ from pippin import kernels
 from pippin.errors import ModelError
 from pippin.kernels import cpu
 from pippin.kernels.turns import rotating
-from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_swiglu, settled
+from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_gelu, joined_swiglu, settled
 
 NO_FUSIONS = Fusions()
 
@@ -81,6 +81,8 @@ class Seam:
 _active: ContextVar[Seam | None] = ContextVar("pippin_seam", default=None)
 _original = base.scaled_dot_product_attention
 _original_swiglu = activations.swiglu
+_original_geglu = gemma4_text.geglu
+_original_sum = gemma3_text.clip_residual
 
 
 @contextmanager
@@ -153,17 +155,40 @@ def swiglu(gate: mx.array | Part, x: mx.array | Part) -> mx.array:
     return out
 
 
+def geglu(gate: mx.array | Part, x: mx.array | Part) -> mx.array:
+    """Stands in for Gemma 4's function of that name, which is compiled and so takes arrays alone."""
+    if isinstance(gate, Part):
+        return joined_gelu(gate, x)
+    out: mx.array = _original_geglu(gate, settled(x))
+    return out
+
+
+def sum_of_layers(x: mx.array | Residual, y: mx.array) -> mx.array | Residual:
+    """Stands in for Gemma 3's ``clip_residual``, which is a sum but in float16."""
+    if isinstance(x, Residual) and x.dtype != mx.float16:
+        return x + y
+    out: mx.array = _original_sum(settled(x), settled(y))
+    return out
+
+
+_STAND_INS: dict[int, Any] = {
+    id(_original): attention,
+    id(_original_swiglu): swiglu,
+    id(_original_geglu): geglu,
+    id(_original_sum): sum_of_layers,
+}
+
+
 def install(model: nn.Module, vocab_size: int) -> None:
-    """Hooks a loaded model: attention and ``swiglu`` in every file of models imported by now, quantized layers, head.
+    """Hooks a loaded model: attention, ``swiglu`` and the like in every file of models imported by now, quantized
+    layers, head.
 
     Without an active seam, attention and head do exactly what they did. Installing twice changes nothing.
     """
     for namespace in _namespaces(model):
         for key, value in list(namespace.items()):
-            if value is _original:
-                namespace[key] = attention
-            elif value is _original_swiglu:
-                namespace[key] = swiglu
+            if id(value) in _STAND_INS:
+                namespace[key] = _STAND_INS[id(value)]
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             put_before(module, _Flattening)

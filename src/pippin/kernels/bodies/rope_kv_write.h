@@ -45,7 +45,8 @@
     if (!is_v && e < DIMS) {
       const bool second = TRADITIONAL ? e % 2 == 1 : e >= HALF;
       const float other = heads[warp * WIDEST + (TRADITIONAL ? e ^ 1 : second ? e - HALF : e + HALF)];
-      const float angle = within_a_turn(position * turns[n]), sine = sin_of(angle), cosine = cos_of(angle);
+      const float angle = within_a_turn(position * turns[n]);
+      const float sine = params[2] * sin_of(angle), cosine = params[2] * cos_of(angle);
       x = second ? other * sine + x * cosine : x * cosine - other * sine;
     }
     if (is_q) {

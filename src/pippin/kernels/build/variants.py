@@ -99,7 +99,8 @@ def _record_rows(record: Launcher, shape: ModelShape, rows: int) -> None:
         x = mx.zeros((rows, shape.hidden), dtype=shape.dtype)
         fused.add_rms_norm(record, x, x, norm)
     if shape.intermediate and fused.takes_rows(shape.intermediate, shape.dtype):
-        fused.swiglu(record, mx.zeros((rows, 2 * shape.intermediate), dtype=shape.dtype))
+        for gated in (fused.swiglu, fused.geglu):
+            gated(record, mx.zeros((rows, 2 * shape.intermediate), dtype=shape.dtype))
 
 
 def _record_turned(record: Launcher, shape: ModelShape, k_pool: Pool, v_pool: Pool, rows: int) -> None:
