@@ -40,13 +40,13 @@ class Phantom:
         self.names[what.source.name] += 1
         small = tuple(a.size < 8 for a in inputs)
         self.variants.add((what.source, what.constants, small))
-        nothing = [mx.broadcast_to(_zero(dtype), shape) for shape, dtype in what.outputs]
+        nothing = [mx.broadcast_to(zero(dtype), shape) for shape, dtype in what.outputs]
         hangs: list[mx.array] = mx.depends(nothing, list(inputs))
         return hangs
 
 
 @cache
-def _zero(dtype: mx.Dtype) -> mx.array:
+def zero(dtype: mx.Dtype) -> mx.array:
     zero = mx.zeros((), dtype)
     mx.eval(zero)
     return zero

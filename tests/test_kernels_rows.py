@@ -164,6 +164,8 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "no wait for the other lanes": ("rope_kv_write", "  BARRIER();", "  "),
     "a warp's sum left out": ("add_rms_norm", "w < WARPS; w++", "w < WARPS - 1; w++"),
     "the sum not rounded": ("add_rms_norm", "total)[first + i] = c;", "total)[first + i] = a;"),
+    "rotation of another length": ("rope_kv_write", "params[2] * cos_of(angle)", "cos_of(angle)"),
+    "half of gelu's tanh": ("swiglu", "1.5957691216f", "0.7978845608f"),
     "gate and up exchanged": ("swiglu", "row * 2 * ROW + i]", "(row * 2 + 1) * ROW + i]"),
     "a part of K left out": ("product", "k += WARPS * STEP", "k += (WARPS + 1) * STEP"),
     "rows of the wrong pair": ("product", "mine[i] / PER", "mine[i] / (PER + 1)"),
