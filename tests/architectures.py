@@ -218,7 +218,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "plamo3": {},
     "qwen": {"kv_channels": 16, "num_key_value_heads": 4},
-    "qwen2_moe": {},
+    "qwen2_moe": {"norm_topk_prob": False},
     "qwen2_vl": {},
     "qwen3_5": HYBRIDS["qwen3_5_text"],
     "qwen3_5_moe": HYBRIDS["qwen3_5_text"],

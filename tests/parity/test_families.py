@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,32 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     # A width whose root bfloat16 has to round.
     "recurrent_gemma": ("recurrent_gemma", {"hidden_size": 80, "lru_width": 80, "head_dim": 20}),
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "afmoe": {},
+    "deepseek_v32": {},
+    "dots1": {},
+    "ernie4_5": {},
+    "exaone_moe": {},
+    "gemma3": {},
+    "glm": {"partial_rotary_factor": 0.5},
+    "glm_moe_dsa": {},
+    "granite": {},
+    "granitemoe": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "internlm3": {},
+    "laguna": {},
+    "nemotron": {},
+    "olmo3": {"rope_theta": 500000.0},  # the base of the windowed layers where config.json names one for the others
+    "olmoe": {},
+    "phi": {"hidden_act": "gelu_new"},
+    "qwen2_moe": {},
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {},
+}
+"""Compared in two steps only, so that there may be many."""
+
 VARIANTS |= RECURRENT
 SOLO = [name for name in RECURRENT if name not in ("bailing_hybrid", "kimi_linear")]
 BACKENDS = {
@@ -166,3 +193,15 @@ def test_prefix_hits(model: Model) -> None:
     assert_equal(model, found, [(0, LENGTH - 1), (1, SHARED + 9)])
     found = engine.logits((taker, SHARED + 9, LENGTH), (giver, LENGTH - 1, LENGTH))
     assert_equal(model, found, [(1, LENGTH), (0, LENGTH)])
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """A prefix, then all at once: the rest of it, a prompt, and a decode."""
+    reference = build_reference(tmp_path / family, family, **OTHERS[family])
+    model = reference, Engine(reference.path)
+    requests = model[1].requests(*reference.tokens)
+    begun = model[1].logits((requests[0], 0, 20), (requests[2], 0, 30))
+    assert_equal(model, begun, [(0, 20), (2, 30)])
+    found = model[1].logits((requests[2], 30, 31), (requests[0], 20, LENGTH), (requests[3], 0, 40))
+    assert_equal(model, found, [(2, 31), (0, LENGTH), (3, 40)])

@@ -21,6 +21,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
 
+from pippin.errors import ModelError
 from pippin.models.recurrent_corrections import CORRECTIONS
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,22 @@ _IGNORED_WINDOWS: dict[str, Callable[[int, dict[str, Any]], bool]] = {
 """Which layers transformers gives a window to, by model type, where mlx-lm gives it to none."""
 
 
+REFUSED: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "phi3small": lambda facts: "its blocks of attention don't fit mlx-lm's own masks, and MLX then reads beyond them",
+    "qwen2_moe": lambda facts: (
+        "norm_topk_prob is set, and mlx-lm leaves experts' weights as they are" if facts.get("norm_topk_prob") else None
+    ),
+}
+"""By model type: why mlx-lm's class can't run a configuration as it is meant; None if it can."""
+
+
+def refuse(facts: dict[str, Any]) -> None:
+    """Raises ModelError for a configuration that mlx-lm would run otherwise than it is meant, or crash on."""
+    rule = REFUSED.get(facts["model_type"])
+    if rule is not None and (why := rule(facts)) is not None:
+        raise ModelError(f"model_type {facts['model_type']!r} isn't served: {why}")
+
+
 def correct(model: nn.Module, facts: dict[str, Any]) -> None:
     """Sets right, in a model built by mlx-lm from ``facts``, what can't be set right in ``facts``.
 
@@ -109,6 +126,7 @@ def correct(model: nn.Module, facts: dict[str, Any]) -> None:
     _restore_windows(model, facts)
     _restore_yarn_bounds(model, facts)
     _restore_gemma_gelu(model)
+    _restore_partial_rotation(model, facts)
     if (recurrent := CORRECTIONS.get(facts["model_type"])) is not None:
         recurrent(model, facts)
 
@@ -152,6 +170,15 @@ def _restore_gemma_gelu(model: nn.Module) -> None:
     for _, module in model.named_modules():
         if type(module) is gemma.MLP:
             module.__class__ = _TanhGeluMLP
+
+
+def _restore_partial_rotation(model: nn.Module, facts: dict[str, Any]) -> None:
+    """GLM rotates a part of each head, half of it where config.json doesn't say; mlx-lm rotates all."""
+    if facts["model_type"] != "glm":
+        return
+    for layer in model.layers:
+        attention = layer.self_attn
+        attention.rope.dims = int(attention.head_dim * facts.get("partial_rotary_factor", 0.5))
 
 
 def _restore_yarn_bounds(model: nn.Module, facts: dict[str, Any]) -> None:

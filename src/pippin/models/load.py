@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
-from pippin.models.corrections import correct, older_names
+from pippin.models.corrections import correct, older_names, refuse
 from pippin.models.download import find_checkpoint, one_line
 from pippin.models.names import renaming_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
@@ -175,6 +175,7 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
         raise ModelError(
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
         )
+    refuse(facts)
     settings, options = older_names(facts), dict[str, Any]()
     try:
         if bare := is_bare(readable):
