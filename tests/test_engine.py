@@ -102,8 +102,11 @@ def test_n_answers_come_in_a_list(engine: Engine) -> None:
 def test_streams_hold_all_text_so_far(engine: Engine) -> None:
     answers = list(engine.generate("hello", GREEDY, stream=True))
     whole = text_for(byte_ids().encode("hello"), 6)
-    assert [a["text"] for a in answers] == [whole[: i + 1] for i in range(6)]
-    assert [a["meta_info"]["finish_reason"] for a in answers[:-1]] == [None] * 5
+    lengths = [len(a["text"]) for a in answers]  # a reader who is late gets several tokens at a time
+    assert lengths == sorted(set(lengths))
+    assert [a["text"] for a in answers] == [whole[:n] for n in lengths]
+    assert answers[-1]["text"] == whole
+    assert {a["meta_info"]["finish_reason"] for a in answers[:-1]} <= {None}
     assert "index" not in answers[0]
 
 
@@ -208,8 +211,8 @@ def slow() -> Iterator[Engine]:
 
 
 def until_idle(engine: Engine) -> None:
-    """Soon: an answer of a few tokens may come in between, ENDLESS may not."""
-    for _ in range(5):
+    """Soon: some answers of a token may come in between, ENDLESS may not."""
+    for _ in range(200):
         engine.generate("x", {"max_new_tokens": 1})  # counts arrive with steps
         if not engine.get_server_info()["num_running"]:
             return

@@ -63,6 +63,8 @@ async def strike(client: EngineClient, source: random.Random, number: signal.Sig
         while not supervisor._ready or supervisor.pid in (None, pid):
             await asyncio.sleep(0.01)
         await asyncio.sleep(source.random() * (3 if SOAK else 0.6))
+        while supervisor.journal.docket.trying:  # whoever kills then, it is the one on trial that seems to
+            await asyncio.sleep(0.01)
         pid = supervisor.pid
         assert pid is not None
         os.kill(pid, number)
