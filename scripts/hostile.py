@@ -21,7 +21,7 @@ from typing import IO
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 PROBE = json.dumps({"prompt": "What is 2 + 2?", "max_tokens": 4, "temperature": 0}).encode()
-SECONDS = 60.0
+SECONDS = 600.0
 
 Address = tuple[str, int]
 Attack = Callable[[Address, float], Awaitable[None]]
