@@ -9,20 +9,7 @@ from pippin.text.scan import Parser, Scan, Source
 from pippin.text.tools.harmony import TOKENS, harmony
 from pippin.text.tools.json_formats import hermes, json_only, llama3, mistral, phi4
 from pippin.text.tools.mlx_formats import MARKERS, from_mlx_lm
-from pippin.text.tools.named_formats import (
-    CALL_BEGIN,
-    CALL_END,
-    CALLS_BEGIN,
-    CALLS_END,
-    KIMI_ARGUMENTS,
-    KIMI_BEGIN,
-    KIMI_END,
-    SECTION_BEGIN,
-    SECTION_END,
-    SEP,
-    deepseek,
-    kimi_k2,
-)
+from pippin.text.tools.named_formats import CALL_BEGIN, DEEPSEEK, KIMI, KIMI_BEGIN, deepseek, kimi_k2
 from pippin.text.tools.offered import Offered
 from pippin.text.tools.pythonic import MARKERS as PYTHONIC
 from pippin.text.tools.pythonic import pythonic
@@ -54,10 +41,10 @@ FORMATS: Mapping[str, ToolFormat] = {
         ToolFormat("qwen3_coder", qwen3_coder, TAGS),
         ToolFormat("llama3", llama3, ("<|python_tag|>",)),
         ToolFormat("mistral", mistral, ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), 9),
-        ToolFormat("deepseekv3", deepseek, (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP)),
+        ToolFormat("deepseekv3", deepseek, DEEPSEEK),
         ToolFormat("deepseekv32", deepseek_v32, ("｜DSML｜",)),
         ToolFormat("glm", glm, (*TAGS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")),
-        ToolFormat("kimi_k2", kimi_k2, (SECTION_BEGIN, SECTION_END, KIMI_BEGIN, KIMI_ARGUMENTS, KIMI_END)),
+        ToolFormat("kimi_k2", kimi_k2, KIMI),
         ToolFormat("gpt-oss", harmony, TOKENS),
         ToolFormat("pythonic", pythonic, PYTHONIC),
         ToolFormat("phi4", phi4, ("<|tool_call|>", "<|/tool_call|>")),

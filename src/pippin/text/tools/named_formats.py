@@ -14,6 +14,9 @@ SEP = "<｜tool▁sep｜>"
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 KIMI_BEGIN, KIMI_ARGUMENTS, KIMI_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 
+DEEPSEEK = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEP)
+KIMI = (SECTION_BEGIN, SECTION_END, KIMI_BEGIN, KIMI_ARGUMENTS, KIMI_END)
+
 
 def deepseek(source: Source, tools: Offered) -> Scan[None]:
     """DeepSeek V3, R1 (``function｜sep｜name``, arguments in a code fence) and V3.1 (``name｜sep｜arguments``)."""
