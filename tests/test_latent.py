@@ -23,7 +23,9 @@ from pippin.models import seam
 from pippin.models.seam import Seam
 from pippin.probe import choose_attention
 from pippin.types import Request, SamplingParams, Work
-from tests.checkpoints import build_model, family_config, random_weights
+from tests.checkpoints import build_model, family_config, make_checkpoint, random_weights
+from tests.compiling import play_gpu
+from tests.cores import greedy_by_mlx_lm, make_core, prompts, run, submits
 from tests.test_kernels_dispatch import Gpu, gpu, needs_compiler, played
 from tests.test_rows_by_page import VOCAB, WORKS, alone, logits, sequences
 
@@ -171,3 +173,21 @@ def test_single_tokens_are_rows_of_each_heads_product(bits: int | None, shape: t
     wide = mx.random.normal((*shape[:3], 32), key=mx.random.key(3))
     flat = layer(wide, transpose=False)
     assert mx.allclose(flat, mx.stack([layer(row[None], transpose=False)[0] for row in wide]), atol=1e-4)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("options", [{}, {"page_size": 8, "chunked_prefill_size": 7}, {"disable_graph": True}], ids=str)
+def test_an_engines_tokens_are_mlx_lms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, options: dict[str, Any], on_gpu: bool
+) -> None:
+    """Prompts of one token and of many, chunks, decodes and what follows a cached prefix; compiled steps too."""
+    if on_gpu:
+        play_gpu(monkeypatch)
+    path = make_checkpoint(tmp_path, "deepseek_v3")
+    core = make_core(path, **options)
+    assert core.info.attention_backend == "latent"
+    rows = [*prompts(5), [7]]
+    expected = {f"r{i}": greedy_by_mlx_lm(path, row, 12) for i, row in enumerate(rows)}
+    assert run(core, submits(rows)) == expected
+    assert run(core, submits(rows)) == expected, "the second time, from the cache"
+    assert core.stats.cached_tokens > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from pippin import kernels
 from pippin.bench.kernel_times import Case, cpu_cases, gpu_cases, seconds
 from pippin.bench.machine import copy_bandwidth
 from pippin.bench.options import KernelOptions
+from pippin.bench.product_times import contested_cases
 from pippin.bench.results import BenchResult, append, make_result, to_line
 from pippin.bench.screen import stderr
 from pippin.environment import device
@@ -65,7 +67,10 @@ def run(options: KernelOptions) -> None:
 
 def measure(options: KernelOptions) -> Iterator[KernelTime]:
     """The kernels of MLX's device, or what stands for them on the CPU."""
-    yield from times((cpu_cases if kernels.backend() is None else gpu_cases)(options.quick), options)
+    if kernels.backend() is None:
+        yield from times(cpu_cases(options.quick), options)
+        return
+    yield from times(chain(gpu_cases(options.quick), contested_cases(options.quick)), options)
 
 
 def times(cases: Iterable[Case], options: KernelOptions) -> Iterator[KernelTime]:
