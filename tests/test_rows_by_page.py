@@ -27,8 +27,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-# Where each sequence's second work begins and ends: a decode, drafts to verify, a short prompt, a chunk of many tokens.
-WORKS = ((11, 12), (9, 14), (0, 6), (3, 25))
+# Where each sequence's second work begins and ends: a single token, drafts to verify, a short prompt, a chunk of many
+# tokens, and two of so few that latents are read for each.
+WORKS = ((11, 12), (9, 14), (0, 6), (3, 25), (12, 14), (13, 16))
 
 
 def tiny(family: str) -> nn.Module:

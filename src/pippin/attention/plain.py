@@ -45,23 +45,12 @@ def group_attention(
     """
     heads, dim = q.shape[1], q.shape[3]
     q = q.reshape(group.count, group.rows, heads, dim).transpose(0, 2, 1, 3)
-    attend = _fused if mx.default_device() == mx.Device(mx.gpu) or q.dtype != mx.float32 else _composed
-    out = attend(q, keys, values, group, scale, window, sinks)
+    if mx.default_device() == mx.Device(mx.gpu) or q.dtype != mx.float32:  # MLX's own is fused on a GPU
+        mask = causal_mask(group, window)
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+    else:
+        out = _composed(q, keys, values, group, scale, window, sinks)
     return out.transpose(0, 2, 1, 3).reshape(group.count * group.rows, heads, 1, out.shape[-1])
-
-
-def _fused(
-    q: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    group: Group,
-    scale: float,
-    window: int | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """MLX's own attention, fused on a GPU: q [count, heads, rows, dim]."""
-    mask = causal_mask(group, window)
-    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def _composed(
