@@ -86,6 +86,23 @@ def test_a_call_and_its_result(claude: anthropic.Anthropic) -> None:
     assert final.usage.cache_read_input_tokens
 
 
+def test_a_loop_of_tools(claude: anthropic.Anthropic) -> None:
+    """The client asks for a conversation that the server holds, is told that there are none, and goes on without."""
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the current weather in a city.
+
+        Args:
+            city: The city.
+        """
+        return '{"temperature": 7, "sky": "rain"}'
+
+    runner = claude.beta.messages.tool_runner(model="m", max_tokens=100, tools=[get_weather], messages=ASK)
+    kinds = [[block.type for block in message.content] for message in runner]
+    assert kinds == [["tool_use"], ["text"]]
+
+
 def test_events_come_in_order(demo: Running) -> None:
     body = {"model": "demo", "max_tokens": 60, "messages": ASK, "tools": [TOOL], "stream": True} | GREEDY
     with demo.http() as http:

@@ -11,6 +11,7 @@ import msgspec
 import ollama
 import pytest
 from anthropic.types import message_create_params
+from anthropic.types.beta import message_create_params as beta_params
 from openai.types import completion_create_params as text_params
 from openai.types import embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
@@ -42,6 +43,7 @@ SENT: list[tuple[type[Body], set[str]]] = [
     (CompletionRequest, set(text_params.CompletionCreateParamsBase.__annotations__)),
     (ResponsesRequest, set(response_create_params.ResponseCreateParamsBase.__annotations__)),
     (MessagesRequest, set(message_create_params.MessageCreateParamsBase.__annotations__)),
+    (MessagesRequest, set(beta_params.MessageCreateParamsBase.__annotations__)),
     (CountRequest, set(anthropic_types.MessageCountTokensParams.__annotations__)),
     (OllamaChatRequest, set(ollama._types.ChatRequest.model_fields)),
     (OllamaGenerateRequest, set(ollama._types.GenerateRequest.model_fields)),

@@ -117,6 +117,11 @@ class CountRequest(Body, kw_only=True):
         "diagnostics": (),
         "user_profile_id": (),
         "workspace_id": (),
+        "thread": (),
+        "compaction": (),
+        "fallbacks": (),
+        "fallback_credit_token": (),
+        "billing_policy": (),
         "context_management": (
             {"edits": []},
             {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
@@ -365,14 +370,18 @@ def event(kind: str, **fields: Any) -> bytes:
     return f"event: {kind}\ndata: ".encode() + encode({"type": kind, **fields}) + b"\n\n"
 
 
+NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By which Anthropic's client knows that it must send whole conversations."""
+
 KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
 
 
 def error_json(error: Exception) -> tuple[int, Json]:
     """The HTTP status and Anthropic's JSON of an error."""
-    status, message, _ = error_parts(error)
+    status, message, field = error_parts(error)
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return status, {"type": "error", "error": {"type": kind, "message": message}}
+    details = {"details": NO_THREADS} if field == "thread" else {}
+    return status, {"type": "error", "error": {"type": kind, "message": message, **details}}
 
 
 def error_event(error: Exception) -> bytes:
