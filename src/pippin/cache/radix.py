@@ -202,6 +202,8 @@ class RadixCache:
 
         A leaf gives its last pages first, so a long prompt shrinks before it vanishes.
         """
+        if num_pages <= 0:
+            return 0
         freed: list[int] = []
         while len(freed) < num_pages and self._heap:
             used, _, node = heappop(self._heap)
