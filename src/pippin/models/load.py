@@ -23,7 +23,7 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.models.corrections import correct, older_names, refuse
 from pippin.models.download import find_checkpoint, one_line
-from pippin.models.names import renaming_classes, renaming_of
+from pippin.models.names import model_classes, renaming_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
 from pippin.models.vectors import VectorForm, is_bare, read_vector_form
 from pippin.types import Progress
@@ -176,12 +176,12 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
         )
     refuse(facts)
-    settings, options = older_names(facts), dict[str, Any]()
+    settings, options = older_names(facts), {"get_model_classes": model_classes}
     try:
         if bare := is_bare(readable):
             settings |= {"tie_word_embeddings": True, HEADLESS: not facts.get("tie_word_embeddings")}
         if (rename := renaming_of(facts["model_type"], bare)) is not None:
-            options["get_model_classes"] = partial(renaming_classes, rename)
+            options = {"get_model_classes": partial(renaming_classes, rename)}
         model, facts = mlx_lm.utils.load_model(
             readable, lazy=True, model_config=settings, trust_remote_code=trusted, **options
         )

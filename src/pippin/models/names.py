@@ -9,6 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
+from mlx_lm.models import ernie4_5_moe
+
+from pippin.models.ernie import ErnieMoeModel
 
 Renaming = tuple[re.Pattern[str], str]
 
@@ -35,9 +38,15 @@ def _renamed(renamings: tuple[Renaming, ...], name: str) -> str:
     return name
 
 
-def renaming_classes(rename: Callable[[str], str], config: dict[str, Any]) -> tuple[type, type]:
-    """mlx-lm's classes for a configuration, the model's of which takes weights by other names."""
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for a configuration, or ours where its own drops weights that count."""
     model_class, args_class = mlx_lm.utils._get_classes(config)
+    return ErnieMoeModel if model_class is ernie4_5_moe.Model else model_class, args_class
+
+
+def renaming_classes(rename: Callable[[str], str], config: dict[str, Any]) -> tuple[type, type]:
+    """The classes for a configuration, the model's of which takes weights by other names."""
+    model_class, args_class = model_classes(config)
     own: Callable[..., Any] | None = vars(model_class).get("sanitize")
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> Any:
