@@ -110,7 +110,7 @@ OWN: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 3,
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 20000.0},
     },
     "deepseek": {},
     "deepseek_v32": HEADS | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 2048},

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from pippin.config import ConvertOptions, EngineConfig
 from pippin.errors import ModelError
 from pippin.loading import load_core
 from pippin.models.convert import convert
+from pippin.models.ernie import BIAS
 from pippin.models.load import load_mlx_model
 from tests.architectures import small_config
 from tests.checkpoints import make_checkpoint, write_checkpoint
@@ -43,6 +46,41 @@ def test_falcon_h1s_multipliers_count(setting: str, tmp_path: Path) -> None:
     assert float(mx.abs(one - half).max()) > 1e-3
 
 
+def test_biases_of_ernies_routers_choose_experts(tmp_path: Path) -> None:
+    """By so much that the last two of four are always chosen; what was converted chooses the same."""
+    path = write_checkpoint(tmp_path / "model", small_config("ernie4_5_moe") | {"moe_k": 2})
+    unbiased, file = logits(path), path / "model.safetensors"
+    biases = {f"model.layers.{i}.mlp.moe_statics.{BIAS}": mx.array([[0.0, 0.0, 9.0, 9.0]]) for i in range(3)}
+    mx.save_safetensors(str(file), dict(mx.load(str(file))) | biases, metadata={"format": "pt"})
+    biased = logits(path)
+    assert float(mx.abs(biased - unbiased).max()) > 1e-3
+    convert(ConvertOptions(output=str(tmp_path / "converted"), model_path=str(path), dtype="float32"))
+    assert mx.array_equal(biased, logits(tmp_path / "converted"))
+
+
+@pytest.mark.parametrize("whole", ["ministral3", "mistral3"])
+def test_ministral3s_window_hides_what_is_before_it(whole: str, tmp_path: Path) -> None:
+    text = small_config("ministral3") | {"num_hidden_layers": 1, "sliding_window": 4}
+    changed = mx.concatenate([TOKENS[:, :1] + 1, TOKENS[:, 1:]], axis=1)
+    for window, same in ((4, True), (None, False)):
+        own = text | {"sliding_window": window}
+        settings = own if whole == "ministral3" else {"model_type": whole, "vocab_size": 288, "text_config": own}
+        path = write_checkpoint(tmp_path / f"window-{window}", settings)
+        model = load_mlx_model(str(path), EngineConfig(dtype="float32")).model
+        assert mx.allclose(model(TOKENS)[0, 4:], model(changed)[0, 4:], atol=1e-5).item() is same
+        assert all(isinstance(c, RotatingKVCache) is same for c in make_prompt_cache(model))
+
+
+def test_dbrx_runs_without_a_bound(tmp_path: Path) -> None:
+    """As with one that is never reached."""
+    config = small_config("dbrx")
+    found = []
+    for bound in (None, 1e9):
+        attention = config["attn_config"] | {"clip_qkv": bound}
+        found.append(logits(write_checkpoint(tmp_path / str(bound), config | {"attn_config": attention})))
+    assert mx.array_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
@@ -59,6 +97,9 @@ def test_what_cannot_be_set_right_is_refused(family: str, settings: dict[str, An
 @pytest.mark.parametrize(
     ("architecture", "settings", "why"),
     [
+        ("dbrx", {"rope_parameters": {"rope_theta": 5e5}}, "two bases of its rotation"),
+        ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2}}, "moe_normalize_expert_weights is 2"),
+        ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn 'gelu'"),
         ("llama4", {}, "ChunkedKVCache"),
         ("phi3small", {}, "its blocks of attention"),
         ("plamo3", {}, "no attention backend serves"),
@@ -69,6 +110,8 @@ def test_what_cannot_be_set_right_is_refused(family: str, settings: dict[str, An
 def test_an_architecture_that_is_not_exact_is_refused(
     architecture: str, settings: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    path = write_checkpoint(tmp_path, small_config(architecture) | settings)
+    config = small_config(architecture)
+    path = write_checkpoint(tmp_path, config)
+    (path / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(ModelError, match=why):
         load_core(EngineConfig(model_path=str(path), dtype="float32", max_total_tokens=500))

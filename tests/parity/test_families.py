@@ -78,9 +78,11 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "afmoe": {},
+    "dbrx": {},
     "deepseek_v32": {},
     "dots1": {},
     "ernie4_5": {},
+    "ernie4_5_moe": {},
     "exaone_moe": {},
     "gemma3": {},
     "glm": {"partial_rotary_factor": 0.5},
@@ -91,6 +93,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "internlm3": {},
     "laguna": {},
+    "ministral3": {},
     "nemotron": {},
     "olmo3": {"rope_theta": 500000.0},  # the base of the windowed layers where config.json names one for the others
     "olmoe": {},

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import gemma
+from mlx_lm.models import gemma, ministral3, mistral3
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
@@ -102,7 +102,26 @@ _IGNORED_WINDOWS: dict[str, Callable[[int, dict[str, Any]], bool]] = {
 """Which layers transformers gives a window to, by model type, where mlx-lm gives it to none."""
 
 
+def _dbrx_fault(facts: dict[str, Any]) -> str | None:
+    """transformers 5 turns by rope_parameters, mlx-lm and DBRX's makers by attn_config: who is right, no file says."""
+    attention, experts = facts.get("attn_config"), facts.get("ffn_config")
+    if not isinstance(attention, dict) or not isinstance(experts, dict):
+        return "config.json has no attn_config or no ffn_config"
+    rope = facts.get("rope_parameters") or {}
+    own, newer = attention.get("rope_theta"), rope.get("rope_theta", facts.get("rope_theta"))
+    if own is not None and newer is not None and own != newer:
+        return f"config.json states two bases of its rotation: attn_config.rope_theta {own}, and {newer} beside it"
+    if (kind := rope.get("rope_type", "default")) != "default":
+        return f"mlx-lm leaves out its rope_type {kind!r}"
+    if (norm := experts.get("moe_normalize_expert_weights", 1)) != 1:
+        return f"mlx-lm norms experts' weights by their sum, moe_normalize_expert_weights is {norm}"
+    if (kind := (experts.get("ffn_act_fn") or {}).get("name", "silu")) != "silu":
+        return f"mlx-lm's experts know no ffn_act_fn {kind!r}"
+    return None
+
+
 REFUSED: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "dbrx": _dbrx_fault,
     "phi3small": lambda facts: "its blocks of attention don't fit mlx-lm's own masks, and MLX then reads beyond them",
     "qwen2_moe": lambda facts: (
         "norm_topk_prob is set, and mlx-lm leaves experts' weights as they are" if facts.get("norm_topk_prob") else None
@@ -124,6 +143,8 @@ def correct(model: nn.Module, facts: dict[str, Any]) -> None:
     Raises ModelError for what can't be set right at all.
     """
     _restore_windows(model, facts)
+    _restore_ministral3_window(model, facts)
+    _unbind_dbrx(model, facts)
     _restore_yarn_bounds(model, facts)
     _restore_gemma_gelu(model)
     _restore_partial_rotation(model, facts)
@@ -144,6 +165,28 @@ def _restore_windows(model: nn.Module, facts: dict[str, Any]) -> None:
     for layer, windowed in zip(model.layers, slides, strict=True):
         layer.__class__ = _with_own_mask(type(layer), window if windowed else None)
     model.make_cache = lambda: [RotatingKVCache(max_size=window) if windowed else KVCache() for windowed in slides]
+
+
+def _restore_ministral3_window(model: nn.Module, facts: dict[str, Any]) -> None:
+    """Ministral 3 has one window for all layers; mlx-lm gives it to those that layer_types names, to none without."""
+    own = model.language_model if isinstance(model, mistral3.Model) else model
+    if not isinstance(own, ministral3.Model):
+        return
+    text = facts.get("text_config", facts)
+    if text.get("layer_types") or not isinstance(text.get("sliding_window"), int):
+        return
+    for layer in own.layers:
+        layer.use_sliding = True
+    own.model.fa_idx, own.model.swa_idx = None, 0
+    model.make_cache = own.make_cache
+
+
+def _unbind_dbrx(model: nn.Module, facts: dict[str, Any]) -> None:
+    """DBRX's Q, K and V are bounded by clip_qkv; null means they are not, and mlx-lm fails on it."""
+    if facts["model_type"] == "dbrx":
+        for layer in model.layers:
+            attention = layer.norm_attn_norm.attn
+            attention.clip_qkv = math.inf if attention.clip_qkv is None else attention.clip_qkv
 
 
 def _with_own_mask(layer: type[nn.Module], window: int | None) -> type[nn.Module]:
