@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sweep_models import CHECKS, Outcome, architectures, check, table
+import mlx.core as mx
+import pytest
+from sweep_models import CHECKS, Outcome, _margin, architectures, check, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -31,3 +33,32 @@ def test_an_architecture_goes_through_every_check() -> None:
     assert (outcome.backend, outcome.refusal) == ("solo", "")
     assert outcome.checks == dict.fromkeys(CHECKS, True)
     assert outcome.state_bytes > 0
+
+
+class Router:
+    """Chooses two of four experts for each token, by scores that are given, and tokens by a margin of 0.5."""
+
+    def __init__(self, scores: list[float], kth: int) -> None:
+        self.scores, self.kth = mx.array([scores]), kth
+
+    def make_cache(self) -> list[object]:
+        return []
+
+    def __call__(self, tokens: mx.array, cache: object) -> mx.array:
+        mx.argpartition(self.scores, kth=self.kth, axis=-1)
+        return mx.broadcast_to(mx.array([1.0, 3.5, 3.0]), (*tokens.shape, 3))
+
+
+@pytest.mark.parametrize(
+    ("scores", "kth", "margin"),
+    [
+        ([-0.9, -0.5, -0.49, -0.1], 1, 0.01),
+        ([0.9, 0.5, 0.49, 0.1], -2, 0.01),
+        ([0.9, 0.89, 0.1, 0.0], -2, 0.5),
+        ([0.9, 0.5, 0.5, 0.1], -2, 0.5),
+    ],
+)
+def test_the_nearest_choice_is_found(scores: list[float], kth: int, margin: float) -> None:
+    partition = mx.argpartition
+    assert _margin(Router(scores, kth), [5, 6], [7, 8, 9]) == pytest.approx(margin, abs=1e-6)
+    assert mx.argpartition is partition
