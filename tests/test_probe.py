@@ -86,6 +86,10 @@ def test_windows_are_read_off_the_models_own_caches() -> None:
 class _Far(RowLayer):
     """A layer that forgets how far back it may look."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._window = None
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window:
         return Window(None)
 

@@ -47,6 +47,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [97]},
     "/start_profile": {"num_steps": 1},
 }
+REFUSED = {"/update_weights_from_disk"}  # by an engine in a thread of this process, always; test_weights.py has another
 BODIES = sorted({(method, path) for method, path, _, body in ROUTES if body is not None})
 
 
@@ -94,7 +95,7 @@ def test_bodies_of_the_description_are_answered(
         answered.append(response.status_code)
 
     run()
-    assert 200 in answered, "nothing got past the checks"
+    assert (200 in answered) == (path not in REFUSED), "nothing got past the checks"
     assert http.get("/health").status_code == 200
     assert {found.name for found in tmp_path.iterdir()} <= {"profile"}, "a file lies elsewhere"
 

@@ -78,6 +78,7 @@ class ResponsesRequest(Body, kw_only=True):
     )  # fmt: skip
     neutral: ClassVar = {
         "background": (False,),
+        "background_options": (),
         "truncation": ("disabled",),
         "service_tier": ("auto", "default"),
         "conversation": (),
