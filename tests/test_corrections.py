@@ -18,6 +18,7 @@ from pippin.errors import ModelError
 from pippin.loading import load_core
 from pippin.models.convert import convert
 from pippin.models.ernie import BIAS
+from pippin.models.gelu import RULES
 from pippin.models.load import load_mlx_model
 from tests.architectures import small_config
 from tests.checkpoints import make_checkpoint, write_checkpoint
@@ -72,6 +73,24 @@ def test_ministral3s_window_hides_what_is_before_it(whole: str, tmp_path: Path) 
         assert all(isinstance(c, RotatingKVCache) is same for c in make_prompt_cache(model))
 
 
+@pytest.mark.parametrize("family", ["phimoe", "starcoder2"])
+def test_a_window_that_mlx_lm_ignores_is_one_of_the_cache(family: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, small_config(family) | {"sliding_window": 4})
+    caches = make_prompt_cache(load_mlx_model(str(path), EngineConfig(dtype="float32")).model)
+    assert [c.max_size for c in caches if isinstance(c, RotatingKVCache)] == [4] * len(caches)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "gpt_neox", "starcoder2"])
+def test_gelu_is_the_one_that_the_configuration_names(family: str, tmp_path: Path) -> None:
+    setting = RULES[family][2]
+    exact, fast, new = (
+        logits(write_checkpoint(tmp_path / name, small_config(family) | {setting: name}))
+        for name in ("gelu", "gelu_pytorch_tanh", "gelu_new")
+    )
+    assert mx.array_equal(fast, new)
+    assert 1e-5 < float(mx.abs(exact - fast).max()) < 0.1
+
+
 def test_dbrx_runs_without_a_bound(tmp_path: Path) -> None:
     """As with one that is never reached."""
     config = small_config("dbrx")
@@ -100,6 +119,7 @@ def test_what_cannot_be_set_right_is_refused(family: str, settings: dict[str, An
         ("dbrx", {"rope_parameters": {"rope_theta": 5e5}}, "two bases of its rotation"),
         ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2}}, "moe_normalize_expert_weights is 2"),
         ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn 'gelu'"),
+        ("starcoder2", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ("llama4", {}, "ChunkedKVCache"),
         ("phi3small", {}, "its blocks of attention"),
         ("plamo3", {}, "no attention backend serves"),

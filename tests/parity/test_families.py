@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pippin.types import Work
+from tests.architectures import ROPE
 from tests.checkpoints import FAMILIES, HYBRIDS, WINDOW
 from tests.parity.engine import Engine
 from tests.parity.reference import LENGTH, SHARED, Reference, build_reference
@@ -78,15 +79,23 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "afmoe": {},
+    "apertus": {"hidden_act": "xielu", "partial_rotary_factor": 1.0, "rope_parameters": ROPE},
+    "cohere": {"tie_word_embeddings": True},
     "dbrx": {},
     "deepseek_v32": {},
     "dots1": {},
     "ernie4_5": {},
     "ernie4_5_moe": {},
+    "exaone4": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     "exaone_moe": {},
     "gemma3": {},
     "glm": {"partial_rotary_factor": 0.5},
+    "glm4_moe": {},
     "glm_moe_dsa": {},
+    "gpt2": {"n_inner": 256, "tie_word_embeddings": True},
+    "gpt_bigcode": {"tie_word_embeddings": True},
+    "gpt_neox": {"attention_bias": True, "intermediate_size": 256},
+    "gptj": {"n_inner": None},
     "granite": {},
     "granitemoe": {},
     "helium": {},
@@ -98,10 +107,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "olmo3": {"rope_theta": 500000.0},  # the base of the windowed layers where config.json names one for the others
     "olmoe": {},
     "phi": {"hidden_act": "gelu_new"},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen2_moe": {},
     "seed_oss": {},
     "smollm3": {},
     "stablelm": {},
+    "starcoder2": {"tie_word_embeddings": True},
 }
 """Compared in two steps only, so that there may be many."""
 

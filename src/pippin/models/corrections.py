@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
 
 from pippin.errors import ModelError
+from pippin.models.gelu import restore_gelu
 from pippin.models.recurrent_corrections import CORRECTIONS
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ OLDER_NAMES = {
     "model_max_length": "max_position_embeddings",
 }
 """What transformers 5 writes for Ling 3 in place of its makers' names."""
+NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+"""What it writes for GPT-NeoX in place of its makers' names."""
 ARCHITECTURES = {"BailingHybridForCausalLM": "BailingMoeV3ForCausalLM"}
 MODEL_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """Of a text model that was saved without what it is a part of."""
@@ -75,8 +78,9 @@ def _rope_names(facts: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(full, dict):
         return {}
     found = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
-    if (kind := full.get("rope_type", "default")) != "default":
-        found["rope_scaling"] = full | {"type": kind}
+    found |= {name: full[newer] for newer, name in NEOX_NAMES.items() if newer in full}
+    kind = full.get("rope_type", "default")
+    found["rope_scaling"] = None if kind == "default" else full | {"type": kind}
     if isinstance(local, dict) and "rope_theta" in local:
         found["rope_local_base_freq"] = local["rope_theta"]
     return found
@@ -96,6 +100,8 @@ _IGNORED_WINDOWS: dict[str, Callable[[int, dict[str, Any]], bool]] = {
     "mistral": _ALL,
     "mixtral": _ALL,
     "phi3": _ALL,
+    "phimoe": _ALL,
+    "starcoder2": _ALL,
     "gemma2": lambda layer, facts: layer % 2 == 0,
     "qwen2": lambda layer, facts: bool(facts.get("use_sliding_window")) and layer >= facts.get("max_window_layers", 28),
 }
@@ -147,6 +153,7 @@ def correct(model: nn.Module, facts: dict[str, Any]) -> None:
     _unbind_dbrx(model, facts)
     _restore_yarn_bounds(model, facts)
     _restore_gemma_gelu(model)
+    restore_gelu(model, facts)
     _restore_partial_rotation(model, facts)
     if (recurrent := CORRECTIONS.get(facts["model_type"])) is not None:
         recurrent(model, facts)

@@ -16,6 +16,7 @@ from pippin.models.ernie import ErnieMoeModel
 Renaming = tuple[re.Pattern[str], str]
 
 OLDER: dict[str, tuple[Renaming, ...]] = {
+    "gpt2": ((re.compile(r"^transformer\."), ""),),
     "olmo_hybrid": (
         (re.compile(r"\.attention_layer_norm\."), ".input_layernorm."),
         (re.compile(r"\.feedforward_layer_norm\."), ".post_attention_layernorm."),
