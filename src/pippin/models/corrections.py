@@ -78,7 +78,8 @@ def _rope_names(facts: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(full, dict):
         return {}
     found = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
-    found |= {name: full[newer] for newer, name in NEOX_NAMES.items() if newer in full}
+    if facts.get("model_type") == "gpt_neox":
+        found |= {NEOX_NAMES[name]: value for name, value in found.items()}
     kind = full.get("rope_type", "default")
     found["rope_scaling"] = None if kind == "default" else full | {"type": kind}
     if isinstance(local, dict) and "rope_theta" in local:
