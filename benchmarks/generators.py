@@ -73,7 +73,8 @@ def timed(
 def open_pippin(config: EngineConfig) -> Ask:
     """EngineCore, without a server around it, with room for all prompts in one step, as mlx-lm is given."""
     from pippin.loading import load_core
-    from pippin.types import SamplingParams, Submit
+    from pippin.messages import Submit
+    from pippin.types import SamplingParams
 
     core = load_core(config)
     ids = count()

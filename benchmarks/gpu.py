@@ -32,8 +32,9 @@ from mlx_lm.models import qwen3, qwen3_moe
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import build_core
+from pippin.messages import Submit
 from pippin.models.load import LoadedModel
-from pippin.types import SamplingParams, Submit
+from pippin.types import SamplingParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},

@@ -21,7 +21,8 @@ from pathlib import Path
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import build_core, load_core
-from pippin.types import Grammar, Output, SamplingParams, Submit
+from pippin.messages import Output, Submit
+from pippin.types import Grammar, SamplingParams
 
 RECORD = {
     "type": "object",

@@ -20,8 +20,9 @@ from typing import Any
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import build_core
+from pippin.messages import Submit
 from pippin.models.load import load_mlx_model
-from pippin.types import SamplingParams, Submit
+from pippin.types import SamplingParams
 from tests.checkpoints import family_config, write_checkpoint
 
 SIZES: dict[str, Any] = {

@@ -21,8 +21,9 @@ from benchmarks.gpu import SHAPES, make_core, make_model, prompts
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import build_core
+from pippin.messages import Submit
 from pippin.models.load import LoadedModel, load_mlx_model
-from pippin.types import SamplingParams, Submit
+from pippin.types import SamplingParams
 
 
 def first_token(core: EngineCore, row: list[int], id: str) -> tuple[float, list[int], int]:

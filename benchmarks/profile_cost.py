@@ -28,7 +28,8 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.demo import demo_model_path
 from pippin.loading import load_core
-from pippin.types import Marks, ProfileStarted, SamplingParams, StartProfile, StopProfile, Submit
+from pippin.messages import Marks, ProfileStarted, StartProfile, StopProfile, Submit
+from pippin.types import SamplingParams
 
 PROMPT, LONGEST = 16, 1900
 Seconds = tuple[float, float | None]

@@ -159,8 +159,9 @@ def _check(loaded: Any, expected: list[list[int]], outcome: Outcome) -> None:
     from pippin.config import EngineConfig
     from pippin.core import EngineCore
     from pippin.loading import build_core
+    from pippin.messages import Submit
     from pippin.probe import measure_caches
-    from pippin.types import SamplingParams, Submit
+    from pippin.types import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
     base: dict[str, Any] = {"model_path": str(loaded.path), "max_total_tokens": 1000, "dtype": "float32"}

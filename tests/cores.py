@@ -13,8 +13,9 @@ from mlx_lm.generate import generate_step
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.models.load import load_mlx_model
-from pippin.types import Output, SamplingParams, Submit
+from pippin.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 

@@ -17,15 +17,12 @@ from pathlib import Path
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError, RequestError
-from pippin.profile.marks import READ, STEP, Label
-from pippin.types import (
+from pippin.messages import (
     AdaptersChanged,
-    Finish,
     LoadAdapter,
     Marks,
     ModelInfo,
     Output,
-    Pooling,
     ProfileStarted,
     Progress,
     StartProfile,
@@ -33,9 +30,10 @@ from pippin.types import (
     StepOutput,
     StopProfile,
     Submit,
-    TokenLogprob,
     UnloadAdapter,
 )
+from pippin.profile.marks import READ, STEP, Label
+from pippin.types import Finish, Pooling, TokenLogprob
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join((str(ROOT / "src"), str(ROOT)))

@@ -18,7 +18,8 @@ from pippin.bench.sides import Measured, Side, open_ours, peer
 from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.flight import Flight
-from pippin.types import Batch, ModelInfo
+from pippin.messages import ModelInfo
+from pippin.types import Batch
 
 Lines = pytest.CaptureFixture[str]
 answers = st.lists(st.integers(0, 5), max_size=5)

@@ -23,8 +23,8 @@ from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError
 from pippin.loading import load_core
+from pippin.messages import ModelInfo
 from pippin.text.tokenizer import load_tokenizer
-from pippin.types import ModelInfo
 from tests.fake_core import fake_info
 
 Lines = pytest.CaptureFixture[str]

@@ -29,7 +29,8 @@ from pippin.cli import run_command
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
 from pippin.flight import Masks
-from pippin.types import Batch, ModelInfo, RowResult
+from pippin.messages import ModelInfo
+from pippin.types import Batch, RowResult
 from tests.fake_core import expected, fake_info
 
 

@@ -18,7 +18,8 @@ from pippin.cache.windows import WindowPages
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
-from pippin.types import Batch, Finish, Output, Request, SamplingParams, Submit, Work
+from pippin.messages import Output, Submit
+from pippin.types import Batch, Finish, Request, SamplingParams, Work
 from tests.checkpoints import make_checkpoint
 from tests.fake_device import VOCAB, Loop, endless
 

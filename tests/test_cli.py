@@ -27,8 +27,9 @@ from pippin.cli import run_command, serve_from_args
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.engine import Engine
+from pippin.messages import Progress
 from pippin.terminal import Conversation, LoadingBar, ready, summary
-from pippin.types import Progress, SamplingParams
+from pippin.types import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.fake_core import FakeCore, fake_info
 from tests.tokenizers_for_tests import byte_ids, chat_tokenizer

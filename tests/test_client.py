@@ -16,10 +16,11 @@ import pytest
 from pippin.client import EngineClient, failure_of
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
+from pippin.messages import Stats
 from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
 from pippin.transport import ProcessTransport, describe_exit
-from pippin.types import SamplingParams, Stats
+from pippin.types import SamplingParams
 from tests.fake_core import KILL, PYTHONPATH, FakeCore, expected, load
 from tests.waiting import SECONDS, comes_true
 

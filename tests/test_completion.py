@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pippin.completion import Delta, answer_ids, check_prompt, complete
 from pippin.errors import EngineError, RequestError
+from pippin.messages import ModelInfo, Output
 from pippin.profile.timeline import Timeline
-from pippin.types import Finish, ModelInfo, Output, SamplingParams, TokenLogprob
+from pippin.types import Finish, SamplingParams, TokenLogprob
 from tests.tokenizers_for_tests import TOKENIZERS, byte_level
 from tests.waiting import comes_true
 

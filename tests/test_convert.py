@@ -19,9 +19,9 @@ from pippin.cli import run_command
 from pippin.config import ConvertOptions, EngineConfig
 from pippin.demo import demo_model_path
 from pippin.errors import ConfigError, ModelError
+from pippin.messages import Progress
 from pippin.models.convert import convert, shards_of
 from pippin.models.load import load_mlx_model
-from pippin.types import Progress
 from tests.checkpoints import make_checkpoint
 
 TOKENS = [[5, 9, 17, 3, 250, 8]]

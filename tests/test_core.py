@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, models
 from pippin import kernels
 from pippin.core import EngineCore
 from pippin.errors import RequestError
+from pippin.messages import Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import Finish, SamplingParams, Submit
+from pippin.types import Finish, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.compiling import play_gpu, traces_of
 from tests.cores import (

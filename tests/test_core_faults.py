@@ -10,8 +10,9 @@ import mlx.core as mx
 import pytest
 
 from pippin.flight import InFlight, Masks
+from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import Batch, Output, Submit
+from pippin.types import Batch
 from tests.checkpoints import make_checkpoint
 from tests.cores import GREEDY, collect, drain, greedy_by_mlx_lm, make_core, prompts, run, submits
 

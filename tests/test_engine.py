@@ -22,8 +22,9 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig
 from pippin.engine import Engine
 from pippin.errors import ConfigError, EngineError, ModelError, RequestError
+from pippin.messages import Progress
 from pippin.sglang import sampling_params
-from pippin.types import Progress, SamplingParams
+from pippin.types import SamplingParams
 from tests.fake_core import FakeCore, expected
 from tests.tokenizers_for_tests import byte_ids
 from tests.waiting import SECONDS, until

@@ -15,8 +15,9 @@ import pytest
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import Finish, Grammar, Output, SamplingParams, Submit
+from pippin.types import Finish, Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.compiling import play_gpu, traces_of
 from tests.tokenizers_for_tests import byte_level

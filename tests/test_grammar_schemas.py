@@ -17,8 +17,9 @@ import pytest
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
+from pippin.messages import Submit
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import Grammar, SamplingParams, Submit
+from pippin.types import Grammar, SamplingParams
 
 COLLECTION: dict[str, Any] = {
     line["name"]: line["schema"]

@@ -18,10 +18,11 @@ from pippin.core import EngineCore
 from pippin.graph import StepGraphs
 from pippin.graph_inputs import StepShape, StepTable, extend_sizes, padded_length, padded_lengths
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.models.lora import Adapter
 from pippin.runner import MlxModelRunner
 from pippin.sampler_graphs import SamplerGraphs
-from pippin.types import Grammar, Output, Request, SamplingParams, Submit, Work
+from pippin.types import Grammar, Request, SamplingParams, Work
 from tests.checkpoints import make_checkpoint
 from tests.compiling import Counting, play_gpu, traces_of
 from tests.tokenizers_for_tests import byte_level

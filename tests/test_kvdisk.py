@@ -24,8 +24,9 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import Finish, Output, SamplingParams, Submit
+from pippin.types import Finish, SamplingParams
 from tests.checkpoints import make_checkpoint
 
 SOAK = bool(os.environ.get("PIPPIN_SOAK"))

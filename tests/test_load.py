@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
+from pippin.messages import Progress
 from pippin.models.corrections import older_names
 from pippin.models.load import load_mlx_model
-from pippin.types import Progress
 from tests.checkpoints import COMMON, FAMILIES, WINDOW, make_checkpoint
 from tests.hub import serve_hub
 

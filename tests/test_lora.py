@@ -22,10 +22,11 @@ from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
 from pippin.estimate import as_text, estimate
 from pippin.loading import load_core
+from pippin.messages import LoadAdapter, Submit, UnloadAdapter
 from pippin.models.deferred import Fusions
 from pippin.models.seam import Adapted, Seam
 from pippin.probe import choose_attention
-from pippin.types import LoadAdapter, Pooling, SamplingParams, Submit, UnloadAdapter
+from pippin.types import Pooling, SamplingParams
 from tests.checkpoints import make_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)

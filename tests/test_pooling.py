@@ -18,10 +18,11 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ModelError, RequestError
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.models.load import load_model
 from pippin.models.quantize import Form
 from pippin.models.vectors import VectorForm, read_vector_form
-from pippin.types import Finish, Output, Pooling, SamplingParams, Submit
+from pippin.types import Finish, Pooling, SamplingParams
 from tests.checkpoints import make_checkpoint
 
 LABELS = (7, 5, 100)

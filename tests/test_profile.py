@@ -28,10 +28,11 @@ from pippin.profile.timeline import (
     QUEUEING,
     SAMPLING,
     SCHEDULER,
+    Span,
     Timeline,
 )
 from pippin.profile.trace import rows_of, trace_events
-from pippin.types import Batch, Request, SamplingParams, Span, Work
+from pippin.types import Batch, Request, SamplingParams, Work
 from tests.trace_checks import check_events
 
 times = st.tuples(st.integers(0, 500), st.integers(0, 60)).map(lambda t: (t[0], t[0] + t[1]))

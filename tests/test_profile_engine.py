@@ -18,13 +18,14 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import RequestError
 from pippin.loading import load_core
+from pippin.messages import Marks, ProfileStarted, StartProfile, StopProfile, Submit
 from pippin.profile.engine import open_profile
 from pippin.profile.replay import replay
 from pippin.profile.stage import profiled
 from pippin.profile.steps import TimedRunner
-from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING
+from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING, Span
 from pippin.runner import MlxModelRunner
-from pippin.types import Batch, Marks, ProfileStarted, SamplingParams, Span, StartProfile, StopProfile, Submit
+from pippin.types import Batch, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.test_core_faults import FlakyRunner
 from tests.test_profile_captures import RecordedMetal

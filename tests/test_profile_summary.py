@@ -20,9 +20,9 @@ from pippin.profile.summary import Document, Event, busy_time, outermost, read_t
 from pippin.profile.timeline import (
     DEVICE,
     SCHEDULER,
+    Span,
 )
 from pippin.profile.trace import rows_of, write_trace
-from pippin.types import Span
 
 times = st.tuples(st.integers(0, 500), st.integers(0, 60)).map(lambda t: (t[0], t[0] + t[1]))
 

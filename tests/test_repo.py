@@ -78,20 +78,22 @@ kernels <- graph_inputs
 demo <- models
 demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server
-types <- worker
+types <- messages <- worker
 recorder <- worker
-types <- journal
+messages <- journal
 config <- preflight
 backend <- preflight
 logs <- preflight <- server
-types <- preflight
-types <- carried
+messages <- preflight
+messages <- carried
+messages <- scheduler
+messages <- grammar
 restarts <- journal <- supervisor
 restarts <- server
 bounds <- scheduler
-types <- profile <- runner
+messages <- profile <- runner
 profile <- worker
-types <- models
+messages <- models
 types <- text <- completion <- sglang <- engine <- terminal <- cli
 memory <- environment <- cli
 models <- probe <- memory <- torch <- loading
@@ -107,8 +109,8 @@ types <- text <- grammar <- sglang
 
 # Files that must run where MLX is not, or where loading it would cost the HTTP process its memory.
 WITHOUT_MLX = (
-    "types", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots", "cache.snapshots",
-    "cache.windows",
+    "types", "messages", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots",
+    "cache.snapshots", "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight", "bounds",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",

@@ -19,10 +19,11 @@ from mlx_lm.utils import load_model
 from pippin.config import EngineConfig
 from pippin.errors import ModelError
 from pippin.loading import load_core
+from pippin.messages import Submit
 from pippin.models import seam
 from pippin.models.deferred import Part, settled
 from pippin.models.seam import Seam, active, install
-from pippin.types import SamplingParams, Submit
+from pippin.types import SamplingParams
 from tests.checkpoints import build_model, family_config, make_checkpoint, random_weights
 
 VOCAB = 288

@@ -13,8 +13,9 @@ import pytest
 from pippin.cache.layout import StateShape
 from pippin.cache.state import StateStore
 from pippin.core import EngineCore
+from pippin.messages import Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import CacheMiss, Request, SamplingParams, Submit, Work
+from pippin.types import CacheMiss, Request, SamplingParams, Work
 from tests.architectures import small_config
 from tests.checkpoints import make_checkpoint, write_checkpoint
 from tests.cores import GREEDY, collect, greedy_by_mlx_lm, make_core, prompts, replace_params, run, submits

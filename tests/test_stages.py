@@ -15,8 +15,9 @@ from pippin.core import EngineCore
 from pippin.flight import InFlight
 from pippin.grammar import compiler
 from pippin.grammar.matcher import GrammarMatcher, Masks
+from pippin.messages import Submit
 from pippin.penalties import TokenCounts
-from pippin.types import Grammar, SamplingParams, Submit
+from pippin.types import Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.cores import collect, make_core, run
 from tests.server.conftest import byte_tokenizer

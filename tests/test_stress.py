@@ -15,7 +15,8 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import RequestError
 from pippin.loading import load_core
-from pippin.types import Finish, Output, SamplingParams, Submit, TokenLogprob
+from pippin.messages import Output, Submit
+from pippin.types import Finish, SamplingParams, TokenLogprob
 from tests.checkpoints import COMMON, make_checkpoint
 
 VOCAB = COMMON["vocab_size"]

@@ -16,9 +16,10 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig
 from pippin.errors import EngineError, RequestError
 from pippin.journal import Job
+from pippin.messages import LoadAdapter, Output, Submit, UnloadAdapter
 from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
-from pippin.types import CacheMiss, LoadAdapter, Output, SamplingParams, Submit, TokenLogprob, UnloadAdapter
+from pippin.types import CacheMiss, SamplingParams, TokenLogprob
 from tests.fake_core import HANG, KILL, PYTHONPATH, expected
 from tests.waiting import SECONDS, comes_true
 

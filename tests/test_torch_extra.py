@@ -21,7 +21,8 @@ sys.modules["torch"] = None  # importing it raises
 import pippin.torch, pippin.worker, pippin.cli
 from pippin.loading import load_core
 from pippin.config import EngineConfig
-from pippin.types import SamplingParams, Submit
+from pippin.messages import Submit
+from pippin.types import SamplingParams
 core = load_core(EngineConfig(max_total_tokens=64))
 core.add(Submit("a", [5, 6, 7], 3, SamplingParams(max_new_tokens=2)))
 while core.has_work:

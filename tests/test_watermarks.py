@@ -20,8 +20,9 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError
 from pippin.loading import load_core
 from pippin.memory import set_wired_limit
+from pippin.messages import Submit
 from pippin.scheduler import Scheduler
-from pippin.types import Request, RowResult, SamplingParams, Submit
+from pippin.types import Request, RowResult, SamplingParams
 from pippin.watermarks import LOOK_SECONDS, MemoryWatch, Reading, Watermarks
 
 GB = 10**9

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pippin.errors import ModelError
-from pippin.types import (
+from pippin.messages import (
     Abort,
     Command,
     Event,
@@ -26,11 +26,11 @@ from pippin.types import (
     Output,
     Progress,
     Ready,
-    SamplingParams,
     Shutdown,
     StepOutput,
     Submit,
 )
+from pippin.types import SamplingParams
 from pippin.worker import Core, run, serve
 from tests.fake_core import PYTHONPATH, RAISE, FakeCore, expected
 from tests.waiting import SECONDS, until

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pippin.types import (
+from pippin.messages import (
     AdaptersChanged,
     Event,
     Flush,

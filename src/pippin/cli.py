@@ -23,8 +23,8 @@ from pippin.bench.cli import bench
 from pippin.config import ConvertOptions, EngineConfig, SamplingOptions, ServerConfig, flag_of
 from pippin.errors import ConfigError, EngineError, PippinError, RequestError
 from pippin.kernels_cli import kernels
+from pippin.messages import ModelInfo
 from pippin.options import with_options
-from pippin.types import ModelInfo
 
 log = logging.getLogger(__name__)
 

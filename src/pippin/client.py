@@ -19,12 +19,7 @@ import msgspec
 from pippin import __version__
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
-from pippin.profile.control import Profiler
-from pippin.profile.timeline import Timeline
-from pippin.restarts import Supervision
-from pippin.supervisor import Supervisor
-from pippin.transport import ProcessTransport, ThreadTransport, Transport
-from pippin.types import (
+from pippin.messages import (
     Abort,
     AdaptersChanged,
     Event,
@@ -35,16 +30,20 @@ from pippin.types import (
     Marks,
     ModelInfo,
     Output,
-    Pooling,
     ProfileStarted,
     Progress,
     Ready,
-    SamplingParams,
     Stats,
     StepOutput,
     Submit,
     UnloadAdapter,
 )
+from pippin.profile.control import Profiler
+from pippin.profile.timeline import Timeline
+from pippin.restarts import Supervision
+from pippin.supervisor import Supervisor
+from pippin.transport import ProcessTransport, ThreadTransport, Transport
+from pippin.types import Pooling, SamplingParams
 from pippin.worker import CORE, Load
 
 Replace = Callable[[EngineConfig], Awaitable[Ready | Fatal]]

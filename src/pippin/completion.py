@@ -17,11 +17,12 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from pippin.errors import RequestError
+from pippin.messages import ModelInfo, Output
 from pippin.profile.timeline import DETOKENIZING, Timeline
 from pippin.text.detokenizer import NONE, TextStream
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import CacheMiss, Finish, ModelInfo, Output, SamplingParams, TokenLogprob
+from pippin.types import CacheMiss, Finish, SamplingParams, TokenLogprob
 
 T = TypeVar("T")
 

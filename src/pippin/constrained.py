@@ -12,8 +12,9 @@ import numpy.typing as npt
 from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
+from pippin.messages import Output
 from pippin.scheduler import Scheduler
-from pippin.types import Finish, Output, Request, Token, Work, failed
+from pippin.types import Finish, Request, Token, Work, failed
 
 log = logging.getLogger(__name__)
 

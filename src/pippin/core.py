@@ -24,29 +24,23 @@ from pippin.flight import Flight, ModelRunner
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.kvdisk import DiskTier
 from pippin.memory import memory_in_use
-from pippin.models.lora import Adapter, Adapters
-from pippin.profile.engine import Tell, open_profile
-from pippin.profile.steps import StepProfile, TimedRunner
-from pippin.scheduler import Scheduler
-from pippin.types import (
+from pippin.messages import (
     AdaptersChanged,
-    Batch,
-    Finish,
     LoadAdapter,
     ModelInfo,
     Output,
-    Pooling,
-    Request,
-    RowResult,
-    SamplingParams,
     StartProfile,
     Stats,
     StepOutput,
     StopProfile,
     Submit,
     UnloadAdapter,
-    failed,
 )
+from pippin.models.lora import Adapter, Adapters
+from pippin.profile.engine import Tell, open_profile
+from pippin.profile.steps import StepProfile, TimedRunner
+from pippin.scheduler import Scheduler
+from pippin.types import Batch, Finish, Pooling, Request, RowResult, SamplingParams, failed
 from pippin.watermarks import MemoryWatch
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.errors import RequestError
-from pippin.types import ModelInfo, Output, Pooling, SamplingParams
+from pippin.messages import ModelInfo, Output
+from pippin.types import Pooling, SamplingParams
 
 Values = npt.NDArray[np.float32]
 

@@ -25,11 +25,11 @@ from pippin.completion import Delta, complete, merge
 from pippin.config import EngineConfig
 from pippin.embedding import Prompt, check_tokens, encoded, longest_text, text_pooling, vectors_of
 from pippin.errors import ConfigError, EngineError
+from pippin.messages import ModelInfo, Progress
 from pippin.profile.control import ProfileOptions
 from pippin.sglang import Answers, Arguments, Asked
 from pippin.text.chat import ChatTemplate, Message, read_template
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE, Core
 
 T = TypeVar("T")

@@ -19,9 +19,10 @@ from pippin.core import EngineCore
 from pippin.errors import EngineError
 from pippin.loading import PAGE, load_core, measure_adapters
 from pippin.memory import Limits, MemoryPlan, limit_rows, limits, plan_memory, use_device
+from pippin.messages import Output, Submit
 from pippin.models.load import LoadedModel, read_lazily
 from pippin.probe import Choice, measure_caches
-from pippin.types import Output, SamplingParams, Submit
+from pippin.types import SamplingParams
 
 # Arrays of a hidden state's width, and of the widest layer's, that a step's tokens have at a time.
 _HIDDEN, _WIDEST = 4, 3

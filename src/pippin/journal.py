@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from pippin.messages import Output, Submit
 from pippin.restarts import Docket
-from pippin.types import CacheMiss, Finish, Output, Submit
+from pippin.types import CacheMiss, Finish
 
 log = logging.getLogger(__name__)
 

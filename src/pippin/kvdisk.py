@@ -25,8 +25,9 @@ from pippin.cache.digest import digest_of
 from pippin.cache.disk import BLOCK, LEAST_BLOCKS, BlockFiles, Rows, block_keys, root_key
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError
+from pippin.messages import ModelInfo
 from pippin.scheduler import Scheduler
-from pippin.types import ModelInfo, Request, Token
+from pippin.types import Request, Token
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class DiskTier:
         return len(self._restoring) + len(self._ready)
 
     def stats(self) -> dict[str, Any]:
-        """Its fields of ``types.Stats``."""
+        """Its fields of ``Stats``."""
         counts = self._files.counts
         return {
             "kv_disk_restoring": self.num_restoring,

@@ -45,6 +45,7 @@ from pippin.memory import (
     use_device,
     watch_memory,
 )
+from pippin.messages import ModelInfo, Progress
 from pippin.models.load import LoadedModel, load_mlx_model
 from pippin.models.lora import Adapters
 from pippin.models.turned import turn_weights
@@ -53,7 +54,6 @@ from pippin.probe import Choice, choose_attention, measure_activations
 from pippin.runner import MlxModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
-from pippin.types import ModelInfo, Progress
 
 log = logging.getLogger(__name__)
 

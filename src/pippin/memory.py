@@ -17,8 +17,8 @@ from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.footprint import free_bytes, process_bytes
 from pippin.kvdisk import copy_bytes
+from pippin.messages import ModelInfo
 from pippin.probe import Choice
-from pippin.types import ModelInfo
 from pippin.watermarks import MemoryWatch, Reading, Watermarks
 
 _GPU_FRACTION = 0.8

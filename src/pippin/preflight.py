@@ -18,7 +18,7 @@ from pippin.backend import leave_torch_out
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError
 from pippin.logs import configure
-from pippin.types import Fatal
+from pippin.messages import Fatal
 
 ESTIMATE = "pippin.estimate:estimate"
 """What the process calls, which loads MLX."""

@@ -18,7 +18,8 @@ from pippin.cache.holdings import Holdings
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
-from pippin.types import Batch, Finish, Request, RowResult, Stats, Token, Work
+from pippin.messages import Stats
+from pippin.types import Batch, Finish, Request, RowResult, Token, Work
 
 log = logging.getLogger(__name__)
 

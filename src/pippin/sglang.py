@@ -17,8 +17,9 @@ import msgspec
 from pippin.completion import Delta, check_prompt, longest_prompt, new_id
 from pippin.errors import RequestError
 from pippin.grammar.fields import grammar_of
+from pippin.messages import ModelInfo
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import CacheMiss, Finish, ModelInfo, SamplingParams, TokenLogprob
+from pippin.types import CacheMiss, Finish, SamplingParams, TokenLogprob
 
 TextOf = Callable[[int], str | None]
 

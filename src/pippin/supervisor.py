@@ -18,14 +18,11 @@ import msgspec
 from pippin.carried import RESTARTING, Carried
 from pippin.errors import EngineError
 from pippin.journal import Journal
-from pippin.restarts import Restarts, Supervision, Watchdog
-from pippin.transport import OnEnd, OnEvent, Transport
-from pippin.types import (
+from pippin.messages import (
     Abort,
     Command,
     Event,
     Fatal,
-    Finish,
     Flush,
     LoadAdapter,
     Output,
@@ -39,6 +36,9 @@ from pippin.types import (
     Submit,
     UnloadAdapter,
 )
+from pippin.restarts import Restarts, Supervision, Watchdog
+from pippin.transport import OnEnd, OnEvent, Transport
+from pippin.types import Finish
 
 log = logging.getLogger(__name__)
 

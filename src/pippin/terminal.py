@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pippin.engine import Engine
 from pippin.errors import RequestError
-from pippin.types import ModelInfo
-from pippin.types import Progress as Loading
+from pippin.messages import ModelInfo
+from pippin.messages import Progress as Loading
 
 STAGES = {
     "download": "downloading",

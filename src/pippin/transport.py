@@ -21,8 +21,8 @@ import zmq
 from pippin.backend import leave_thread
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
+from pippin.messages import Command, Event, Ready, Shutdown
 from pippin.recorder import Record
-from pippin.types import Command, Event, Ready, Shutdown
 from pippin.worker import CORE, Hello, Load, run
 
 OnEvent = Callable[[Event], None]

@@ -28,14 +28,12 @@ from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
 from pippin.garbage import leave_loaded_alone
 from pippin.logs import configure
-from pippin.recorder import Recorder
-from pippin.types import (
+from pippin.messages import (
     Abort,
     AdaptersChanged,
     Command,
     Event,
     Fatal,
-    Finish,
     Flush,
     Flushed,
     LoadAdapter,
@@ -55,6 +53,8 @@ from pippin.types import (
     Submit,
     UnloadAdapter,
 )
+from pippin.recorder import Recorder
+from pippin.types import Finish
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from pippin.config import ConvertOptions, EngineConfig
 from pippin.errors import ModelError
+from pippin.messages import Progress
 from pippin.models.convert import convert
 from pippin.models.load import load_mlx_model
 from pippin.torch.checkpoints import INDEX
 from pippin.torch.load import load_torch_model
-from pippin.types import Progress
 from tests.parity.reference import Reference, build_reference
 
 Weights = dict[str, torch.Tensor]

@@ -15,7 +15,8 @@ from transformers import AutoModel
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.loading import load_core
-from pippin.types import Pooling, SamplingParams, Submit
+from pippin.messages import Submit
+from pippin.types import Pooling, SamplingParams
 from tests.parity.reference import build_reference
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "deepseek_v3", "qwen3_next")

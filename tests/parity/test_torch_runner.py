@@ -16,8 +16,9 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, ModelError
 from pippin.loading import load_core
+from pippin.messages import Output, Submit
 from pippin.torch.runner import TorchModelRunner
-from pippin.types import Grammar, Output, SamplingParams, Submit
+from pippin.types import Grammar, SamplingParams
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.parity.reference import build_reference
 

@@ -9,7 +9,7 @@ import msgspec
 
 from pippin.client import EngineClient
 from pippin.config import ServerConfig
-from pippin.types import Submit
+from pippin.messages import Submit
 from tests.fake_core import EOS, FakeCore
 from tests.server.conftest import Running, byte_tokenizer, serving
 

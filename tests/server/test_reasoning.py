@@ -11,10 +11,11 @@ import pytest
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError
+from pippin.messages import Output
 from pippin.server import create_app
 from pippin.server.launch import run
 from pippin.text.chat import ChatTemplate
-from pippin.types import Finish, Output, Pooling, SamplingParams
+from pippin.types import Finish, Pooling, SamplingParams
 from tests.fake_core import EOS, FakeCore
 from tests.server.conftest import Running, byte_tokenizer, serving
 

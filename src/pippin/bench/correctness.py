@@ -18,9 +18,10 @@ from pippin.bench.sides import Side, open_ours, peer, with_room
 from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
+from pippin.messages import ModelInfo
 from pippin.terminal import LoadingBar
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import ModelInfo, Token
+from pippin.types import Token
 
 CORRECTNESS = "correctness"
 

@@ -23,9 +23,9 @@ from pippin.errors import ConfigError
 from pippin.garbage import loaded_left_alone
 from pippin.loading import load_core
 from pippin.memory import on_gpu, use_device
+from pippin.messages import ModelInfo
 from pippin.terminal import LoadingBar
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import ModelInfo
 
 WARM_UP = 16
 _SHARE_BESIDE_A_PEER = 0.4

@@ -9,10 +9,10 @@ from pathlib import Path
 from pippin.bench.offline_run import CoreSide, Requests
 from pippin.core import EngineCore
 from pippin.errors import ConfigError
+from pippin.messages import Marks, ProfileStarted, StartProfile, StopProfile
 from pippin.profile.files import default_directory, discard, reserve
 from pippin.profile.replay import replay
 from pippin.profile.trace import ENGINE, write_trace
-from pippin.types import Marks, ProfileStarted, StartProfile, StopProfile
 
 
 def profile_run(core: EngineCore, side: CoreSide, requests: Requests, run_name: str) -> list[Path]:

@@ -20,7 +20,8 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import EngineError
 from pippin.loading import load_core
-from pippin.types import SamplingParams, Submit, Token
+from pippin.messages import Submit
+from pippin.types import SamplingParams, Token
 
 Requests = Sequence[tuple[Sequence[Token], int]]
 """Prompts, and how many tokens each is answered with."""

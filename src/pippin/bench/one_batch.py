@@ -28,9 +28,10 @@ from pippin.config import EngineConfig
 from pippin.environment import device
 from pippin.errors import ConfigError
 from pippin.garbage import loaded_left_alone
+from pippin.messages import ModelInfo
 from pippin.runner import MlxModelRunner
 from pippin.terminal import LoadingBar
-from pippin.types import ModelInfo, Token
+from pippin.types import Token
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from pippin.types import ModelInfo, Token
+from pippin.messages import ModelInfo
+from pippin.types import Token
 
 
 def plain_ids(info: ModelInfo) -> list[Token]:

@@ -16,7 +16,8 @@ from typing import Protocol
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import EngineError
 from pippin.flight import Flight, ModelRunner
-from pippin.types import Batch, ModelInfo, Request, SamplingParams, Token, Work
+from pippin.messages import ModelInfo
+from pippin.types import Batch, Request, SamplingParams, Token, Work
 
 Prompts = Sequence[Sequence[Token]]
 

@@ -18,7 +18,7 @@ from pippin.bench.runner import BenchRunner, EngineRunner, Prompts, Timing, time
 from pippin.config import EngineConfig
 from pippin.flight import ModelRunner
 from pippin.loading import PAGE, load_runner
-from pippin.types import ModelInfo, Progress
+from pippin.messages import ModelInfo, Progress
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from pippin.bench.options import OneBatchOptions
 from pippin.bench.runner import Prompts
 from pippin.bench.sides import Ours
 from pippin.errors import ConfigError, RequestError
+from pippin.messages import ModelInfo
 from pippin.profile.engine import tracer_for
 from pippin.profile.stage import profiled
 from pippin.profile.steps import Window
-from pippin.types import ModelInfo
 
 
 def profile_stages(ours: Ours, prompts: Prompts, output_len: int, options: OneBatchOptions) -> list[Path]:

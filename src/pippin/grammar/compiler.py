@@ -18,7 +18,8 @@ from pippin.errors import RequestError
 from pippin.grammar.matcher import GrammarMatcher, Masks
 from pippin.grammar.source import WHITESPACE, JsonStyle, explained, llguidance_grammar
 from pippin.grammar.vocabulary import in_background, load_vocabulary
-from pippin.types import Grammar, ModelInfo, Token, Work
+from pippin.messages import ModelInfo
+from pippin.types import Grammar, Token, Work
 
 THREADS = 2
 CACHED = 256  # grammars; a compiled one is some hundred kB

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 
 from pippin.config import ConvertOptions
 from pippin.errors import ConfigError, ModelError
+from pippin.messages import Progress
 from pippin.models.load import load_model
 from pippin.models.quantize import BITS, GROUP_SIZE, Form, quantization_of, weight_bytes
-from pippin.types import Progress
 
 # What is no weight, but belongs to a checkpoint: tokenizer, templates, generation settings, code.
 COPIED = ("*.json", "*.jsonl", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")

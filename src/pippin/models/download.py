@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from pippin.errors import ModelError
-from pippin.types import Progress
+from pippin.messages import Progress
 
 POLL_SECONDS = 0.2
 

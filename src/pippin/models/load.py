@@ -21,12 +21,12 @@ from mlx.utils import tree_flatten
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
+from pippin.messages import Progress
 from pippin.models.corrections import correct, older_names, refuse
 from pippin.models.download import find_checkpoint, one_line
 from pippin.models.names import model_classes, renaming_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
 from pippin.models.vectors import VectorForm, is_bare, read_vector_form
-from pippin.types import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from pippin.types import Progress
+from pippin.messages import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from pippin.errors import EngineError, PippinError, RequestError
+from pippin.messages import Command, Marks, ProfileStarted, StartProfile, StopProfile
 from pippin.profile.files import STAGES, Stage, default_directory, discard, reserve, trace_path
 from pippin.profile.replay import replay
-from pippin.profile.timeline import Timeline
+from pippin.profile.timeline import Span, Timeline
 from pippin.profile.trace import ENGINE, HTTP_SIDE, write_trace
-from pippin.types import Command, Marks, ProfileStarted, Span, StartProfile, StopProfile
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from pippin.errors import RequestError
+from pippin.messages import Marks, ProfileStarted, StartProfile
 from pippin.profile.gpu import Metal, Tracer, open_tracer
 from pippin.profile.steps import Outcome, StepProfile, Window
-from pippin.types import Marks, ProfileStarted, StartProfile
 
 Tell = Callable[[ProfileStarted | Marks], None]
 

@@ -8,8 +8,7 @@ from itertools import islice
 
 from pippin.profile import marks
 from pippin.profile.marks import LENGTH, Label
-from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING
-from pippin.types import Span
+from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING, Span
 
 LANE_OF = {
     marks.BUILD_AHEAD: (BUILDING, "build ahead"),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pippin.types import Span
+import msgspec
 
 T = TypeVar("T")
 
@@ -36,6 +36,21 @@ step before is done, ``ahead`` that part is.
 
 def no_lap(part: str) -> None:
     """The Lap of a runner that nobody profiles."""
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Something that took from ``start`` to ``end``, nanoseconds of ``time.perf_counter_ns``, shown in a lane.
+
+    ``step`` is the number of the engine's step that it belongs to, ``group`` keeps spans of one thing in one row.
+    """
+
+    lane: str
+    name: str
+    start: int
+    end: int
+    step: int | None = None
+    group: str = ""
+    args: dict[str, str | int | float | bool] | None = None
 
 
 class Timeline:

@@ -14,8 +14,7 @@ from typing import Any
 
 import msgspec
 
-from pippin.profile.timeline import BUILDING, DEVICE, ENGINE_LANES, HTTP_LANES
-from pippin.types import Span
+from pippin.profile.timeline import BUILDING, DEVICE, ENGINE_LANES, HTTP_LANES, Span
 
 Json = dict[str, Any]
 

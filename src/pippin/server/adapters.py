@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pippin.errors import RequestError
+from pippin.messages import LoadAdapter, UnloadAdapter
 from pippin.server.http import JsonResponse, read_body, unless_gone
 from pippin.server.protocol import Body
 from pippin.server.service import Service
-from pippin.types import LoadAdapter, UnloadAdapter
 
 
 class LoadAdapterRequest(Body, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from pippin.config import ServerConfig
 from pippin.errors import EngineError, PippinError, RequestError
-from pippin.types import ModelInfo, Stats
+from pippin.messages import ModelInfo, Stats
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pippin.client import EngineClient
 from pippin.errors import EngineError
+from pippin.messages import Progress
 from pippin.server import ui
 from pippin.server.http import error_response
 from pippin.server.shapes import shape_of
-from pippin.types import Progress
 
 LAST = ("/health", "/metrics", "/abort_request")
 """Answered while the server drains."""

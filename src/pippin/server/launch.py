@@ -19,6 +19,7 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
 from pippin.logs import configure
+from pippin.messages import ModelInfo, Progress
 from pippin.preflight import check
 from pippin.restarts import Supervision
 from pippin.server.app import create_app
@@ -30,7 +31,6 @@ from pippin.server.weights import Weights
 from pippin.text.chat import ChatTemplate, read_template
 from pippin.text.reply import named_formats
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.types import ModelInfo, Progress
 from pippin.worker import CORE
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from pippin.client import EngineClient
 from pippin.completion import Delta
-from pippin.types import Stats
+from pippin.messages import Stats
 
 PREFIX = "pippin:"
 

@@ -16,6 +16,7 @@ from pippin.completion import Client, Delta, answer_ids, check_prompt, complete,
 from pippin.config import ServerConfig
 from pippin.embedding import Prompt, Vector, at_most, check_tokens, vectors_of
 from pippin.errors import RequestError
+from pippin.messages import ModelInfo
 from pippin.server.admission import Admission, in_seconds, in_time
 from pippin.server.history import History
 from pippin.server.http import off_loop
@@ -25,7 +26,7 @@ from pippin.server.store import Store
 from pippin.text.chat import ChatTemplate
 from pippin.text.reply import Speech
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import ModelInfo, Pooling, SamplingParams
+from pippin.types import Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from pippin.server.weights import Weights

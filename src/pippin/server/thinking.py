@@ -12,12 +12,13 @@ from contextlib import aclosing
 import msgspec
 
 from pippin.client import EngineClient
+from pippin.messages import ModelInfo, Output
 from pippin.profile.timeline import Timeline
 from pippin.text.detokenizer import detokenizer
 from pippin.text.parts import Reasoning
 from pippin.text.reply import Reply, Speech
 from pippin.text.tokenizer import Tokenizer
-from pippin.types import ModelInfo, Output, SamplingParams
+from pippin.types import SamplingParams
 
 
 class Budgeted:

@@ -13,9 +13,9 @@ import mlx.core as mx
 import torch
 
 from pippin.errors import ModelError
+from pippin.messages import Progress
 from pippin.models.download import one_line
 from pippin.torch.bridge import BridgeError, torch_to_mlx
-from pippin.types import Progress
 
 INDEX = "pytorch_model.bin.index.json"
 # Under one of these a training script's file keeps the weights, beside other things.

@@ -19,6 +19,7 @@ from pippin.cache.layout import CacheLayout, LayerShape
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.memory import device_bytes, limits, plan_memory
+from pippin.messages import ModelInfo, Progress
 from pippin.models.download import one_line
 from pippin.models.load import context_length_of, eos_token_ids_of, find_model, read_config, vocab_size_of
 from pippin.models.vocabulary import read_vocabulary
@@ -27,7 +28,7 @@ from pippin.torch.bridge import DTYPES
 from pippin.torch.mps import add_streams
 from pippin.torch.runner import TorchModelRunner
 from pippin.torch.store import TorchKVStore, TorchShape
-from pippin.types import Batch, ModelInfo, Progress, Request, SamplingParams, Work
+from pippin.types import Batch, Request, SamplingParams, Work
 
 log = logging.getLogger(__name__)
 
