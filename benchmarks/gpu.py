@@ -3,18 +3,23 @@
     python -m benchmarks.gpu [--shapes 0.6b 8b] [--streams 1 8 32 128] [--cases decode prefill …] [--json results.jsonl]
 
 Decode: so many streams of 256 tokens, 100 steps each. Prefill: 16 prompts of 512 tokens to their first tokens. Long:
-32 streams of 8192 tokens each, and one prompt of 16384. Waits: the time to the first token of 64 new tokens behind a
-cached prefix of 8192, and of a short prompt that comes behind one of 32768. Speed does not depend on the weights. Ours
-and mlx-lm's take turns; medians of ``--rounds``.
+one prompt of 16384. Many-long: 32 streams of 8192 tokens each. Waits: the time to the first token of 64 new tokens
+behind a cached prefix of 8192, and of a short prompt that comes behind one of 32768. Deep: 8 streams of 32768 tokens
+each, with K and V as ``--kv-cache-dtypes`` says. Speed does not depend on the weights, but a random router spreads its
+tokens evenly. Ours and mlx-lm's take turns, or with ``--apart`` follow each other, where there is no room for both;
+medians of ``--rounds``.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models import qwen3, qwen3_moe
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
@@ -36,6 +40,13 @@ from pippin.messages import Submit
 from pippin.models.load import LoadedModel
 from pippin.types import SamplingParams
 
+_YARN = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},
     "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288, "num_attention_heads": 32},
@@ -53,6 +64,56 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "rope_theta": 150000,
+        "rope_scaling": _YARN | {"factor": 32.0},
+        "tie_word_embeddings": False,
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 102400,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "routed_scaling_factor": 1.0,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "rope_theta": 10000,
+        "rope_scaling": _YARN | {"factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+        "attention_bias": False,
+    },
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4},
 }
 COMMON: dict[str, Any] = {
@@ -66,17 +127,20 @@ COMMON: dict[str, Any] = {
 }
 
 
-def make_model(shape: str, bits: int | None) -> nn.Module:
-    """A random bfloat16 model of ``SHAPES``, quantized to ``bits`` in groups of 64 if given."""
+def make_model(shape: str, codes: str = "") -> nn.Module:
+    """A random bfloat16 model of ``SHAPES``. ``codes`` quantizes it: to so many bits in groups of 64, or its experts
+    alone to mxfp4, as gpt-oss is published."""
     moe = "moe_intermediate_size" in SHAPES[shape]
-    module, kind = (qwen3_moe, "qwen3_moe") if moe else (qwen3, "qwen3")
-    settings = {"model_type": kind, **COMMON, **SHAPES[shape]}
+    settings = {"model_type": "qwen3_moe" if moe else "qwen3", **COMMON, **SHAPES[shape]}
     if shape == "tiny":
         settings |= {"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 64}
-    model = module.Model(module.ModelArgs.from_dict(settings))
+    module = import_module(f"mlx_lm.models.{settings['model_type']}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
     model.set_dtype(mx.float32 if shape == "tiny" else mx.bfloat16)
-    if bits:
-        nn.quantize(model, group_size=64, bits=bits)
+    if codes == "mxfp4":
+        nn.quantize(model, group_size=32, bits=4, mode="mxfp4", class_predicate=lambda path, _: "experts" in path)
+    elif codes:
+        nn.quantize(model, group_size=64, bits=int(codes))
     mx.eval(model.parameters())
     return model
 
@@ -91,7 +155,9 @@ def make_core(model: nn.Module, **options: Any) -> EngineCore:
     dtype = mx.float32 if vocab == 1000 else mx.bfloat16
     context = options.pop("context_length", None) or 40960
     loaded = LoadedModel(model, {}, Path("random"), kind, dtype, None, (), vocab, context, weight_bytes(model))
-    return build_core(loaded, EngineConfig(**options), lambda _: None)
+    # Each case runs once before it is timed; the models beside this one are no other programs'.
+    config = EngineConfig(skip_server_warmup=True, disable_memory_sharing=True, **options)
+    return build_core(loaded, config, lambda _: None)
 
 
 def prompts(count: int, length: int, vocab: int, seed: int) -> list[list[int]]:
@@ -176,28 +242,33 @@ def median_of(rounds: int, run: Callable[[int], tuple[float, float]]) -> tuple[f
     return statistics.median(f for f, _ in found), statistics.median(d for _, d in found)
 
 
-CASES = ("decode", "prefill", "long", "waits")
+CASES = ("decode", "prefill", "long", "many-long", "waits", "deep")
+LONG = {"long", "many-long", "waits"}
 
 
 def measure(
     shape: str,
-    bits: int | None,
+    codes: str,
     *,
     streams: Sequence[int],
     rounds: int,
     names: Sequence[str],
     graph_rows: int,
     cases: Sequence[str],
+    kv_dtypes: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     # A model of its own for each: ours is hooked, and its quantized layers would serve mlx-lm faster too.
-    sides: list[Ours | MlxLm] = [MlxLm(make_model(shape, bits))] if MlxLm.name in names else []
-    core = None
+    sides: list[Ours | MlxLm] = [MlxLm(make_model(shape, codes))] if MlxLm.name in names else []
+    what = {"shape": shape, "bits": codes or 16}
+    core, model = None, None
     if Ours.name in names:
-        model = make_model(shape, bits)
-        core = make_core_for(model, streams, graph_rows, cases)
-        sides.append(Ours(core))
-    vocab = COMMON["vocab_size"] if shape != "tiny" else 1000
-    what = {"shape": shape, "bits": bits or 16}
+        model = make_model(shape, codes)
+        if "deep" in cases:
+            yield from (what | {"side": "pippin"} | row for row in deep(model, kv_dtypes, rounds))
+        if {*cases} != {"deep"}:
+            core = make_core_for(model, streams, graph_rows, cases)
+            sides.append(Ours(core))
+    vocab = int(model.args.vocab_size) if model is not None else int(SHAPES[shape].get("vocab_size", 1000))
     for count in streams if "decode" in cases else ():
         for side in sides:
             mx.reset_peak_memory()
@@ -209,20 +280,44 @@ def measure(
     for side in sides if "long" in cases else ():
         seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(1, 16384, vocab, 50 + i), 2))  # type: ignore[misc]
         yield what | {"side": side.name, "prompt_16k": 16384 / seconds}
+    for side in sides if "many-long" in cases else ():
         _, rate = side.run(prompts(32, 8192, vocab, 60), 65)
         yield what | {"side": side.name, "streams": 32, "context": 8192, "decode": rate}
-    if "waits" in cases and core is not None:
+    if "waits" in cases and core is not None and model is not None:
         core = build_core_again(core, model)
         yield what | {"side": "pippin"} | waits(core, vocab, rounds)
 
 
+def deep(model: nn.Module, kv_dtypes: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Decodes over 8 contexts of 32k, with K and V in each of these dtypes, one after the other."""
+    for kind in kv_dtypes:
+        core = make_core(
+            model,
+            max_total_tokens=8 * 33024,
+            max_running_requests=8,
+            chunked_prefill_size=8192,
+            disable_radix_cache=True,
+            kv_cache_dtype=kind,
+        )
+        rows = prompts(8, 32768, int(model.args.vocab_size), 80)
+        rate = statistics.median(Ours(core).run(rows, 101)[1] for _ in range(rounds))
+        yield {"streams": 8, "context": 32768, "kv": kind, "decode": rate, "pool_gb": core.info.pool_bytes / 1e9}
+        core._runner.reset()
+        del core
+        mx.clear_cache()
+
+
 def make_core_for(model: nn.Module, streams: Sequence[int], graph_rows: int, cases: Sequence[str]) -> EngineCore:
     slots = max(streams) * 400 + 16 * 512 + 64
+    if {"long", "waits"} & {*cases}:
+        slots = max(slots, 4 * 33500)
+    if "many-long" in cases:
+        slots = max(slots, 33 * 8500)
     return make_core(
         model,
-        max_total_tokens=max(slots, 33 * 8500) if {"long", "waits"} & set(cases) else slots,
+        max_total_tokens=slots,
         max_running_requests=max(32, *streams),
-        context_length=None if {"long", "waits"} & set(cases) else 1024,
+        context_length=None if LONG & {*cases} else 1024,
         chunked_prefill_size=16384 if "long" in cases else 8192,
         disable_radix_cache=True,
         disable_graph=not graph_rows,
@@ -237,7 +332,7 @@ def build_core_again(core: EngineCore, model: nn.Module) -> EngineCore:
     del core
     mx.clear_cache()
     return make_core(
-        model, max_total_tokens=slots // 4 // page * page, max_running_requests=32, chunked_prefill_size=2048
+        model, max_total_tokens=min(slots, 70000) // page * page, max_running_requests=32, chunked_prefill_size=2048
     )
 
 
@@ -282,31 +377,36 @@ def first_tokens(core: EngineCore, rows: dict[str, list[int]], steps_between: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["0.6b", "8b"], help="SHAPES, `:4` for 4 bits")
+    parser.add_argument("--shapes", nargs="+", default=["0.6b", "8b"], help="SHAPES, `:4` for 4 bits, `:mxfp4` experts")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=["pippin", "mlx-lm"], default=["mlx-lm", "pippin"])
     parser.add_argument("--graph-rows", type=int, default=256, help="0: no graphs")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["decode", "prefill"])
+    parser.add_argument("--kv-cache-dtypes", nargs="+", default=["auto", "int8"], help="of the case `deep`")
+    parser.add_argument("--apart", action="store_true", help="one side after the other, each with all of the memory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     facts = {"mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "device": mx.device_info().get("device_name")}
     print(json.dumps(facts), flush=True)
-    for name in options.shapes:
-        shape, _, bits = name.partition(":")
+    turns = [[side] for side in options.sides] if options.apart else [options.sides]
+    for name, names in itertools.product(options.shapes, turns):
+        shape, _, codes = name.partition(":")
         for row in measure(
             shape,
-            int(bits) if bits else None,
+            codes,
             streams=options.streams,
             rounds=options.rounds,
-            names=options.sides,
+            names=names,
             graph_rows=options.graph_rows,
             cases=options.cases,
+            kv_dtypes=options.kv_cache_dtypes,
         ):
             print(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
             if options.json:
                 with options.json.open("a") as file:
                     file.write(json.dumps(facts | row) + "\n")
+        gc.collect()
         mx.clear_cache()
 
 

@@ -52,7 +52,7 @@ def shaped_core(shape: str, requests: int, directory: Path) -> EngineCore:
     from benchmarks.gpu import make_model, weight_bytes
     from pippin.models.load import LoadedModel
 
-    model = make_model(shape, None)
+    model = make_model(shape)
     vocab = int(model.args.vocab_size)
     (directory / "tokenizer.json").write_text(large_tokenizer(vocab), encoding="utf-8")
     dtype = mx.float32 if shape == "tiny" else mx.bfloat16

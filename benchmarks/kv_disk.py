@@ -43,7 +43,7 @@ class Engines:
 
     def __init__(self, shape: str | None, directory: Path, length: int) -> None:
         self._shape, self._directory, self._length = shape, directory, length
-        self._model = make_model(shape, None) if shape else None
+        self._model = make_model(shape) if shape else None
         self._loaded: LoadedModel | None = None
         if shape is None:
             path = str(make_checkpoint(directory / "model", FULL))
