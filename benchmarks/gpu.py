@@ -32,6 +32,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
@@ -138,7 +139,9 @@ def make_model(shape: str, codes: str = "") -> nn.Module:
     model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
     model.set_dtype(mx.float32 if shape == "tiny" else mx.bfloat16)
     if codes == "mxfp4":
-        nn.quantize(model, group_size=32, bits=4, mode="mxfp4", class_predicate=lambda path, _: "experts" in path)
+        nn.quantize(
+            model, group_size=32, bits=4, mode="mxfp4", class_predicate=lambda _, m: isinstance(m, SwitchLinear)
+        )
     elif codes:
         nn.quantize(model, group_size=64, bits=int(codes))
     mx.eval(model.parameters())
