@@ -295,7 +295,7 @@ class Loop:
             self._finish(*flight)
         overlap = self.overlap and not alone
         before = {slot for node in nodes(self.radix) for slot in node.slots}
-        running = {r: r.retractions for r in self.scheduler._running}
+        running = {r: r.retractions for r in self.scheduler.runs.running}
         self.allocator.handed.clear()
         batch = self.scheduler.schedule()
         check(self, launched=False)
@@ -438,7 +438,7 @@ def check(loop: Loop, launched: bool = True) -> None:
     """Each page is free, in the tree, or one running request's own; pins are those of the running requests."""
     if not loop.watched:
         return
-    running, waiting = loop.scheduler._running, loop.scheduler._waiting
+    running, waiting = loop.scheduler.runs.running, loop.scheduler.runs.waiting
     pages = loop.allocator.pages_of
     tree = [page for node in nodes(loop.radix) for page in pages(node.slots)]
     own = [page for r in running for page in pages(r.slots[r.shared :])]
@@ -451,7 +451,7 @@ def check(loop: Loop, launched: bool = True) -> None:
     assert all(node.refs == holders.get(node, 0) for node in nodes(loop.radix))
     loose = [len(pages(node.slots)) for node in nodes(loop.radix) if not node.refs]
     assert loop.radix.num_evictable == sum(loose)
-    rows = [r.row for r in running] + loop.scheduler._rows
+    rows = [r.row for r in running] + loop.scheduler.runs.rows
     assert sorted(rows) == list(range(1, loop.max_running + 1))
     for request in waiting:
         assert (request.row, request.computed, request.shared, len(request.slots)) == (-1, 0, 0, 0)
@@ -466,7 +466,7 @@ def check(loop: Loop, launched: bool = True) -> None:
 
 def check_windows(loop: Loop, windows: WindowPages) -> None:
     """Each page of theirs is free or some pages' of the cache; held by those whose windows reach it, or may go."""
-    table, holds, running = windows.table.pages, list(windows._holds), loop.scheduler._running
+    table, holds, running = windows.table.pages, list(windows._holds), loop.scheduler.runs.running
     owners: dict[int, list[int]] = {}
     for page, mine in enumerate(table.tolist()):
         owners.setdefault(mine, []).append(page)
@@ -501,7 +501,7 @@ def check_snapshots(loop: Loop, launched: bool) -> None:
         while node is not None:
             path[:0], node = node.tokens, node.parent
         assert (end, print) == (len(path), fingerprints(path)[-1])
-    running = loop.scheduler._running
+    running = loop.scheduler.runs.running
     held = [r.restore for r in running if r.restore is not None]
     assert sorted(held) == sorted(loop.snapshots._held.elements())
     assert loop.device.states.keys() <= {r.row for r in running}

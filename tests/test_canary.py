@@ -117,7 +117,7 @@ def frees_early(loop: Loop, every: int) -> None:
         nonlocal calls
         calls += 1
         release(pin)
-        others = [r for r in loop.scheduler._running if r.pin is not None and len(r.slots) and r.row > 0]
+        others = [r for r in loop.scheduler.runs.running if r.pin is not None and len(r.slots) and r.row > 0]
         if others and calls % every == 0:
             page = others[0].slots[0] // loop.page
             loop.allocator._used[page] = 0
@@ -169,7 +169,7 @@ def shares_a_window(loop: Loop, every: int) -> None:
         nonlocal calls
         attach(pages)
         calls += 1
-        others = [r for r in loop.scheduler._running if r.computed > 2 and r.row > 0]
+        others = [r for r in loop.scheduler.runs.running if r.computed > 2 and r.row > 0]
         if others and pages and calls % every == 0:
             windows.table.pages[pages[-1]] = windows.table.pages[others[0].slots[others[0].computed - 1]]
 
@@ -274,9 +274,9 @@ def test_the_request_stops_and_the_server_goes_on(checkpoint: Path, overlap: boo
     def spoil() -> None:
         nonlocal turns
         turns += 1
-        victim = next((r for r in core._scheduler._running if r.id == "r2"), None)
+        victim = next((r for r in core._scheduler.runs.running if r.id == "r2"), None)
         if turns == 6 and victim is not None:
-            other = next(r for r in core._scheduler._running if r.id == "r4")
+            other = next(r for r in core._scheduler.runs.running if r.id == "r4")
             victim.slots[1] = other.slots[1]
 
     found = answers(core, rows, spoil)

@@ -171,7 +171,8 @@ def test_numbers_that_are_not_finite_in_a_shared_prefix_harm_nobody(checkpoint: 
         core.add(submit)
     for turn in range(500):
         if turn == 4:
-            request = core._scheduler._requests["s0"]
+            request = core._scheduler.runs.get("s0")
+            assert request is not None
             slot = request.slots[3]
             for array in runner.pool.arrays:
                 array[slot] = mx.nan

@@ -34,7 +34,7 @@ DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob(
 # Who may import whom: a unit may import whatever stands to its left in a line, and what that may import. A unit is
 # a file or a folder of src/pippin; a folder's own files may import each other.
 CHAINS = """
-errors <- types <- cache <- scheduler <- core
+errors <- types <- cache <- runs <- planner <- scheduler <- core
 errors <- config <- loading
 config <- options <- bench
 config <- logs <- worker
@@ -90,7 +90,8 @@ messages <- scheduler
 messages <- grammar
 restarts <- journal <- supervisor
 restarts <- server
-bounds <- scheduler
+bounds <- planner
+errors <- types <- limits <- planner
 messages <- profile <- runner
 profile <- worker
 messages <- models
@@ -112,7 +113,7 @@ WITHOUT_MLX = (
     "types", "messages", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots",
     "cache.snapshots", "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
-    "journal", "carried", "preflight", "bounds",
+    "journal", "carried", "preflight", "bounds", "limits", "planner", "runs",
     "cache.canary", "cache.disk", "cache.digest", "kvdisk",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip

@@ -356,9 +356,9 @@ def test_abort_of_a_retracted_request_with_a_token_on_its_way() -> None:
     loop = Loop(num_pages=60, max_running=2)
     loop.add([1] * 10, endless(45))
     loop.add([2] * 10, endless(45))
-    while not any(r.retractions for r in loop.scheduler._waiting):
+    while not any(r.retractions for r in loop.scheduler.runs.waiting):
         loop.step()
-    loop.abort(loop.scheduler._waiting[0])
+    loop.abort(loop.scheduler.runs.waiting[0])
     loop.run()
 
 
@@ -392,7 +392,7 @@ def test_the_youngest_of_the_lowest_priority_is_retracted_and_resumes_first() ->
     while not low.retractions:
         loop.step()
     assert (old.retractions, young.retractions) == (0, 0)
-    assert loop.scheduler._waiting == [low, late]
+    assert loop.scheduler.runs.waiting == [low, late]
     loop.run()
     assert old.retractions == 0
 

@@ -45,7 +45,7 @@ def test_a_retracted_request_goes_before_older_ones_that_it_overtook() -> None:
     while not lucky.retractions:
         loop.step()
         assert overtaken.row < 0
-    assert loop.scheduler._waiting == [lucky, overtaken]
+    assert loop.scheduler.runs.waiting == [lucky, overtaken]
     loop.run()
 
 

@@ -99,10 +99,10 @@ def test_while_memory_is_short_requests_go_one_at_a_time_and_all_end() -> None:
     asked = requests(6)
     for request in asked:
         owner.add(request)
-    owner.held = True
+    owner.planner.held = True
     assert drive(owner) == 1
     assert [len(r.tokens) for r in asked] == [15] * 6
-    owner.held = False
+    owner.planner.held = False
     for request in (again := requests(6)):
         owner.add(request)
     assert drive(owner) == 6
@@ -121,7 +121,7 @@ def test_shedding_halves_what_runs_and_loses_nobody(count: int, after: int) -> N
     before = owner.stats().num_running
     assert owner.shed() == before // 2
     assert owner.stats().num_running == before - before // 2
-    owner.held = True
+    owner.planner.held = True
     drive(owner)
     assert [len(r.tokens) for r in asked] == [15] * count
     stats = owner.stats()

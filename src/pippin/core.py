@@ -309,7 +309,7 @@ class EngineCore:
         overlap = self._overlap and not self._scheduler.has_suspects
         outputs, self._notices = self._notices, []
         if self._memory is not None and self._memory.look():
-            self._scheduler.held = self._memory.level != "ok"
+            self._scheduler.planner.held = self._memory.level != "ok"
             if self._memory.level == "hard":
                 self._scheduler.shed()
         batch = self._scheduler.schedule()
