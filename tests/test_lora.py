@@ -21,13 +21,14 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
 from pippin.estimate import as_text, estimate
-from pippin.loading import load_core
 from pippin.messages import LoadAdapter, Submit, UnloadAdapter
 from pippin.models.deferred import Fusions
 from pippin.models.seam import Adapted, Seam
 from pippin.probe import choose_attention
 from pippin.types import Pooling, SamplingParams
+from tests import cores
 from tests.checkpoints import make_checkpoint
+from tests.cores import drain, make_core, prompts
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -78,32 +79,20 @@ def merged(path: Path, into: Path, deltas: Deltas) -> Path:
     return into
 
 
-def make_core(path: Path, **options: Any) -> EngineCore:
-    return load_core(EngineConfig(model_path=str(path), **{"max_total_tokens": 2000, **options}))
-
-
-def prompts(count: int = 5) -> list[list[int]]:
-    source = random.Random(4)
-    return [[source.randrange(3, 280) for _ in range(source.randrange(2, 40))] for _ in range(count)]
-
-
 def submits(rows: Sequence[Sequence[int]], adapter: str | None = None, name: str = "r") -> list[Submit]:
     params = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True, lora_path=adapter)
-    return [Submit(f"{name}{i}", list(row), len(row), params) for i, row in enumerate(rows)]
+    return cores.submits(rows, params, name)
 
 
 def run(core: EngineCore, asked: Sequence[Submit]) -> dict[str, list[int]]:
+    """What each request answered, those that were there before too."""
     found: dict[str, list[int]] = {s.id: [] for s in asked}
     for submit in asked:
         core.add(submit)
-    for _ in range(5000):
-        if not core.has_work:
-            return found
-        step = core.step()
-        for output in step.outputs if step else ():
-            found.setdefault(output.id, []).extend(output.tokens)
-            assert output.finish is None or output.finish.reason == "length", output.finish
-    raise AssertionError("the engine never came to rest")
+    for output in drain(core):
+        found.setdefault(output.id, []).extend(output.tokens)
+        assert output.finish is None or output.finish.reason == "length", output.finish
+    return found
 
 
 class Case:
@@ -113,7 +102,7 @@ class Case:
         self.path = make_checkpoint(root / "base", family, head_dim=32)
         deltas = {"one": draw(self.path, 1, layers), "two": draw(self.path, 2, layers)}
         self.adapters = {"one": as_peft(root / "one", deltas["one"]), "two": as_mlx(root / "two", deltas["two"])}
-        self.rows = prompts()
+        self.rows = prompts(5, 40, 4)
         self.want: dict[str | None, list[list[int]]] = {
             None: list(run(make_core(self.path), submits(self.rows)).values())
         }
@@ -302,9 +291,9 @@ def test_rank_and_alpha_by_layer(tmp_path: Path) -> None:
     pattern = {"alpha_pattern": {"q_proj": 12.0}, "lora_alpha": 6.0, "use_rslora": True}
     adapter = as_peft(tmp_path / "one", deltas, **pattern)
     scaled = {n: (a, b * ((6.0 if "q_proj" in n else 3.0) / SCALE)) for n, (a, b) in deltas.items()}  # alpha / sqrt(4)
-    want = list(run(make_core(merged(path, tmp_path / "merged", scaled)), submits(prompts())).values())
+    want = list(run(make_core(merged(path, tmp_path / "merged", scaled)), submits(prompts(5, 40, 4))).values())
     core = make_core(path, lora_paths=[f"one={adapter}"])
-    assert list(run(core, submits(prompts(), "one")).values()) == want
+    assert list(run(core, submits(prompts(5, 40, 4), "one")).values()) == want
 
 
 @pytest.mark.parametrize(

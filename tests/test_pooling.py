@@ -14,16 +14,15 @@ import numpy.typing as npt
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from pippin.config import EngineConfig
-from pippin.core import EngineCore
 from pippin.errors import ModelError, RequestError
-from pippin.loading import load_core
 from pippin.messages import Output, Submit
 from pippin.models.load import load_model
 from pippin.models.quantize import Form
 from pippin.models.vectors import VectorForm, read_vector_form
 from pippin.types import Finish, Pooling, SamplingParams
+from tests import cores
 from tests.checkpoints import make_checkpoint
+from tests.cores import collect, make_core
 
 LABELS = (7, 5, 100)
 KINDS = [Pooling("last"), Pooling("mean"), Pooling("labels", LABELS)]
@@ -37,13 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", head_dim=32)
 
 
-def make_core(path: Path, **options: Any) -> EngineCore:
-    return load_core(EngineConfig(model_path=str(path), **{"max_total_tokens": 2000, **options}))
-
-
 def prompts(count: int, longest: int = 60) -> list[list[int]]:
-    source = random.Random(3)
-    rows = [[source.randrange(3, 280) for _ in range(source.randrange(1, longest))] for _ in range(count)]
+    rows = cores.prompts(count, longest, seed=3)
     rows[-1] = rows[0] + rows[-1][:5]  # one that begins as another does
     return rows
 
@@ -66,19 +60,6 @@ def asked(rows: Sequence[Sequence[int]]) -> list[Submit]:
         for i, row in enumerate(rows)
         for k, kind in enumerate(KINDS)
     ]
-
-
-def run(core: EngineCore, submits: Sequence[Submit]) -> dict[str, list[Output]]:
-    found: dict[str, list[Output]] = {s.id: [] for s in submits}
-    for submit in submits:
-        core.add(submit)
-    for _ in range(5000):
-        if not core.has_work:
-            return found
-        step = core.step()
-        for output in step.outputs if step else ():
-            found[output.id].append(output)
-    raise AssertionError("the engine never came to rest")
 
 
 def assert_vectors(found: dict[str, list[Output]], want: list[list[Values]]) -> None:
@@ -110,10 +91,10 @@ def test_vectors_are_mlx_lms_whatever_the_schedule(checkpoint: Path, options: di
     want = expected(checkpoint, rows)
     core = make_core(checkpoint, **options)
     answers = [Submit(f"a{i}", row, len(row), GREEDY) for i, row in enumerate(rows)]
-    alone = {id: [t for o in outs for t in o.tokens] for id, outs in run(core, answers).items()}
+    alone = {id: [t for o in outs for t in o.tokens] for id, outs in collect(core, answers).items()}
     core.flush()
     for _ in range(2):  # the second time, from the cache
-        mixed = run(core, random.Random(1).sample([*asked(rows), *answers], 4 * len(rows)))
+        mixed = collect(core, random.Random(1).sample([*asked(rows), *answers], 4 * len(rows)))
         assert_vectors(mixed, want)
         assert {id: [t for o in mixed[id] for t in o.tokens] for id in alone} == alone, "answers beside vectors"
         if options.get("disable_radix_cache"):
@@ -130,7 +111,7 @@ def test_a_prompt_that_was_retracted_half_way_gives_the_same_mean(checkpoint: Pa
     row = [5 + i for i in range(77)]
     core = make_core(checkpoint, max_total_tokens=112, chunked_prefill_size=1, disable_radix_cache=not cached)
     long = SamplingParams(temperature=0.0, max_new_tokens=80, ignore_eos=True)
-    found = run(core, [Submit("a", row[:10], 10, long, priority=1), *asked([row])[:2]])
+    found = collect(core, [Submit("a", row[:10], 10, long, priority=1), *asked([row])[:2]])
     assert core.stats.retractions > 0, "the pool was to be too small for both"
     assert len([t for o in found["a"] for t in o.tokens]) == 80
     assert_vectors(found, [expected(checkpoint, [row])[0][:2]])
@@ -142,13 +123,13 @@ def test_other_backends(tmp_path: Path, family: str) -> None:
     rows = prompts(5, 30)
     core = make_core(path, chunked_prefill_size=16)
     for _ in range(2):
-        assert_vectors(run(core, asked(rows)), expected(path, rows))
+        assert_vectors(collect(core, asked(rows)), expected(path, rows))
 
 
 def test_a_prompt_as_long_as_the_context_has_a_vector(checkpoint: Path) -> None:
     core = make_core(checkpoint, context_length=32)
     row = list(range(3, 35))
-    assert_vectors(run(core, asked([row])), expected(checkpoint, [row]))
+    assert_vectors(collect(core, asked([row])), expected(checkpoint, [row]))
     with pytest.raises(RequestError, match="context length is 32"):
         core.add(Submit("long", [*row, 9], 33, SamplingParams(), 0, KINDS[0]))
 
@@ -159,18 +140,18 @@ def test_a_vector_that_is_not_finite_is_an_error_and_leaves_nothing(checkpoint: 
     runner: Any = core._runner
     norm = runner.model.model.norm
     right, norm.weight = norm.weight, mx.full(norm.weight.shape, mx.nan)
-    (output,) = run(core, [Submit("r", [3, 4], 2, SamplingParams(), 0, kind)])["r"]
+    (output,) = collect(core, [Submit("r", [3, 4], 2, SamplingParams(), 0, kind)])["r"]
     assert output.finish is not None
     assert (output.finish.reason, output.finish.status) == ("error", 500)
     norm.weight = right
-    assert_vectors(run(core, asked([[3, 4]])), expected(checkpoint, [[3, 4]]))
+    assert_vectors(collect(core, asked([[3, 4]])), expected(checkpoint, [[3, 4]]))
 
 
 def test_an_embedding_model_generates_nothing(checkpoint: Path) -> None:
     core = make_core(checkpoint, is_embedding=True)
     with pytest.raises(RequestError, match="generates none"):
         core.add(Submit("r", [3, 4], 2, GREEDY))
-    assert_vectors(run(core, asked([[3, 4]])), expected(checkpoint, [[3, 4]]))
+    assert_vectors(collect(core, asked([[3, 4]])), expected(checkpoint, [[3, 4]]))
 
 
 def test_labels_outside_the_vocabulary_are_refused(checkpoint: Path) -> None:
@@ -200,7 +181,7 @@ def test_a_checkpoint_without_its_head_gives_the_same_vectors(tmp_path: Path, ti
     as_bare(path, tied)
     core = make_core(path)
     assert core.info.is_embedding is not tied
-    assert_vectors(run(core, asked(rows)), want)
+    assert_vectors(collect(core, asked(rows)), want)
 
 
 SENTENCE = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Pooling")]

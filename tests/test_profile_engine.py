@@ -26,6 +26,7 @@ from pippin.profile.steps import TimedRunner
 from pippin.profile.timeline import BUILDING, DEVICE, QUEUEING, SAMPLING, SCHEDULER, WAITING, Span
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, SamplingParams
+from tests import cores
 from tests.checkpoints import make_checkpoint
 from tests.test_core_faults import FlakyRunner
 from tests.test_profile_captures import RecordedMetal
@@ -74,13 +75,9 @@ def add(core: EngineCore, rows: list[list[int]], name: str = "r") -> None:
 
 def drain(core: EngineCore) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
-    for _ in range(1000):
-        if not core.has_work:
-            return tokens
-        step = core.step()
-        for output in step.outputs if step else ():
-            tokens.setdefault(output.id, []).extend(output.tokens)
-    raise AssertionError("the engine never came to rest")
+    for output in cores.drain(core):
+        tokens.setdefault(output.id, []).extend(output.tokens)
+    return tokens
 
 
 def rows_for_tests() -> list[list[int]]:

@@ -15,7 +15,7 @@ from pippin.messages import Output
 from pippin.server import create_app
 from pippin.server.launch import run
 from pippin.text.chat import ChatTemplate
-from pippin.types import Finish, Pooling, SamplingParams
+from pippin.types import Finish, SamplingParams
 from tests.fake_core import EOS, FakeCore
 from tests.server.conftest import Running, byte_tokenizer, serving
 
@@ -37,24 +37,18 @@ class Thinker(EngineClient):
     prompts: list[tuple[bytes, int | None]]
 
     async def submit(
-        self,
-        tokens: Sequence[int],
-        params: SamplingParams,
-        priority: int = 0,
-        id: str | None = None,
-        num_prompt: int | None = None,
-        pooling: Pooling | None = None,
+        self, tokens: Sequence[int], params: SamplingParams, *rest: Any, **_: Any
     ) -> AsyncGenerator[Output, None]:
         prompt = bytes(t for t in tokens if t < 256)
-        self.prompts.append((prompt, num_prompt))
+        self.prompts.append((prompt, rest[2] if len(rest) > 2 else None))  # priority, id, num_prompt
         said = ANSWER.partition(b"</think>\n\n")[2]
         closed = prompt.rfind(b"</think>") > prompt.rfind(b"assistant:")
         text = said if closed else ANSWER
         for token in text[: params.max_new_tokens]:
             await asyncio.sleep(0)
-            yield Output(id or "", [token], num_cached=3)
+            yield Output("", [token], num_cached=3)
         reason = Finish("length") if len(text) >= params.max_new_tokens else Finish("stop", EOS)
-        yield Output(id or "", [EOS] if reason.reason == "stop" else [], num_cached=3, finish=reason)
+        yield Output("", [EOS] if reason.reason == "stop" else [], num_cached=3, finish=reason)
 
 
 @pytest.fixture(scope="module")
