@@ -41,12 +41,12 @@ GRAMMARS = {
 }
 
 
-def demo_core(requests: int) -> EngineCore:
-    return load_core(EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600))
+def config_of(requests: int) -> EngineConfig:
+    return EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600)
 
 
-def shaped_core(shape: str, requests: int, directory: Path) -> EngineCore:
-    """Random weights in a real model's shape, and a vocabulary of its size."""
+def shaped_core(shape: str, config: EngineConfig, directory: Path) -> EngineCore:
+    """Random weights in a real model's shape, and a vocabulary of its size, which is written to ``directory``."""
     import mlx.core as mx
 
     from benchmarks.gpu import make_model, weight_bytes
@@ -58,13 +58,11 @@ def shaped_core(shape: str, requests: int, directory: Path) -> EngineCore:
     dtype = mx.float32 if shape == "tiny" else mx.bfloat16
     kind, size = str(model.args.model_type), weight_bytes(model)
     loaded = LoadedModel(model, {}, directory, kind, dtype, None, (), vocab, 40960, size)
-    return build_core(
-        loaded, EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600), lambda _: None
-    )
+    return build_core(loaded, config, lambda _: None)
 
 
 def large_tokenizer(vocab: int) -> str:
-    """The shipped model's tokenizer with made-up merges, up to ``vocab`` ids."""
+    """The shipped model's tokenizer with made-up merges, up to ``vocab`` ids, or with its first so many."""
     from pippin.demo import demo_model_path
 
     data = json.loads((demo_model_path() / "tokenizer.json").read_text(encoding="utf-8"))
@@ -72,6 +70,8 @@ def large_tokenizer(vocab: int) -> str:
     source, pieces = random.Random(0), [piece for piece in known if len(piece) < 8]
     next_id = max([*known.values(), *(token["id"] for token in data["added_tokens"])]) + 1
     known = {piece: id for piece, id in known.items() if id < vocab}
+    data["model"]["merges"] = [m for m in data["model"]["merges"] if {*m, "".join(m)} <= known.keys()]
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab]
     while next_id < vocab:
         left, right = source.choice(pieces), source.choice(pieces)
         if left + right not in known:
@@ -133,9 +133,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.shape == "demo":
-            core = demo_core(options.requests)
+            core = load_core(config_of(options.requests))
         else:
-            core = shaped_core(options.shape, options.requests, Path(folder))
+            core = shaped_core(options.shape, config_of(options.requests), Path(folder))
         load = Load(core, options.requests, options.tokens)
         sides: dict[str, list[Grammar | None]] = {
             "none": [None],

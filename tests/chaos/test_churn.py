@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
 import hostile
 import pytest
 
+from benchmarks.churn import growth
 from tests.chaos.churn import Churn, Sample
 from tests.fake_core import PYTHONPATH
 
@@ -25,14 +24,6 @@ SECONDS, EACH, CLIENTS = (1800.0, 30.0, 64) if SOAK else (9.0, 3.0, 32)
 POOL = 1000 if SOAK else 600
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-
-
-def growth(samples: list[Sample], of: Callable[[Sample], int]) -> float:
-    """By what share the last sixth holds more than the third. Before that, caches fill: 256 grammars are kept."""
-    sixth = len(samples) // 6
-    before, after = samples[2 * sixth : 3 * sixth], samples[-sixth:]
-    held = [statistics.median(of(sample) for sample in some) for some in (before, after)]
-    return held[1] / held[0] - 1
 
 
 @pytest.mark.timeout(3600 if SOAK else 300)

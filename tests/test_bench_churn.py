@@ -1,0 +1,114 @@
+"""The churn and the shortage of memory that run on a GPU: here on a CPU, small; and that they see what they are for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import churn, shortage
+from benchmarks.grammar import shaped_core
+from pippin.core import EngineCore
+from pippin.types import Finish, Output, SamplingParams, Submit
+
+FEW = churn.Scale(clients=12, longest=40, slots=64, chunk=32)
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> Iterator[EngineCore]:
+    with closing(shaped_core("tiny", churn.config_of(FEW), tmp_path)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def idle_core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineCore]:
+    with closing(shaped_core("tiny", churn.config_of(FEW), tmp_path_factory.mktemp("model"))) as found:
+        yield found
+
+
+def report_of(core: EngineCore) -> dict[str, Any]:
+    return churn.churned(core, FEW, seconds=1.2)
+
+
+def test_nothing_is_lost_and_the_report_says_what_was_done(core: EngineCore) -> None:
+    report = report_of(core)
+    assert report["failures"] == []
+    assert report["samples"] == churn.LEAST_SAMPLES
+    assert report["requests"] >= churn.LEAST_SAMPLES * FEW.clients
+    assert report["needed"] > 10 * report["pool"]
+    assert report["drift_percent"]["active"] < 3
+    counts = report["counts"]
+    assert {"whole", "leaves", "aborts", "flushes", "ended: length", "ended: abort"} <= counts.keys()
+    assert counts["again, the same"] >= 12
+
+
+def test_a_slot_that_does_not_come_back_is_told(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody waits for it for ever."""
+    monkeypatch.setattr(churn, "STUCK", 1.0)
+    free, given = core._scheduler._allocator.free, 0
+
+    def loses_one(pages: Any) -> None:
+        nonlocal given
+        given += 1
+        free(pages[1:] if given == 40 else pages)
+
+    core._scheduler._allocator.free = loses_one  # type: ignore[method-assign]
+    assert "1 slots lost" in report_of(core)["failures"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "finish", "wrong"),
+    [
+        ({}, Finish("error", None, "planted"), "500: planted"),
+        ({}, Finish("abort"), "aborted, and nobody asked for it"),
+        ({"left": True}, Finish("abort"), None),
+        ({}, Finish("length"), "ended by length with another number of tokens"),
+        ({"tokens": [7] * 4}, Finish("length"), None),
+        ({"tokens": [7] * 4, "fixed": 0}, Finish("length"), "a fixed request had another answer"),
+        ({"tokens": [7]}, Finish("stop"), None),
+        ({"refused": True}, Finish("error", None, "a regex", "regex", 400), None),
+        ({"refused": True}, Finish("length"), "should have been refused"),
+    ],
+)
+def test_what_should_not_be_told_is_counted(
+    idle_core: EngineCore, asked: dict[str, Any], finish: Finish, wrong: str | None
+) -> None:
+    clients = churn.Churn(idle_core, FEW)
+    clients._known[0] = [8] * 4
+    submit = Submit("c1", [5, 6], 2, SamplingParams(max_new_tokens=4))
+    clients._open["c1"] = churn.Asked(submit, **asked)
+    clients._hear(Output("c1", finish=finish))
+    assert [*clients.errors] == ([wrong] if wrong else [])
+    clients._hear(Output("c1", finish=finish))
+    assert clients.errors["told of a request that had ended"] == 1
+
+
+def test_growth_is_of_the_last_sixth_against_the_third() -> None:
+    assert churn.growth([9, 9, 5, 7, 7, 6], int) == pytest.approx(0.2)
+    assert churn.growth([9] * 4 + [5] * 2 + [7] * 4 + [6] * 2, int) == pytest.approx(0.2)
+
+
+def test_a_shortage_is_served_in_smaller_steps_and_told_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.jsonl"
+    assert shortage.main(["--shape", "tiny", "--json", str(file)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(file.read_text())
+    assert report["simulated"]
+    for row in report["rows"]:
+        assert row["failed_steps"]
+        assert row["ends"] == {"length": report["requests"]}
+        assert row["same_answers"] == report["requests"]
+        assert row["least_tokens"] < report["chunk"]
+
+
+def test_where_no_step_fails_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortage, "SHARES", (10.0,))
+    assert shortage.shortage("tiny")["failures"] == [
+        "no request was served in spite of steps that failed, so nothing is shown"
+    ]
