@@ -37,7 +37,8 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import RequestError
 from pippin.footprint import process_bytes
-from pippin.types import Finish, Grammar, Output, Pooling, SamplingParams, Submit
+from pippin.messages import Output, Submit
+from pippin.types import Finish, Grammar, Pooling, SamplingParams
 
 S = TypeVar("S")
 

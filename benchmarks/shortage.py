@@ -38,7 +38,8 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.flight import Flight, ModelRunner
 from pippin.memory import device_bytes, on_gpu
-from pippin.types import Batch, SamplingParams, Submit
+from pippin.messages import Submit
+from pippin.types import Batch, SamplingParams
 
 BLOCKS = tuple(size << 20 for size in (4096, 512, 64, 16))
 """Bytes of a piece of ballast, large ones first."""

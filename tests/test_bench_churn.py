@@ -13,7 +13,8 @@ import pytest
 from benchmarks import churn, shortage
 from benchmarks.grammar import shaped_core
 from pippin.core import EngineCore
-from pippin.types import Finish, Output, SamplingParams, Submit
+from pippin.messages import Output, Submit
+from pippin.types import Finish, SamplingParams
 
 FEW = churn.Scale(clients=12, longest=40, slots=64, chunk=32)
 
