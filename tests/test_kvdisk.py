@@ -115,9 +115,9 @@ def test_a_prefix_that_gave_way_in_memory_is_on_disk(checkpoint: Path, tmp_path:
 class Traffic:
     """Prompts that overlap, together and one after the other, over servers that come and go on one directory."""
 
-    def __init__(self, checkpoint: Path, cold: EngineCore, directory: Path, rng: Random) -> None:
+    def __init__(self, checkpoint: Path, cold: EngineCore, directory: Path, rng: Random, **options: Any) -> None:
         self.rng, self.cold, self.directory = rng, cold, directory
-        self.cores = [make(checkpoint, directory, max_total_tokens=rng.choice([420, 900])) for _ in range(2)]
+        self.cores = [make(checkpoint, directory, max_total_tokens=rng.choice([420, 900]), **options) for _ in range(2)]
         self.rows: list[list[int]] = []
         self.hits = 0
 

@@ -114,7 +114,7 @@ WITHOUT_MLX = (
     "cache.snapshots", "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight", "bounds", "limits", "planner", "runs",
-    "cache.canary", "cache.disk", "cache.digest", "kvdisk",
+    "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip
 

@@ -75,7 +75,7 @@ class EngineConfig:
         "enough for eight requests and a long prompt's chunk, and no more than --max-running-requests can use.",
     )
     disable_hybrid_swa_memory: bool = option(
-        False, "Keep as many slots in layers with a sliding window as in all others; --kv-disk does so too."
+        False, "Keep as many slots in layers with a sliding window as in all others."
     )
     kv_canary: str = option(
         "none",
@@ -129,11 +129,6 @@ class EngineConfig:
         None,
         "macOS: keep so many GB resident (MLX's wired limit). Left alone otherwise: see docs/reliability.md.",
     )
-
-    @property
-    def frees_windows(self) -> bool:
-        """Whether layers with a sliding window get a smaller pool. Not beside files, which hold all layers' K and V."""
-        return not self.disable_hybrid_swa_memory and self.kv_disk is None
 
     def with_pages(self, size: int) -> EngineConfig:
         """This, with pages of ``size`` slots if none are asked for."""

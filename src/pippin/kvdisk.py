@@ -4,12 +4,15 @@ A request whose prompt goes on in files waits here while a thread reads them; ot
 into the tree, and the request is handed on, to find it there. Writing is the same the other way: the tree is asked for
 an ended request's tokens, their K and V are copied on the device, and a thread writes them out. Nothing is pinned:
 what the tree gives up on the way is not written, or computed.
+
+Windowed layers' K and V are in files of their own (``cache.disk_windows``), for blocks whose windows were still there.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,6 +26,8 @@ import numpy as np
 from pippin.cache.canary import KVCanary
 from pippin.cache.digest import digest_of
 from pippin.cache.disk import BLOCK, LEAST_BLOCKS, BlockFiles, Rows, block_keys, root_key
+from pippin.cache.disk_windows import WindowBlocks, window_key
+from pippin.cache.windows import WindowPages
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError
 from pippin.messages import ModelInfo
@@ -63,36 +68,50 @@ class Array(Protocol):
 class Device(Protocol):
     """Who has the pool; ``runner.MlxModelRunner`` is the real one."""
 
-    def read_slots(self, slots: Sequence[int]) -> Sequence[Array]:
-        """Queues a copy of K and V of whole pages: a layer's rows [n, …] each."""
+    def read_slots(self, slots: Sequence[int], windowed: bool = False) -> Sequence[Array]:
+        """Queues a copy of K and V of whole pages: a layer's rows [n, …] each, of windowed layers or of all others."""
         ...
 
-    def write_slots(self, slots: Sequence[int], rows: Sequence[Rows]) -> None:
+    def write_slots(self, slots: Sequence[int], rows: Sequence[Rows], windowed: bool = False) -> None:
         """Queues the writing of such rows, before the next step."""
         ...
 
 
+Block = list[list[Rows]]
+"""A block's arrays by file: of layers that see everything, and of windowed ones where they are needed."""
+
+
 @dataclass(slots=True, eq=False)
 class _Restore:
-    """A request that waits for blocks ``at`` … len(keys) - 1 of its prompt; ``reads`` are those of the next ones."""
+    """A request that waits for blocks ``at`` … len(keys) - 1 of its prompt; ``reads`` are those of the next ones.
+
+    Of windowed layers it needs what comes from token ``first`` on.
+    """
 
     request: Request
     keys: list[bytes]
     at: int
-    reads: deque[Future[list[Rows] | None]] = field(default_factory=deque)
+    first: int
+    reads: deque[Future[Block | None]] = field(default_factory=deque)
     since: float = field(default_factory=time.monotonic)
 
     @property
     def end(self) -> int:
         return len(self.keys) * BLOCK
 
+    def files(self, block: int) -> tuple[bytes, ...]:
+        """The keys of the files that it needs of a block."""
+        key = self.keys[block]
+        return (key, window_key(key)) if (block + 1) * BLOCK > self.first else (key,)
+
 
 @dataclass(slots=True, eq=False)
 class _Save:
-    """An ended request's tokens, of which blocks from ``at`` on are still to be copied."""
+    """An ended request's tokens, of which blocks from ``at`` on are still to be copied, of one kind of layers."""
 
     tokens: list[Token]
     keys: list[bytes]
+    windowed: bool = False
     at: int = 0
 
 
@@ -114,6 +133,7 @@ def open_tier(
     *,
     slot_bytes: int,
     canary: KVCanary | None = None,
+    windows: WindowPages | None = None,
 ) -> DiskTier:
     """The tier that ``config`` asks for. ``facts``: what K and V hang on beside the model's and tokenizer's files.
 
@@ -136,7 +156,10 @@ def open_tier(
             f"the model's files can't be read again to tell them from others ({error})", "--kv-disk"
         ) from error
     log.info("kv disk: model %s, read in %.1f s", digest[:12], time.monotonic() - began)
-    return DiskTier(files, root_key([digest, *facts]), scheduler, device, block_bytes=block, canary=canary)
+    if windows is not None:
+        facts = [*facts, f"layers that see {windows.table.reach} apart"]
+    blocks, root = WindowBlocks(windows) if windows is not None else None, root_key([digest, *facts])
+    return DiskTier(files, root, scheduler, device, block_bytes=block, canary=canary, windows=blocks)
 
 
 class DiskTier:
@@ -154,6 +177,7 @@ class DiskTier:
         *,
         block_bytes: int,
         canary: KVCanary | None = None,
+        windows: WindowBlocks | None = None,
     ) -> None:
         self.hit_tokens = 0
         """Tokens that were read and put into the pool."""
@@ -162,6 +186,7 @@ class DiskTier:
         self._scheduler = scheduler
         self._device = device
         self._canary = canary
+        self._windows = windows
         self._turn_blocks, self._most_writing = _blocks_of(block_bytes)
         self._restoring: dict[str, _Restore] = {}
         self._saves: deque[_Save] = deque()
@@ -169,7 +194,7 @@ class DiskTier:
         self._writes: deque[Future[None]] = deque()
         self._queued: set[bytes] = set()
         self._ready: list[Request] = []
-        self._reads: WeakValueDictionary[bytes, Future[list[Rows] | None]] = WeakValueDictionary()
+        self._reads: WeakValueDictionary[tuple[bytes, ...], Future[Block | None]] = WeakValueDictionary()
         self._readers = ThreadPoolExecutor(_READERS, "kv-disk-read")
         self._writer = ThreadPoolExecutor(1, "kv-disk-write")
         self._paused = 0.0
@@ -205,17 +230,21 @@ class DiskTier:
 
         Raises RequestError if it can't be served.
         """
-        tokens, count = request.tokens, self._scheduler.holdings.reusable(request) // BLOCK
-        if not count or time.monotonic() < self._paused:
+        tokens, holdings = request.tokens, self._scheduler.holdings
+        count, known = holdings.reusable(request) // BLOCK, holdings.known(request)
+        if known // BLOCK == count or time.monotonic() < self._paused:
             return False
-        at = len(self._scheduler.holdings.cached_slots(tokens, count * BLOCK)) // BLOCK
-        if at == count:
-            return False
-        keys = block_keys(self._root, tokens, count)
-        if not self._files.has(keys[at]):
+        slots, keys = holdings.cached_slots(tokens, count * BLOCK), block_keys(self._root, tokens, count)
+        restore = _Restore(request, keys, len(slots) // BLOCK, count * BLOCK)
+        if self._windows is not None:
+            del keys[self._windows.end(keys, slots, self._files.has) :]
+            if restore.end <= known:
+                return False
+            restore.at, restore.first = self._windows.ready(slots, restore.end), self._windows.first(restore.end)
+        elif not self._files.has(keys[restore.at]):
             return False
         self._scheduler.check(request)
-        self._restoring[request.id] = _Restore(request, keys, at)
+        self._restoring[request.id] = restore
         return True
 
     def abort(self, id: str) -> Request | None:
@@ -233,13 +262,18 @@ class DiskTier:
         count = len(tokens) // BLOCK
         if not count or self._files.refuses:
             return
-        self._saves.append(_Save([*tokens[: count * BLOCK]], block_keys(self._root, tokens, count)))
-        if len(self._saves) > _JOBS:
+        save = _Save([*tokens[: count * BLOCK]], block_keys(self._root, tokens, count))
+        if self._windows is not None:  # first what goes first
+            self._saves.append(_Save(save.tokens, [*map(window_key, save.keys)], windowed=True))
+        self._saves.append(save)
+        while len(self._saves) > (_JOBS if self._windows is None else 2 * _JOBS):
             self._give_up(self._saves.popleft(), "behind")
 
     def discard(self, tokens: Sequence[Token]) -> None:
         """What is kept of these tokens may be what gave numbers that are not finite: it goes."""
         keys = block_keys(self._root, tokens, len(tokens) // BLOCK)
+        if self._windows is not None:
+            keys += map(window_key, keys)
         self._writer.submit(self._files.remove, keys, "not_finite")
 
     def turn(self) -> list[Request]:
@@ -287,12 +321,13 @@ class DiskTier:
             left -= taken
             if not goes_on:
                 del self._restoring[restore.request.id]
-                self._writer.submit(self._files.touch, restore.keys[: restore.at])
+                self._writer.submit(self._files.touch, [k for i in range(restore.at) for k in restore.files(i)])
                 self._ready.append(restore.request)
 
     def _read_ahead(self, restore: _Restore) -> None:
         """Goes on after what others have put into the tree meanwhile, and reads on."""
-        known = len(self._scheduler.holdings.cached_slots(restore.request.tokens, restore.end)) // BLOCK
+        slots = self._scheduler.holdings.cached_slots(restore.request.tokens, restore.end)
+        known = len(slots) // BLOCK if self._windows is None else self._windows.ready(slots, restore.end)
         while restore.at < known:
             restore.at += 1
             if restore.reads:
@@ -301,16 +336,26 @@ class DiskTier:
             restore.since = time.monotonic()
         tokens = restore.request.tokens
         for at in range(restore.at + len(restore.reads), min(restore.at + _AHEAD, len(restore.keys))):
-            key = restore.keys[at]
-            read = self._reads.get(key)
+            keys = restore.files(at)
+            read = self._reads.get(keys)
             if read is None:
-                read = self._readers.submit(self._files.read, key, tokens[at * BLOCK : (at + 1) * BLOCK])
-                self._reads[key] = read
+                read = self._readers.submit(self._read, keys, tokens[at * BLOCK : (at + 1) * BLOCK])
+                self._reads[keys] = read
             restore.reads.append(read)
+
+    def _read(self, keys: tuple[bytes, ...], tokens: list[Token]) -> Block | None:
+        """Runs in a reader's thread."""
+        block: Block = []
+        for key in keys:
+            part = self._files.read(key, tokens)
+            if part is None:
+                return None
+            block.append(part)
+        return block
 
     def _take(self, restore: _Restore, most: int) -> tuple[int, bool]:
         """Up to ``most`` blocks into the pool: how many, and whether there are more to wait for."""
-        blocks: list[list[Rows]] = []
+        blocks: list[Block] = []
         goes_on = restore.at < len(restore.keys)
         while goes_on and restore.reads and restore.reads[0].done() and len(blocks) < most:
             block = restore.reads.popleft().result()
@@ -324,7 +369,7 @@ class DiskTier:
             self._paused, goes_on = time.monotonic() + _PAUSE, False
         return len(blocks), goes_on
 
-    def _put(self, restore: _Restore, blocks: list[list[Rows]]) -> bool:
+    def _put(self, restore: _Restore, blocks: list[Block]) -> bool:
         """Writes blocks into slots of the tree; False if there is no room, or what comes before has gone."""
         tokens, begin = restore.request.tokens, restore.at * BLOCK
         end = begin + len(blocks) * BLOCK
@@ -334,12 +379,33 @@ class DiskTier:
             self._files.drop("no_room")
             return False
         if known < end:
-            rows = [np.concatenate(parts)[known - begin :] for parts in zip(*blocks, strict=True)]
+            rows = [np.concatenate(parts)[known - begin :] for parts in zip(*(b[0] for b in blocks), strict=True)]
             self._device.write_slots(slots[known:], rows)
             if self._canary is not None:
                 self._canary.restored(tokens, known, slots[known:])
+        if self._windows is not None and not self._put_windows(self._windows, restore, blocks, slots):
+            self._files.drop("no_room")
+            return False
         self.hit_tokens += end - known
         restore.at += len(blocks)
+        return True
+
+    def _put_windows(self, windows: WindowBlocks, restore: _Restore, blocks: list[Block], slots: array[int]) -> bool:
+        """Writes what windowed layers need of blocks, whose tokens end with ``slots``; False if there is no room."""
+        last = [block[1] for block in blocks if len(block) > 1]
+        begin = max(restore.first, len(slots) - len(last) * BLOCK)
+        if begin >= len(slots):
+            return True
+        rows = [np.concatenate(parts)[begin - len(slots) :] for parts in zip(*last, strict=True)]
+        found = windows.restore(slots[begin:], rows)
+        if found is None:
+            return False
+        places, rows = found
+        if places:
+            self._device.write_slots([*places.values()], rows, windowed=True)
+            if self._canary is not None:
+                at = {begin + i: slot for i, slot in places.items()}
+                self._canary.restored(restore.request.tokens, len(slots), (), at)
         return True
 
     # --- to the disk ---
@@ -353,22 +419,39 @@ class DiskTier:
         """Copies the next blocks of an ended request out of the pool, if the writer keeps up."""
         while self._saves and not self._is_behind():
             save = self._saves[0]
-            while save.at < len(save.keys) and self._is_written(save.keys[save.at]):
+            lacks = self._lacking(save)
+            while save.at < len(save.keys) and (save.at in lacks or self._is_written(save.keys[save.at])):
                 save.at += 1
             stop = save.at
-            while stop < min(len(save.keys), save.at + self._turn_blocks) and not self._is_written(save.keys[stop]):
+            while (
+                stop < min(len(save.keys), save.at + self._turn_blocks)
+                and stop not in lacks
+                and not self._is_written(save.keys[stop])
+            ):
                 stop += 1
             slots = self._scheduler.holdings.cached_slots(save.tokens, stop * BLOCK)
             stop = min(stop, len(slots) // BLOCK)
             if stop <= save.at:
                 self._give_up(self._saves.popleft(), "evicted_first")
                 continue
-            rows = self._device.read_slots(slots[save.at * BLOCK : stop * BLOCK])
+            rows = self._read_slots(slots[save.at * BLOCK : stop * BLOCK], save.windowed)
             tokens = save.tokens[save.at * BLOCK : stop * BLOCK]
             self._copied.append(_Copied(tokens, save.keys[save.at : stop], rows))
             self._queued.update(save.keys[save.at : stop])
             save.at = stop
             return
+
+    def _lacking(self, save: _Save) -> set[int]:
+        """Blocks that are nowhere in windowed layers any more, if those are what is to be copied."""
+        if self._windows is None or not save.windowed:
+            return set()
+        here = self._windows.open(self._scheduler.holdings.cached_slots(save.tokens, len(save.tokens)))
+        return {i for i in range(len(save.keys)) if i >= len(here) or not here[i]}
+
+    def _read_slots(self, slots: array[int], windowed: bool) -> Sequence[Array]:
+        if self._windows is None or not windowed:
+            return self._device.read_slots(slots)
+        return self._device.read_slots(self._windows.slots(slots), windowed=True)
 
     def _is_written(self, key: bytes) -> bool:
         """Whether it is there, or will be."""

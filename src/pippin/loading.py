@@ -18,6 +18,7 @@ import msgspec
 import pippin
 from pippin import kernels
 from pippin.cache.canary import KVCanary
+from pippin.cache.disk import BLOCK
 from pippin.cache.layout import bytes_per_slot
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
@@ -191,7 +192,7 @@ def _at_fault(given: str) -> Iterator[None]:
 def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> EngineCore:
     """An engine over a runner that holds what ``info`` says."""
     table = runner.pool.windows if isinstance(runner, MlxModelRunner) else None
-    windows = WindowPages(table) if table is not None else None
+    windows = WindowPages(table, BLOCK if config.kv_disk is not None else 1) if table is not None else None
     allocator = SlotAllocator(info.max_total_tokens // info.page_size + 1, info.page_size, windows)
     states = runner.pool.states if isinstance(runner, MlxModelRunner) else None
     snapshots = NONE if states is None else Snapshots(states, info.max_mamba_cache_size)
@@ -220,12 +221,17 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         canary=canary,
         adapters=adapters,
         memory=watch_memory(info) if info.budget_bytes else None,
-        disk=_disk(runner, info, config, scheduler, canary),
+        disk=_disk(runner, info, config, scheduler, canary, windows),
     )
 
 
 def _disk(
-    runner: ModelRunner, info: ModelInfo, config: EngineConfig, scheduler: Scheduler, canary: KVCanary | None
+    runner: ModelRunner,
+    info: ModelInfo,
+    config: EngineConfig,
+    scheduler: Scheduler,
+    canary: KVCanary | None,
+    windows: WindowPages | None,
 ) -> DiskTier | None:
     """The prefix cache on disk, if it is asked for. Raises ConfigError where it can't be had."""
     if config.kv_disk is None or not isinstance(runner, MlxModelRunner):
@@ -248,6 +254,7 @@ def _disk(
         runner,
         slot_bytes=bytes_per_slot(runner.pool.shapes),
         canary=canary,
+        windows=windows,
     )
 
 

@@ -248,7 +248,7 @@ class _PoolSizes:
     @classmethod
     def of(cls, config: EngineConfig, layout: CacheLayout, context: int, running: int, chunk: int) -> _PoolSizes:
         page, every = config.page_size, bytes_per_slot(layout.shapes)
-        reach = layout.reach(context) if config.frees_windows else None
+        reach = None if config.disable_hybrid_swa_memory else layout.reach(context)
         if reach is None:
             return cls(page, every)
         part = bytes_per_slot([s for s in layout.shapes if is_within(s, reach)])

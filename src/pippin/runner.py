@@ -284,15 +284,19 @@ class MlxModelRunner:
         mx.eval(logits, self._written())
         return logits
 
-    def read_slots(self, slots: Sequence[int]) -> list[mx.array]:
+    def read_slots(self, slots: Sequence[int], windowed: bool = False) -> list[mx.array]:
         """Queues a copy of whole pages as they are after all steps so far: K and V [n, kv_heads, dim] a layer, as bits.
 
-        The next step's writes wait for it where they are in place; elsewhere it is done when this returns.
+        ``slots`` are of the layers that see everything, or of ``windowed`` ones. The next step's writes wait for it
+        where they are in place; elsewhere it is done when this returns.
         """
+        if not self.pool.stored(windowed):
+            return []
         if not self.pool.in_place:
             self._queue()
             mx.synchronize()
-        rows = [mx.contiguous(r).view(_BITS[r.dtype.size]) for r in self.pool.read_slots(slots, self._last_token)]
+        lines = self.pool.read_slots(slots, self._last_token, windowed)
+        rows = [mx.contiguous(r).view(_BITS[r.dtype.size]) for r in lines]
         if self.pool.in_place:
             self._hang_on([r.reshape(-1)[:1].astype(mx.int32) for r in rows])
             mx.async_eval(self._last_token, rows)  # type: ignore[no-untyped-call]
@@ -300,15 +304,20 @@ class MlxModelRunner:
             mx.eval(rows)
         return rows
 
-    def write_slots(self, slots: Sequence[int], rows: Sequence[npt.NDArray[np.generic]]) -> None:
+    def write_slots(
+        self, slots: Sequence[int], rows: Sequence[npt.NDArray[np.generic]], windowed: bool = False
+    ) -> None:
         """Queues writes of what ``read_slots`` gave into ``slots``, behind all steps so far and before the next."""
-        check_range(slots, self.pool.num_slots, "K and V were restored")
-        dtypes = [s.dtype for s in self.pool.shapes if s for _ in range(2)]
+        layers = self.pool.stored(windowed)
+        if not layers:
+            return
+        check_range(slots, self.pool.slots_of(layers[0]), "K and V were restored")
+        dtypes = [k.dtype for k, v in map(self.pool.layer, layers) for _ in range(2)]
         arrays = [mx.array(r).view(dtype) for r, dtype in zip(rows, dtypes, strict=True)]
         if not self.pool.in_place:
             self._queue()
             mx.synchronize()
-        done = self.pool.write_slots(slots, arrays, self._last_token)
+        done = self.pool.write_slots(slots, arrays, self._last_token, windowed)
         if self.pool.in_place:
             self._hang_on([token[:1] for token in done])
             mx.async_eval(self._last_token)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ The name is SGLang's.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -103,8 +103,7 @@ class KVCanary:
     def __init__(self, num_slots: int, windows: WindowTable | None = None) -> None:
         self.num_mismatches = 0
         """Requests that would have read a wrong slot."""
-        self._main = _Slots(num_slots)
-        self._pools = [self._main, *([_Slots(windows.num_slots, windows)] if windows is not None else [])]
+        self._pools = [_Slots(num_slots), *([_Slots(windows.num_slots, windows)] if windows is not None else [])]
         self._prefixes: WeakKeyDictionary[Request, Prefixes] = WeakKeyDictionary()
         self._tickets = _UNSEEN
 
@@ -130,12 +129,19 @@ class KVCanary:
         self.num_mismatches += len(wrong)
         return [*wrong.values()]
 
-    def restored(self, tokens: Sequence[Token], begin: int, slots: Sequence[Slot]) -> None:
-        """tokens[begin:] were written to ``slots`` from elsewhere."""
-        end = begin + len(slots)
-        self._main.prints[list(slots)] = Prefixes().upto(tokens, end)[begin:]
-        for position, slot in enumerate(slots, begin):
-            self._main.writers[slot] = "(restored)", position
+    def restored(
+        self, tokens: Sequence[Token], begin: int, slots: Sequence[Slot], windowed: Mapping[int, Slot] | None = None
+    ) -> None:
+        """tokens[begin:] were written to ``slots`` from elsewhere, and those at some positions to windowed layers'."""
+        self._restored(self._pools[0], tokens, dict(enumerate(slots, begin)))
+        if windowed:
+            self._restored(self._pools[1], tokens, windowed)
+
+    def _restored(self, pool: _Slots, tokens: Sequence[Token], slots: Mapping[int, Slot]) -> None:
+        at = [*slots]
+        pool.prints[[*slots.values()]] = Prefixes().upto(tokens, max(at, default=-1) + 1)[at]
+        for position, slot in slots.items():
+            pool.writers[slot] = "(restored)", position
 
     def _see(self, pool: _Slots) -> None:
         """What the step before drew has been seen by now, or its request has ended without."""

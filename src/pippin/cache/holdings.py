@@ -257,7 +257,7 @@ class Holdings:
         They are the last ones, from where ``cached_slots`` ended before, and are to be written before the next step is
         queued. None if tokens[:begin] are not all cached, or there is no room but by taking it from those who run.
         """
-        found = self._radix.match(tokens, end)
+        found = self._radix.hold(tokens, end)
         pin, slots = found.pin, found.slots
         missing = self.pages(end) - self.pages(len(slots))
         room = len(slots) >= begin and missing <= self.room

@@ -122,10 +122,14 @@ class KVPool:
         """
         return kernels.kv_gather(*self.layer(index), pages, page_size=self.page_size, after=after)
 
-    def read_slots(self, slots: Sequence[int], after: mx.array) -> list[mx.array]:
-        """K [n, kv_heads, key_dim] and V of whole pages of ``slots``, of each layer that stores any; lazy."""
+    def stored(self, windowed: bool) -> list[int]:
+        """The layers of one kind that store any K and V."""
+        return [i for i, layer in enumerate(self._layers) if layer and self.is_windowed(i) == windowed]
+
+    def read_slots(self, slots: Sequence[int], after: mx.array, windowed: bool = False) -> list[mx.array]:
+        """K [n, kv_heads, key_dim] and V of whole pages of ``slots``, of each layer of that kind; lazy."""
         found: list[mx.array] = []
-        stored = [i for i, layer in enumerate(self._layers) if layer]
+        stored = self.stored(windowed)
         if self.in_place:
             pages = mx.array([[slot // self.page_size for slot in slots[:: self.page_size]]], dtype=mx.int32)
             for index in stored:
@@ -136,13 +140,12 @@ class KVPool:
             found += [rows[lines] for rows in self.layer(index)]
         return found
 
-    def write_slots(self, slots: Sequence[int], rows: Sequence[mx.array], after: mx.array) -> list[mx.array]:
+    def write_slots(
+        self, slots: Sequence[int], rows: Sequence[mx.array], after: mx.array, windowed: bool = False
+    ) -> list[mx.array]:
         """Stores what ``read_slots`` read; returns what readers are to wait for."""
-        lines = mx.array([*slots], dtype=mx.int32)
-        stored = [i for i, layer in enumerate(self._layers) if layer]
-        return [
-            self.write(index, lines, k, v, after) for index, k, v in zip(stored, rows[::2], rows[1::2], strict=True)
-        ]
+        lines, layers = mx.array([*slots], dtype=mx.int32), self.stored(windowed)
+        return [self.write(at, lines, k, v, after) for at, k, v in zip(layers, rows[::2], rows[1::2], strict=True)]
 
     def gather_slots(self, index: int, slots: mx.array, rows: Callable[[], mx.array]) -> tuple[mx.array, mx.array]:
         """K and V of ``slots`` [b, n] int32 as attention wants them, [b, kv_heads, n, key_dim or value_dim].

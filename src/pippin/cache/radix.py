@@ -121,6 +121,10 @@ class RadixCache:
             found += node.slots[:same]
         return found
 
+    def hold(self, tokens: Sequence[int], end: int) -> Match:
+        """Pins tokens[:end] as far as their K and V are here, whether they can be reused or not."""
+        return self._hold(self.root, self._path(self.root, tokens, end))
+
     def mark(self, tokens: Sequence[int], end: int, pin: object | None = None) -> int | None:
         """An id for a snapshot after tokens[:end]; None if there is one, or no K and V, or no room."""
         if not self.snapshots.most:

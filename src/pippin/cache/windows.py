@@ -99,11 +99,13 @@ class WindowPages:
     """Gives pages of the cache their slots in windowed layers, and takes them back; see the module.
 
     A page that a running request's window reaches is *held* and keeps them. ``attach`` holds new pages, ``enter`` those
-    that a request shares; ``advance`` and ``leave`` let go.
+    that a request shares; ``advance`` and ``leave`` let go. ``grain``: prefixes are reused elsewhere in multiples of so
+    many tokens, of whole pages each, and what such ones need is kept.
     """
 
-    def __init__(self, table: WindowTable) -> None:
+    def __init__(self, table: WindowTable, grain: int = 1) -> None:
         self.table = table
+        self._grain = max(grain, table.page_size)
         self.num_evicted = 0
         """Pages whose slots in windowed layers were given up for others' so far."""
         self._size = table.page_size
@@ -157,6 +159,20 @@ class WindowPages:
             self._owners[mine].append(page)
             self._holds[mine] = 1
 
+    def restore(self, pages: Sequence[int]) -> bool:
+        """Gives pages of the cache that lack them their slots, as the end of something; False if there is no room."""
+        if len(pages) > self.room:
+            return False
+        self.attach(pages)
+        for page in pages:
+            mine = int(self.table.pages[page])
+            self._holds[mine], self._kept[mine], self._ends[mine] = 0, 1, None
+        return True
+
+    def has(self, slots: array[int]) -> npt.NDArray[np.bool_]:
+        """Which of the pages whose ``slots`` are given have slots here: bool [pages]."""
+        return np.asarray(self.table.pages[np.frombuffer(slots, np.int32)[:: self._size] // self._size] > 0)
+
     def share(self, pages: Sequence[int], others: Sequence[int]) -> None:
         """``others`` of the cache's pages are of the same tokens as ``pages``: if they have no slots they get those."""
         table = self.table.pages
@@ -197,9 +213,9 @@ class WindowPages:
 
         That is where all that its next token's window reaches has slots in windowed layers; bool [pages].
         """
-        pages = np.frombuffer(slots, np.int32)[:: self._size] // self._size
-        last = np.arange(begin, begin + len(pages))
-        gap = np.where(self.table.pages[pages] > 0, -1, last)
+        there = self.has(slots)
+        last = np.arange(begin, begin + len(there))
+        gap = np.where(there, -1, last)
         first = np.maximum(0, (last + 1) * self._size - self.table.reach + 1) // self._size
         return np.asarray(np.maximum.accumulate(gap) < first)
 
@@ -300,4 +316,6 @@ class WindowPages:
 
         Who asks the same again computes the prompt's last token.
         """
-        return range(self._first(max(0, end - 1)), end // self._size)
+        last, grain = max(0, end - 1), self._grain
+        first = self.table.first(last - last % grain)
+        return range((first - first % grain) // self._size, end // self._size)
