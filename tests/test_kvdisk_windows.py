@@ -20,7 +20,8 @@ from pippin.core import EngineCore
 from pippin.kvdisk import DiskTier
 from tests.checkpoints import make_checkpoint
 from tests.compiling import play_gpu
-from tests.test_kvdisk import SOAK, Traffic, answer, files_of, make, prompt
+from tests.cores import replace_params
+from tests.test_kvdisk import GREEDY, SOAK, Traffic, answer, files_of, make, prompt
 
 WINDOW = 100
 """Longer than a block."""
@@ -100,6 +101,21 @@ def test_of_a_long_prompt_the_last_windows_are_kept_and_are_enough(
     assert (again.tokens, again.num_cached) == (answer(cold, tokens).tokens, 9 * BLOCK)
     other = [*tokens[: 3 * BLOCK], *prompt(2, 30)]
     assert answer(core, other, "parts").tokens == answer(cold, other).tokens
+    core.close()
+
+
+def test_what_a_prompts_last_block_needs_outlives_a_long_answer(
+    checkpoint: Path, cold: EngineCore, tmp_path: Path
+) -> None:
+    """A block's end is up to 63 tokens before the prompt's, and its window lies behind the answer's all the longer."""
+    tokens, small = prompt(1, 9 * BLOCK + 50), {"swa_full_tokens_ratio": 0.2, "chunked_prefill_size": 32}
+    core = make(checkpoint, tmp_path, **small)
+    assert core.info.window_slots < WINDOW + 50 + 200
+    answer(core, tokens, params=replace_params(GREEDY, max_new_tokens=200))
+    core.close()
+    core = make(checkpoint, tmp_path, **small)
+    again = answer(core, tokens)
+    assert (again.tokens, again.num_cached) == (answer(cold, tokens).tokens, 9 * BLOCK)
     core.close()
 
 
