@@ -147,6 +147,7 @@ class FakeCore:
             slots_total=total,
             slots_free=total - used - cached,
             slots_cached=cached,
+            slots_evictable=cached,
             steps=self.steps,
             cached_tokens=self.cached_tokens,
             prompt_tokens=self.prompt_tokens,

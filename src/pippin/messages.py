@@ -102,8 +102,10 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counts of the engine now (first four lines) and since its start (the rest).
+    """Counts of the engine now (first six lines) and since its start (the rest).
 
+    Slots: some are free, some hold tokens that only the prefix cache wants (``slots_evictable``, a part of
+    ``slots_cached``), and running requests hold the rest.
     ``memory_bytes`` is what MLX's arrays hold now on its device, ``memory_peak_bytes`` the most they held.
     ``restarts`` of its process and ``resumed`` requests are the server's own counts.
     ``window_slots_total`` are those of layers with a sliding window, where they have their own: ``_free`` belong to no
@@ -116,6 +118,7 @@ class Stats(msgspec.Struct, frozen=True):
     slots_total: int = 0
     slots_free: int = 0
     slots_cached: int = 0
+    slots_evictable: int = 0
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0

@@ -89,6 +89,7 @@ class Scheduler:
             slots_total=self._allocator.capacity,
             slots_free=self._allocator.num_free * size,
             slots_cached=self._radix.num_cached * size,
+            slots_evictable=self._radix.num_evictable * size,
             steps=steps,
             prefill_tokens=self.planner.prefilled,
             decode_tokens=self.planner.decoded,

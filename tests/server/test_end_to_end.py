@@ -79,6 +79,33 @@ def test_whoever_goes_away_leaves_no_slot_behind(real: Running) -> None:
     assert stats["slots_free"] == stats["slots_total"] == SLOTS
 
 
+def test_what_is_only_cached_is_not_in_use(real: Running) -> None:
+    """``token_usage`` is SGLang's: slots that running requests hold. What is cached gives way, and alarms nobody."""
+    with real.http() as http:
+
+        def gauge(name: str) -> float:
+            line = next(x for x in http.get("/metrics").text.splitlines() if x.startswith(f"pippin:{name}{{"))
+            return float(line.split()[-1])
+
+        def parts() -> float:
+            return sum(map(gauge, ("num_used_tokens", "num_evictable_tokens", "num_free_tokens")))
+
+        until(lambda: real.client.live == () and http.post("/flush_cache").status_code == 200)
+        http.post("/generate", json={"text": "a prompt that stays", "sampling_params": {"max_new_tokens": 4}})
+        until(lambda: gauge("num_running_reqs") == 0)
+        assert (gauge("token_usage"), gauge("num_used_tokens")) == (0, 0)
+        assert gauge("num_evictable_tokens") == gauge("num_cached_tokens") > 0
+        assert parts() == SLOTS
+        # Who runs holds what it shares with the cache, too.
+        body = {"prompt": "a prompt that stays, and goes on", "max_tokens": 900, "stream": True}
+        connection = ask(real.address, "/v1/completions", body)
+        until(lambda: real.client.stats.decode_tokens > 0 and gauge("num_used_tokens") > 33)
+        assert gauge("token_usage") > 0
+        assert gauge("num_evictable_tokens") < gauge("num_cached_tokens")
+        connection.close()
+        until(lambda: real.client.live == () and gauge("num_used_tokens") == 0)
+
+
 def test_streamed_and_whole_answers_agree_with_their_logprobs(real: Running) -> None:
     body: dict[str, Any] = {
         "text": "some prompt",

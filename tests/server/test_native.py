@@ -189,5 +189,8 @@ def test_metrics(server: Running, http: httpx.Client) -> None:
     assert value("max_total_num_tokens", after) == 100_000
     assert value("num_running_reqs", after) == 0
     assert 0 <= value("token_usage", after) <= 1
-    assert value("num_used_tokens", after) + value("num_free_tokens", after) == 100_000
+    assert (
+        value("num_used_tokens", after) + value("num_evictable_tokens", after) + value("num_free_tokens", after)
+        == 100_000
+    )
     assert 'outcome="length"' in after

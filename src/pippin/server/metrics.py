@@ -131,13 +131,15 @@ class EngineCounts(Collector):
 
 
 def gauges(stats: Stats) -> list[tuple[str, str, float]]:
-    total, used = stats.slots_total, stats.slots_total - stats.slots_free
+    total = stats.slots_total
+    used = total - stats.slots_free - stats.slots_evictable  # SGLang's: what only the cache holds gives way
     return [
         ("num_running_reqs", "Requests that run.", stats.num_running),
         ("num_queue_reqs", "Requests that wait.", stats.num_waiting),
         ("max_total_num_tokens", "KV slots there are.", total),
-        ("num_used_tokens", "KV slots in use, by requests and by the prefix cache.", used),
+        ("num_used_tokens", "KV slots that running requests hold.", used),
         ("num_cached_tokens", "KV slots that the prefix cache holds.", stats.slots_cached),
+        ("num_evictable_tokens", "Of these, those that no running request holds.", stats.slots_evictable),
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
         ("kv_disk_bytes", "Bytes of K and V on disk, by the last look.", stats.kv_disk_bytes),
         ("kv_disk_restoring_reqs", "Requests that wait for K and V from disk.", stats.kv_disk_restoring),
@@ -151,7 +153,7 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_mamba_snapshots", "Snapshots of recurrent state kept for reuse.", stats.snapshots),
         ("memory_bytes", "Bytes of MLX's arrays on its device.", stats.memory_bytes),
         ("memory_peak_bytes", "The most bytes that they had so far.", stats.memory_peak_bytes),
-        ("token_usage", "Share of the KV slots in use.", used / total if total else 0.0),
+        ("token_usage", "Share of the KV slots that running requests hold.", used / total if total else 0.0),
         (
             "cache_hit_rate",
             "Share of all prompt tokens so far that came from the prefix cache.",

@@ -243,6 +243,10 @@ function send(event) {
   if (!text || running) return;
   $("prompt").value = "";
   grow();
+  say(text);
+}
+
+function say(text) {
   add({ role: "user", content: text });
   answer();
 }
@@ -302,6 +306,7 @@ export function setUp() {
   $("composer").addEventListener("submit", send);
   $("stop").addEventListener("click", stop);
   $("new").addEventListener("click", clear);
+  for (const starter of $("starters").children) starter.addEventListener("click", () => say(starter.textContent));
   $("prompt").addEventListener("input", grow);
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);

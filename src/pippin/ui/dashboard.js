@@ -36,8 +36,14 @@ function sample(now) {
     prompt: rate((x) => x.stats.prefill_tokens),
     running: now.stats.num_running,
     waiting: now.stats.num_waiting,
-    used: 1 - now.stats.slots_free / (now.stats.slots_total || 1),
+    active: active(now.stats),
+    cached: now.stats.slots_evictable / (now.stats.slots_total || 1),
   };
+}
+
+/** The share of slots that running requests hold and nobody else may have: what is cached gives way. */
+function active({ slots_total, slots_free, slots_evictable }) {
+  return (slots_total - slots_free - slots_evictable) / (slots_total || 1);
 }
 
 /** The mean of the last seconds: a figure that jumps each second can't be read. */
@@ -47,11 +53,10 @@ const lately = (name) => samples.slice(-3).reduce((sum, x) => sum + x[name], 0) 
 
 function drawTiles(now) {
   const { stats, info, latency } = now;
-  const held = stats.slots_total - stats.slots_free;
+  const { active, cached } = samples.at(-1);
   const hit = stats.prompt_tokens ? stats.cached_tokens / stats.prompt_tokens : null;
-  const graphic = el("div", { class: "meter", role: "img", "aria-label": `${percent(held / stats.slots_total)} of the slots in use` });
-  const active = Math.max(0, held - stats.slots_cached);
-  for (const [name, share] of [["active", active / stats.slots_total], ["cached", stats.slots_cached / stats.slots_total]]) {
+  const graphic = el("div", { class: "meter", role: "img", "aria-label": `${percent(active)} of the slots in use, ${percent(cached)} cached` });
+  for (const [name, share] of [["active", active], ["cached", cached]]) {
     const part = el("i", { class: name });
     part.style.width = `${100 * share}%`;
     graphic.append(part);
@@ -59,7 +64,7 @@ function drawTiles(now) {
   $("tiles").replaceChildren(
     tile("Running", count(stats.num_running), `${count(stats.num_waiting)} waiting`),
     tile("Tokens/s", count(lately("generated")), `${count(lately("prompt"))} of prompts`),
-    tile("Slots", percent(held / stats.slots_total), `${count(stats.slots_cached)} cached of ${count(stats.slots_total)}`, graphic),
+    tile("Slots in use", percent(active), `${percent(cached)} cached, of ${count(stats.slots_total)}`, graphic),
     tile("Cache hit rate", hit === null ? "–" : percent(hit), `${count(stats.cached_tokens)} of ${count(stats.prompt_tokens)} prompt tokens`),
     tile("First token", time(latency.first_token.p50), `95 %: ${time(latency.first_token.p95)}`),
     tile("Next token", time(latency.next_token.p50), `95 %: ${time(latency.next_token.p95)}`),
@@ -77,7 +82,7 @@ function drawCharts() {
   $("charts").replaceChildren(
     chart("Tokens/s", [["generated", "generated"], ["prompt", "prompts"]], count),
     chart("Requests", [["running", "running"], ["waiting", "waiting"]], count),
-    chart("Slots in use", [["used", "used"]], percent, 1),
+    chart("Slots", [["cached", "cached"], ["active", "in use"]], percent, 1),
   );
 }
 
@@ -91,7 +96,8 @@ function chart(title, lines, format, top = null) {
   lines.forEach(([name], i) => plot.append(svg("polyline", { points: points(name, most), class: `line${i}` })));
   const legend = el("figcaption", {}, title, ...lines.map(([name, label], i) =>
     el("span", { class: `line${i}` }, `${label} ${format(samples.at(-1)[name])}`)));
-  return el("figure", {}, legend, el("div", { class: "plot" }, el("small", { class: "quiet" }, format(most)), plot));
+  const times = el("div", { class: "times quiet" }, el("span", {}, "2 min ago"), el("span", {}, "now"));
+  return el("figure", {}, legend, el("div", { class: "plot" }, el("small", { class: "quiet" }, format(most)), plot), times);
 }
 
 function points(name, most) {
@@ -122,7 +128,7 @@ function row(request, lasted, longest) {
     ["First token", time(first)],
     ["Total", time(lasted)],
     ["Tokens/s", rate === null ? "–" : count(rate)],
-    ["Ended", outcome ?? "runs"],
+    ["Ended", outcome ?? "running"],
   ];
   const line = el("tr", { title: request.id, class: outcome ? "" : "live" });
   for (const [name, value] of cells) line.append(el("td", { "data-name": name, class: name === "Phases" ? "wide" : "" }, value));

@@ -29,6 +29,17 @@ def test_send_and_stream(slow: Running, open_page: Open) -> None:
     assert re.search(rf"{len(RICH) + 1} tokens · \d+ tokens/s · first after .* · prompt \d+, 0 cached", figures)
 
 
+def test_a_beginning_is_offered(speaker: Running, open_page: Open) -> None:
+    here = open_page(speaker)
+    here.page.get_by_role("button", name="What can you do?").click()
+    expect(here.answer.locator(".content")).to_have_text("Hello.")
+    here.ended()
+    assert here.bodies[0]["messages"] == [{"role": "user", "content": "What can you do?"}]
+    expect(here.page.locator("#starters")).to_be_hidden()
+    here.page.click("text=New chat")
+    expect(here.page.locator("#starters")).to_be_visible()
+
+
 def test_the_demo_model_answers_and_its_cache_is_shown(demo: Running, open_page: Open) -> None:
     here = open_page(demo)
     assert "42" in here.sent("What is 12 + 30?")
