@@ -27,7 +27,7 @@ from tests.server.speaker import speaking  # noqa: E402
 from tests.server.ui.page import CHROMIUM, Watched, setting  # noqa: E402
 
 DESK = {"width": 1100, "height": 780}
-PHONE = {"width": 390, "height": 780}
+HELD: dict[str, Any] = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
 
 QUESTION = "What is a pippin, and when is one ripe?"
 ANSWER = """<think>
@@ -70,8 +70,8 @@ def picture(page: Page, name: str) -> None:
 
 
 def opened(browser: Browser, running: Running, path: str = "", **options: Any) -> Watched:
-    context = browser.new_context(**{"viewport": DESK, "device_scale_factor": 1.5, "locale": "en-GB"} | options)
-    page = context.new_page()
+    usual: dict[str, Any] = {"viewport": DESK, "device_scale_factor": 1.5, "locale": "en-GB"}
+    page = browser.new_context(**usual | options).new_page()
     page.goto(f"{running.url}/{path}")
     return Watched(page)
 
@@ -89,20 +89,18 @@ def chats(browser: Browser, running: Running) -> None:
     dark.page.get_by_text("dry day").wait_for()
     dark.ended()
     picture(dark.page, "chat-dark")
-    phone = opened(browser, running, viewport=PHONE, color_scheme="light", has_touch=True, is_mobile=True)
+    phone = opened(browser, running, color_scheme="light", **HELD)
     phone.sent(QUESTION)
     picture(phone.page, "chat-phone")
 
 
 def dashboards(browser: Browser, running: Running) -> None:
-    pages = {
-        name: opened(browser, running, "#dashboard", **options).page
-        for name, options in {
-            "dashboard-light": {"color_scheme": "light"},
-            "dashboard-dark": {"color_scheme": "dark"},
-            "dashboard-phone": {"color_scheme": "dark", "viewport": PHONE, "has_touch": True, "is_mobile": True},
-        }.items()
+    looks: dict[str, dict[str, Any]] = {
+        "dashboard-light": {"color_scheme": "light"},
+        "dashboard-dark": {"color_scheme": "dark"},
+        "dashboard-phone": {"color_scheme": "dark"} | HELD,
     }
+    pages = {name: opened(browser, running, "#dashboard", **options).page for name, options in looks.items()}
     with busy(running):
         for page in pages.values():
             page.bring_to_front()
