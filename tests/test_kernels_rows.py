@@ -104,7 +104,14 @@ def test_what_the_product_does_not_take_is_left_to_mlx(weights: Weights) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("dims", "traditional", "dim", "value_dim", "norms"),
-    [(64, False, 64, 64, True), (32, False, 64, 32, False), (80, False, 80, 80, True), (16, True, 48, 64, False)],
+    [
+        (64, False, 64, 64, True),
+        (32, False, 64, 32, False),
+        (80, False, 80, 80, True),
+        (16, True, 48, 64, False),
+        (48, False, 96, 64, True),
+        (12, False, 256, 256, True),
+    ],
 )
 def test_heads_are_normed_turned_and_stored(
     dtype: mx.Dtype, dims: int, traditional: bool, dim: int, value_dim: int, norms: bool
@@ -120,10 +127,12 @@ def test_heads_are_normed_turned_and_stored(
     q, k, v = reference.heads_of(y[:, 0], heads)
     q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in zip((q, k), both, strict=True))
     q, k = (reference.rope(x, positions, dims, rope.frequencies, traditional=traditional) for x in (q, k))
-    for schedule in (0, 1, 2):
+    for schedule, many_rows in ((0, 4), (1, 4), (2, 4), (0, 3), (1, 3), (2, 3)):
         pools = mx.zeros((5, 2, dim), dtype), mx.zeros((5, 2, value_dim), dtype)
         mx.eval(pools)
-        got, _ = fused.rope_kv_write(host_launcher(schedule), y, *pools, heads, rope, positions, slots, both, None)
+        got, _ = fused.rope_kv_write(
+            host_launcher(schedule), y, *pools, heads, rope, positions, slots, both, None, many_rows
+        )
         assert distance(got, q) < TOLERANCE[dtype]
         assert distance(pools[0][slots], k) < TOLERANCE[dtype]
         assert mx.array_equal(pools[1][slots], v).item()
@@ -154,14 +163,12 @@ def test_swiglu_of_a_whole_row(dtype: mx.Dtype) -> None:
 
 
 PLANTED: dict[str, tuple[str, str, str]] = {
-    "rotation by the wrong half": ("rope_kv_write", "second ? e - HALF : e + HALF", "second ? e - HALF + 1 : e + HALF"),
-    "a head's norm with the other's weight": (
-        "rope_kv_write",
-        "is_q ? float(q_weight[e]) : float(k_weight[e])",
-        "float(k_weight[e])",
-    ),
-    "values where keys go": ("rope_kv_write", "(slot * HKV + h) * DV + e", "(slot * HKV + 1 - h) * DV + e"),
-    "no wait for the other lanes": ("rope_kv_write", "  BARRIER();", "  "),
+    "rotation by the wrong half": ("rope_kv_write", "second = TRADITIONAL", "second = !TRADITIONAL"),
+    "rotation with another lane": ("rope_kv_write", "STEP > 0 ? STEP : 1", "STEP > 0 ? STEP / 2 : 1"),
+    "a head's norm with the other's weight": ("rope_kv_write", "is_q ? q_weight : k_weight", "k_weight"),
+    "values where keys go": ("rope_kv_write", "(slot * HKV + h) * DV", "(slot * HKV + 1 - h) * DV"),
+    "no wait for the other lanes": ("rope_kv_write", "      BARRIER();\n    }", "    }"),
+    "only the first heads of many rows": ("rope_kv_write", "(block_y * EACH + n)", "(block_y * EACH)"),
     "a warp's sum left out": ("add_rms_norm", "w < WARPS; w++", "w < WARPS - 1; w++"),
     "the sum not rounded": ("add_rms_norm", "total)[first + i] = c;", "total)[first + i] = a;"),
     "rotation of another length": ("rope_kv_write", "params[2] * cos_of(angle)", "cos_of(angle)"),

@@ -132,7 +132,7 @@ def rope_kv_write(
     ``heads`` says where in a row they lie, ``norms`` are q's and k's, over a head, ``positions`` [T] int32 what to
     rotate by. Returns q [T, heads, dim] and what readers of the pools pass on as ``after``, as ``kv_write`` does.
     """
-    launch = _launcher("rope_kv_write", k_pool, v_pool)
+    launch = _launcher("rope_kv_write", k_pool, v_pool) if fused.takes_heads(heads, y.shape[-1]) else None
     if launch is not None:
         return fused.rope_kv_write(launch, y, k_pool, v_pool, heads, rope, positions, slots, norms, after)
     q, k, v = reference.heads_of(y.reshape(-1, y.shape[-1]), heads)

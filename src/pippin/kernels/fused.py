@@ -24,6 +24,8 @@ ADD_RMS_NORM = Source("add_rms_norm", "add_rms_norm", ("x", "r", "weight", "para
 SWIGLU = Source("swiglu", "swiglu", ("y",), ("out",))
 
 _MOST_WARPS = 16
+# From so many rows on a block takes a whole row: its sines are computed once, and there are blocks enough.
+_MANY_ROWS = 256
 
 
 class Norm(NamedTuple):
@@ -113,8 +115,9 @@ def rope_kv_write(
     slots: mx.array,
     norms: tuple[Norm | None, Norm | None],
     after: mx.array | None,
+    many_rows: int = _MANY_ROWS,
 ) -> tuple[mx.array, mx.array]:
-    """See ``kernels.rope_kv_write``."""
+    """See ``kernels.rope_kv_write``. ``heads`` is something that ``takes_heads``."""
     q_norm, k_norm = norms
     none = nothing(y.dtype)
     what = _rope_launch(
@@ -125,6 +128,7 @@ def rope_kv_write(
         y.dtype,
         k_pool.dtype,
         packing_of(k_pool),
+        math.prod(y.shape[:-1]) >= many_rows,
     )
     inputs = [
         y,
@@ -151,10 +155,13 @@ def _rope_launch(
     dtype: mx.Dtype,
     kv_dtype: mx.Dtype,
     packing: Packing | None,
+    whole_rows: bool,
 ) -> Launch:
     rows, width = math.prod(shape[:-1]), shape[-1]
-    warps = 4
-    parts = -(-(heads.heads + 2 * heads.kv_heads) // warps)
+    lanes = 32 if packing else 1 << (max(heads.dim, heads.value_dim) // 8 - 1).bit_length()
+    warps, together = 4, 32 // lanes
+    turns = -(-(heads.heads + 2 * heads.kv_heads) // (warps * together))
+    each = turns if whole_rows else 1
     return Launch(
         packed_source(ROPE_KV_WRITE, packing),
         (
@@ -173,12 +180,18 @@ def _rope_launch(
             ("QNORM", norms[0]),
             ("KNORM", norms[1]),
             ("WARPS", warps),
+            ("EACH", each),
             *packed_constants(packing),
         ),
-        (rows, parts),
+        (rows, turns // each),
         32 * warps,
         (((rows, heads.heads, heads.dim), dtype), ((8,), mx.int32)),
     )
+
+
+def takes_heads(heads: Heads, width: int) -> bool:
+    """Whether heads in rows of ``width`` numbers begin and end where the kernel's loads do."""
+    return all(n % 8 == 0 for n in (width, heads.dim, heads.value_dim, heads.q_at, heads.k_at, heads.v_at))
 
 
 def takes_rows(width: int, dtype: mx.Dtype) -> bool:

@@ -30,6 +30,31 @@ INLINE Words load_words(const DEVICE T* p, size_t at) {
   return ((const DEVICE Words*)p)[at];
 }
 
+// 8 numbers that lie together, 16 bytes at a time; zeros if there are none.
+template <typename T>
+INLINE void load_eight(const DEVICE T* p, bool any, THREAD float (&x)[8]) {
+  constexpr int EACH = 16 / sizeof(T);
+  UNROLL
+  for (int n = 0; n < 8 / EACH; n++) {
+    Pack<T> pack;
+    if (any) pack = ((const DEVICE Pack<T>*)p)[n];
+    UNROLL
+    for (int e = 0; e < EACH; e++) x[n * EACH + e] = any ? float(pack.v[e]) : 0.0f;
+  }
+}
+
+template <typename T>
+INLINE void store_eight(DEVICE T* p, const THREAD float (&x)[8]) {
+  constexpr int EACH = 16 / sizeof(T);
+  UNROLL
+  for (int n = 0; n < 8 / EACH; n++) {
+    Pack<T> pack;
+    UNROLL
+    for (int e = 0; e < EACH; e++) pack.v[e] = T(x[n * EACH + e]);
+    ((DEVICE Pack<T>*)p)[n] = pack;
+  }
+}
+
 // The smallest power of 2 that is at least n, at most 32: how many lanes share a vector of n packs.
 INLINE constexpr int lanes_for(int n) { return n > 16 ? 32 : n > 8 ? 16 : n > 4 ? 8 : n > 2 ? 4 : n > 1 ? 2 : 1; }
 

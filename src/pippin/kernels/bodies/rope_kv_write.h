@@ -1,78 +1,92 @@
-// Norm and rotation of a row's heads, and its K and V into its slot. A warp a head; block (x, y): row, part y of its heads,
-// which are HQ of q, then HKV of k, then HKV of v. They begin at QAT, KAT and VAT in the row, which is N wide.
+// Norm and rotation of a row's heads, and its K and V into its slot. A lane has 8 neighbouring numbers of a head, so a warp
+// has TOGETHER heads at once, and EACH times so many in turn: HQ of q, then HKV of k, then HKV of v, which begin at QAT, KAT
+// and VAT in the row, N wide. Block (x, y): row, part y of its heads.
   using namespace pippin;
-  constexpr int HEADS = HQ + 2 * HKV, WIDEST = D > DV ? D : DV, HALF = DIMS / 2, EACH = (WIDEST + 31) / 32;
-  const int row = block_x, at = block_y * WARPS + warp, head = at < HEADS ? at : HEADS - 1;
-  const bool is_q = head < HQ, is_k = !is_q && head < HQ + HKV, is_v = !is_q && !is_k;
-  const int h = is_q ? head : is_k ? head - HQ : head - HQ - HKV, width = is_v ? DV : D;
-  const size_t from = size_t(row) * N + (is_q ? QAT : is_k ? KAT : VAT) + h * width;
-  const bool normed = (is_q && QNORM) || (is_k && KNORM);
-
-  // All that is read from memory is asked for before anything is computed.
-  SHARED(float, heads, WARPS * WIDEST);
-#if PACKED
-  SHARED(float, turned, WARPS * WIDEST);
-#endif
-  float values[EACH], weights[EACH], turns[EACH], sum = 0.0f;
+  constexpr int HEADS = HQ + 2 * HKV, WIDEST = D > DV ? D : DV, HALF = DIMS / 2;
+  constexpr int LANES = PACKED ? 32 : lanes_for(WIDEST / 8), TOGETHER = 32 / LANES;
+  constexpr int STEP = HALF % 8 == 0 ? HALF / 8 : 0;  // how many lanes on a number's partner is, if it is at the same place
+  constexpr bool SHUFFLED = !TRADITIONAL && STEP > 0 && (STEP & (STEP - 1)) == 0 && STEP < LANES;
+  constexpr bool SHARES = !TRADITIONAL && !SHUFFLED;
+  SHARED(float, heads, SHARES ? WARPS * TOGETHER * WIDEST : 1);
+  const int row = block_x, first = 8 * (lane % LANES);
+  const int share = (warp * TOGETHER + lane / LANES) * WIDEST;
   const size_t slot = size_t(slots[row]);
   const float position = float(positions[row]);
+  float sines[8], cosines[8];
   UNROLL
-  for (int n = 0; n < EACH; n++) {
-    const int e = lane + n * 32;
-    values[n] = e < width ? float(y[from + e]) : 0.0f;
-    weights[n] = normed && e < width ? (is_q ? float(q_weight[e]) : float(k_weight[e])) : 0.0f;
-    turns[n] = !is_v && e < DIMS ? frequencies[TRADITIONAL ? e / 2 : e % HALF] : 0.0f;
-    sum += values[n] * values[n];
+  for (int i = 0; i < 8; i++) {
+    const int e = first + i;
+    sines[i] = e < DIMS ? frequencies[TRADITIONAL ? e / 2 : e % (HALF > 0 ? HALF : 1)] : 0.0f;
   }
-  if (QNORM || KNORM) {
-    sum = sum_lanes<32>(sum);
-    const float factor = rsqrt_of(sum / float(D) + params[is_q ? 0 : 1]);
+
+  for (int n = 0; n < EACH; n++) {
+    const int at = ((block_y * EACH + n) * WARPS + warp) * TOGETHER + lane / LANES, head = at < HEADS ? at : HEADS - 1;
+    const bool is_q = head < HQ, is_k = !is_q && head < HQ + HKV, is_v = !is_q && !is_k;
+    const int h = is_q ? head : is_k ? head - HQ : head - HQ - HKV, width = is_v ? DV : D;
+    const bool mine = first < width, normed = (is_q && QNORM) || (is_k && KNORM);
+    float x[8], weights[8], sum = 0.0f;
+    load_eight(y + size_t(row) * N + (is_q ? QAT : is_k ? KAT : VAT) + h * width + first, mine, x);
+    if (QNORM || KNORM) load_eight((is_q ? q_weight : k_weight) + first, normed && mine, weights);
+    if (n == 0) {  // behind the first loads, which this need not wait for
+      UNROLL
+      for (int i = 0; i < 8; i++) {
+        const float angle = within_a_turn(position * sines[i]);
+        sines[i] = params[2] * sin_of(angle);
+        cosines[i] = params[2] * cos_of(angle);
+      }
+    }
+    if (QNORM || KNORM) {
+      UNROLL
+      for (int i = 0; i < 8; i++) sum += x[i] * x[i];
+      sum = sum_lanes<LANES>(sum);
+      const float factor = rsqrt_of(sum / float(D) + params[is_q ? 0 : 1]);
+      UNROLL
+      for (int i = 0; i < 8; i++) {
+        if (normed) x[i] = float(T(float(T(x[i] * factor)) * weights[i]));
+      }
+    }
+    if (SHARES) {
+      UNROLL
+      for (int i = 0; i < 8; i++) {
+        if (mine) heads[share + first + i] = x[i];
+      }
+      BARRIER();
+    }
+    float turned[8];
     UNROLL
-    for (int n = 0; n < EACH; n++) {
-      if (normed) values[n] = float(T(float(T(values[n] * factor)) * weights[n]));
+    for (int i = 0; i < 8; i++) {
+      const int e = first + i;
+      const bool second = TRADITIONAL ? i % 2 == 1 : e >= HALF;
+      float other = TRADITIONAL ? x[i ^ 1] : 0.0f;
+      if (SHUFFLED) other = shuffle_xor(x[i], STEP > 0 ? STEP : 1);
+      if (SHARES && e < DIMS) other = heads[share + (second ? e - HALF : e + HALF)];
+      const float whole = second ? other * sines[i] + x[i] * cosines[i] : x[i] * cosines[i] - other * sines[i];
+      turned[i] = mine ? (is_v || e >= DIMS ? x[i] : whole) : 0.0f;
     }
-  }
-  UNROLL
-  for (int n = 0; n < EACH; n++) {
-    if (lane + n * 32 < width) heads[warp * WIDEST + lane + n * 32] = values[n];
-  }
-  BARRIER();
-  UNROLL
-  for (int n = 0; n < EACH; n++) {
-    const int e = lane + n * 32;
-    if (e >= width || at >= HEADS) continue;
-    float x = values[n];
-    if (!is_v && e < DIMS) {
-      const bool second = TRADITIONAL ? e % 2 == 1 : e >= HALF;
-      const float other = heads[warp * WIDEST + (TRADITIONAL ? e ^ 1 : second ? e - HALF : e + HALF)];
-      const float angle = within_a_turn(position * turns[n]);
-      const float sine = params[2] * sin_of(angle), cosine = params[2] * cos_of(angle);
-      x = second ? other * sine + x * cosine : x * cosine - other * sine;
-    }
+    if (SHARES) BARRIER();  // the next heads take their place
+    const bool kept = at < HEADS && mine;
     if (is_q) {
-      q[(size_t(row) * HQ + h) * D + e] = T(x);
+      if (kept) store_eight(q + (size_t(row) * HQ + h) * D + first, turned);
 #if PACKED
-    } else {
-      turned[warp * WIDEST + e] = float(T(x));
+    } else if (at < HEADS) {
+      UNROLL
+      for (int i = 0; i < 8; i++) turned[i] = float(T(turned[i]));
+      if (is_k) {
+        store_coded<KIND, HKV, D>(const_cast<DEVICE unsigned*>(k_pool), slot, h, lane, turned);
+      } else {
+        store_coded<KIND, HKV, DV>(const_cast<DEVICE unsigned*>(v_pool), slot, h, lane, turned);
+      }
     }
-  }
-  BARRIER();
-  if (at < HEADS && !is_q) {
-    float x[8];
-    UNROLL
-    for (int e = 0; e < 8; e++) x[e] = lane * 8 < width ? turned[warp * WIDEST + lane * 8 + e] : 0.0f;
-    if (is_k) {
-      store_coded<KIND, HKV, D>(const_cast<DEVICE unsigned*>(k_pool), slot, h, lane, x);
-    } else {
-      store_coded<KIND, HKV, DV>(const_cast<DEVICE unsigned*>(v_pool), slot, h, lane, x);
-    }
-  }
 #else
-    } else if (is_k) {
-      const_cast<DEVICE KT*>(k_pool)[(slot * HKV + h) * D + e] = KT(float(T(x)));
-    } else {
-      const_cast<DEVICE KT*>(v_pool)[(slot * HKV + h) * DV + e] = KT(x);
+    } else if (kept) {
+      UNROLL
+      for (int i = 0; i < 8; i++) turned[i] = float(T(turned[i]));
+      if (is_k) {
+        store_eight(const_cast<DEVICE KT*>(k_pool) + (slot * HKV + h) * D + first, turned);
+      } else {
+        store_eight(const_cast<DEVICE KT*>(v_pool) + (slot * HKV + h) * DV + first, turned);
+      }
     }
-  }
 #endif
+  }
   if (block_x == 0 && block_y == 0 && tid < 8) token[tid] = 0;
