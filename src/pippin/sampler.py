@@ -399,11 +399,13 @@ def _before(bits: mx.array, mass: mx.array | None, boundary: mx.array) -> tuple[
 def _bisect(bits: mx.array, mass: mx.array | None, limits: _Limits, highest: int = 30) -> mx.array:
     """The largest boundary, uint32 [S, 1], with no more before it than the limits allow; NO_BOUNDARY where all fits.
 
-    Bits above the ``highest`` are 0, as floats' are that are not negative.
+    Bits above the ``highest`` are 0, as floats' are that are not negative. Compiled, every round is the same kernels:
+    MLX compiles a number into a kernel, and the slices of an array it does not.
     """
+    steps = mx.array([1 << bit for bit in range(highest, -1, -1)], mx.uint32)
     boundary = mx.zeros((bits.shape[0], 1), mx.uint32)
-    for bit in range(highest, -1, -1):
-        farther = boundary | (1 << bit)
+    for step in steps.split(highest + 1):
+        farther = boundary | step
         boundary = mx.where(limits.allow(*_before(bits, mass, farther)), farther, boundary)
     return boundary
 
