@@ -13,7 +13,8 @@ from pippin.server.native import NOT_HERE
 from pippin.server.ollama import Options
 from pippin.server.protocol import Body, ChatRequest
 from pippin.server.response_tools import HOSTED
-from pippin.server.responses import ITEM_FIELDS, ResponsesRequest
+from pippin.server.responses import ITEM_FIELDS, PromptRequest, ResponsesRequest
+from pippin.server.stored import ItemsQuery, RetrieveQuery
 from pippin.text import chat
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
@@ -36,6 +37,13 @@ Answered with a 400 that says why:
 """
 
 
+QUERIES: dict[str, type[Body]] = {
+    "GET /v1/responses/{id}": RetrieveQuery,
+    "GET /v1/responses/{id}/input_items": ItemsQuery,
+}
+"""What may stand behind a path."""
+
+ITEMS: dict[str, Iterable[str]] = {f"input[] ({kind})": names for kind, names in ITEM_FIELDS.items()}
 BY_HAND: dict[type[Body], dict[str, Iterable[str]]] = {
     ChatRequest: {
         "messages[]": chat.FIELDS | chat.SENT_BACK,
@@ -43,7 +51,8 @@ BY_HAND: dict[type[Body], dict[str, Iterable[str]]] = {
         "messages[].tool_calls[]": chat.CALL_FIELDS | chat.SENT_BACK,
         "messages[].tool_calls[].function": chat.FUNCTION_FIELDS,
     },
-    ResponsesRequest: {f"input[] ({kind})": names for kind, names in ITEM_FIELDS.items()},
+    ResponsesRequest: ITEMS,
+    PromptRequest: ITEMS,
 }
 """Objects without types of their own."""
 
@@ -77,6 +86,8 @@ def render() -> str:
     parts = [HEAD]
     for body, paths in bodies().items():
         parts += [f"\n## {paths[0]}\n\n", *also(paths[1:]), table(body)]
+    for path, query in QUERIES.items():
+        parts += [f"\n## Behind {path}?\n\n", table(query)]
     parts += ["\n## options of Ollama's requests\n\n", table(Options), TAIL]
     parts += [f"- {reason}: {', '.join(f'`{path}`' for path in paths)}\n" for reason, paths in NOT_HERE.items()]
     return "".join(parts)

@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -63,6 +63,12 @@ class Delta:
     finish: Finish | None = None
     miss: CacheMiss | None = None
     waited: float = 0.0
+
+
+def unanswered(delta: Delta) -> Delta:
+    """The delta of a request that asks for no tokens, of which the engine draws one: without that."""
+    ended = delta.finish is not None and delta.finish.reason == "stop"
+    return replace(delta, text="", tokens=[], logprobs=[], finish=Finish("length") if ended else delta.finish)
 
 
 def check_prompt(

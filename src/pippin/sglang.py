@@ -9,12 +9,12 @@ import difflib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from pippin.completion import Delta, check_prompt, longest_prompt, new_id
+from pippin.completion import Delta, check_prompt, longest_prompt, new_id, unanswered
 from pippin.errors import RequestError
 from pippin.grammar.fields import grammar_of
 from pippin.messages import ModelInfo
@@ -159,8 +159,7 @@ class Answer:
 
     def add(self, delta: Delta) -> None:
         if self._asked.unanswered:
-            ended = delta.finish is not None and delta.finish.reason == "stop"
-            delta = replace(delta, text="", tokens=[], logprobs=[], finish=Finish("length") if ended else delta.finish)
+            delta = unanswered(delta)
         self._texts.append(delta.text)
         self.tokens += delta.tokens
         self._logprobs += delta.logprobs

@@ -15,14 +15,20 @@ from anthropic.types.beta import message_create_params as beta_params
 from openai.types import completion_create_params as text_params
 from openai.types import embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
-from openai.types.responses import response_create_params
+from openai.types.responses import (
+    input_item_list_params,
+    input_token_count_params,
+    response_create_params,
+    response_retrieve_params,
+)
 
 from pippin.server.anthropic import CountRequest, MessagesRequest
 from pippin.server.embeddings import EmbeddingRequest, OllamaEmbeddingsRequest, OllamaEmbedRequest
 from pippin.server.native import NOT_HERE
 from pippin.server.ollama import OllamaChatRequest, OllamaGenerateRequest, Options
 from pippin.server.protocol import Body, ChatRequest, CompletionRequest
-from pippin.server.responses import ResponsesRequest
+from pippin.server.responses import PromptRequest, ResponsesRequest
+from pippin.server.stored import ItemsQuery, RetrieveQuery
 from tests.server.conftest import Running
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -30,6 +36,7 @@ GOOD: dict[type[Body], tuple[str, dict[str, Any]]] = {
     ChatRequest: ("/v1/chat/completions", {"messages": HI, "max_tokens": 1}),
     CompletionRequest: ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
     ResponsesRequest: ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
+    PromptRequest: ("/v1/responses/input_tokens", {"input": "a"}),
     MessagesRequest: ("/v1/messages", {"messages": HI, "max_tokens": 1}),
     CountRequest: ("/v1/messages/count_tokens", {"messages": HI}),
     OllamaChatRequest: ("/api/chat", {"model": "m", "messages": HI, "options": {"num_predict": 1}, "stream": False}),
@@ -42,6 +49,9 @@ SENT: list[tuple[type[Body], set[str]]] = [
     (ChatRequest, set(chat_params.CompletionCreateParamsBase.__annotations__)),
     (CompletionRequest, set(text_params.CompletionCreateParamsBase.__annotations__)),
     (ResponsesRequest, set(response_create_params.ResponseCreateParamsBase.__annotations__)),
+    (PromptRequest, set(input_token_count_params.InputTokenCountParams.__annotations__)),
+    (RetrieveQuery, set(response_retrieve_params.ResponseRetrieveParamsStreaming.__annotations__)),
+    (ItemsQuery, set(input_item_list_params.InputItemListParams.__annotations__)),
     (MessagesRequest, set(message_create_params.MessageCreateParamsBase.__annotations__)),
     (MessagesRequest, set(beta_params.MessageCreateParamsBase.__annotations__)),
     (CountRequest, set(anthropic_types.MessageCountTokensParams.__annotations__)),
@@ -69,7 +79,7 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_body_has_a_test() -> None:
-    assert {b for b, _ in SENT} - {Options} == set(GOOD)
+    assert {b for b, _ in SENT} - {Options, RetrieveQuery, ItemsQuery} == set(GOOD)
 
 
 CASES = [(body, name) for body in GOOD for name in body.neutral if name not in body.__struct_fields__]

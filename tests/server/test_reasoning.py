@@ -138,6 +138,27 @@ def test_usage_counts_what_was_written_for_the_model_too(thinker: Running) -> No
     assert usage["prompt_tokens_details"]["cached_tokens"] == 3
 
 
+def test_usage_tells_reasoning_apart(thinker: Running) -> None:
+    """As far as steps tell: what closes the reasoning counts as none."""
+    with thinker.openai() as ai:
+        options: Any = {"model": "m", "messages": HI, "max_tokens": 200}
+        whole = ai.chat.completions.create(**options).usage
+        *_, last = ai.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        off = ai.chat.completions.create(**options, reasoning_effort="none").usage
+    for usage in (whole, last.usage):
+        assert usage is not None
+        assert usage.completion_tokens_details is not None
+        assert len("I wonder.") <= (usage.completion_tokens_details.reasoning_tokens or 0) < usage.completion_tokens
+    assert off is not None
+    assert off.completion_tokens_details is not None
+    assert off.completion_tokens_details.reasoning_tokens == 0
+    with thinker.http() as http:
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        body = {"model": "m", "max_tokens": 200, "messages": HI, "thinking": thinking}
+        told = http.post("/v1/messages", json=body).json()["usage"]
+    assert len("I wonder.") <= told["output_tokens_details"]["thinking_tokens"] < told["output_tokens"]
+
+
 def test_anthropics_thinking_blocks(thinker: Running) -> None:
     with thinker.http() as http:
         body: dict[str, Any] = {"model": "m", "max_tokens": 200, "messages": HI}

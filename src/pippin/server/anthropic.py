@@ -349,6 +349,7 @@ class Answer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.cached,
             "output_tokens": usage.generated,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning},
         }
 
 

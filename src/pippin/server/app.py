@@ -30,6 +30,7 @@ from pippin.server import (
     profile,
     rerank,
     responses,
+    stored,
     ui,
     weights,
 )
@@ -50,7 +51,7 @@ from pippin.server.protocol import (
     TokenizeRequest,
 )
 from pippin.server.rerank import RerankRequest, ScoreRequest
-from pippin.server.responses import ResponsesRequest
+from pippin.server.responses import PromptRequest, ResponsesRequest
 from pippin.server.service import Service
 from pippin.server.shapes import shape_of
 from pippin.server.traces import TraceParent, Traces
@@ -75,9 +76,11 @@ ROUTES: tuple[tuple[str, str, Route, type[Body] | None], ...] = (
     ("POST", "/v1/score", rerank.score, ScoreRequest),
     ("POST", "/score", rerank.score, ScoreRequest),
     ("POST", "/v1/responses", responses.responses, ResponsesRequest),
-    ("GET", "/v1/responses/{id}", responses.retrieve, None),
-    ("DELETE", "/v1/responses/{id}", responses.delete, None),
-    ("GET", "/v1/responses/{id}/input_items", responses.input_items, None),
+    ("POST", "/v1/responses/input_tokens", responses.input_tokens, PromptRequest),
+    ("GET", "/v1/responses/{id}", stored.retrieve, None),
+    ("DELETE", "/v1/responses/{id}", stored.delete, None),
+    ("POST", "/v1/responses/{id}/cancel", stored.cancel, None),
+    ("GET", "/v1/responses/{id}/input_items", stored.input_items, None),
     ("POST", "/v1/messages", anthropic.messages, MessagesRequest),
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens, CountRequest),
     ("POST", "/api/chat", ollama.chat, OllamaChatRequest),
@@ -144,14 +147,14 @@ def create_app(
         service.history.on_end = Traces(provider, lambda: service.model_name).tell
     log.info("tool calls: %s; reasoning: %s", *(f.name if f else "none" for f in service.speech.formats))
     app = Described(title="Pippin", version=pippin.__version__, docs_url=None, redoc_url=None)
+    for path in (path for paths in native.NOT_HERE.values() for path in paths):
+        app.add_api_route(
+            path, bound(service, native.not_here), methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False
+        )
     for method, path, route, body in ROUTES:
         extra = {"requestBody": body_schema(body)} if body else None
         app.add_api_route(
             path, bound(service, route), methods=[method], response_model=None, name=route.__name__, openapi_extra=extra
-        )
-    for path in (path for paths in native.NOT_HERE.values() for path in paths):
-        app.add_api_route(
-            path, bound(service, native.not_here), methods=["GET", "POST", "PUT", "DELETE"], include_in_schema=False
         )
     if not config.no_ui:
         ui.add_pages(app)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from pippin.completion import Delta
-from pippin.server.chat import Call, Conversation, Message
+from pippin.server.chat import Call, Conversation, Message, Step
 from pippin.server.logprobs import TextLogprobs, chat_logprobs
 from pippin.server.protocol import CompletionRequest, Json
 from pippin.server.service import Job
@@ -62,16 +62,19 @@ class Shape(Protocol[C]):
     def parts(self, index: int, number: int, delta: Delta) -> list[Json]:
         """A delta as choices of chunks, one for each event; none if it shows nothing."""
 
+    def usage(self) -> Json:
+        """What more there is to say of the tokens so far."""
+
 
 class ChatChoice:
     """A message, as its deltas come."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, step: Callable[[Delta], Step]) -> None:
         self.message = Message()
-        self._conversation = conversation
+        self._step = step
 
     def add(self, delta: Delta) -> None:
-        self.message.add(self._conversation.step(delta))
+        self.message.add(self._step(delta))
 
 
 class ChatShape:
@@ -84,15 +87,24 @@ class ChatShape:
         self._logprobs = logprobs
         self._conversation: Conversation | None = None
         self._calls: dict[int, int] = {}  # how many each choice has begun
+        self._reasoning = 0
 
     def of(self, conversation: Conversation) -> Job:
         """Begin to write this conversation's answers; its job."""
         self._conversation = conversation
         return conversation.job
 
+    def usage(self) -> Json:
+        return {"completion_tokens_details": {"reasoning_tokens": self._reasoning}}
+
     def collect(self, number: int) -> ChatChoice:
+        return ChatChoice(self._step)
+
+    def _step(self, delta: Delta) -> Step:
         assert self._conversation is not None
-        return ChatChoice(self._conversation)
+        step = self._conversation.step(delta)
+        self._reasoning += step.reasoning_tokens
+        return step
 
     def choice(self, index: int, choice: ChatChoice, first: ChatChoice) -> Json:
         message = choice.message
@@ -110,8 +122,7 @@ class ChatShape:
         }
 
     def parts(self, index: int, number: int, delta: Delta) -> list[Json]:
-        assert self._conversation is not None
-        step = self._conversation.step(delta)
+        step = self._step(delta)
         found = [] if index in self._calls else [self._part(index, {"role": "assistant", "content": ""})]
         self._calls.setdefault(index, 0)
         shown = [self._part(index, content) for part in step.parts if (content := self._content(index, part))]
@@ -158,6 +169,9 @@ class TextShape:
         self._echoed: set[int] = set()
         self._offsets: dict[int, TextLogprobs] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+
+    def usage(self) -> Json:
+        return {}
 
     def collect(self, number: int) -> Choice:
         return Choice(number)

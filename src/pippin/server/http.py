@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pippin.errors import EngineError, RequestError
-from pippin.server.protocol import Body, read
+from pippin.server.protocol import Body, build, read
 from pippin.text.tokenizer import LONG_TEXT
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,15 @@ async def read_body(request: Request, kind: type[S]) -> S:
     if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
         raise RequestError(f"the body holds more than {MOST_CONTAINERS} lists and objects", status=413)
     return read(body, kind)
+
+
+def read_query(request: Request, kind: type[S]) -> S:
+    """What stands behind the path, as a struct; a list is a name several times, or ``name[]``. Raises RequestError."""
+    found: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        found.setdefault(name.removesuffix("[]"), []).append(value)
+    given = {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+    return build(given, kind, strict=False)
 
 
 async def gone(receive: Receive) -> None:

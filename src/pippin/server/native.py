@@ -208,9 +208,10 @@ async def abort_request(service: Service, http: Request) -> Response:
 
 # What SGLang, OpenAI and Ollama have and Pippin has not, and why.
 NOT_HERE = {
-    "this server knows no classes": ("/classify", "/v1/classify"),
+    "this server knows no classes": ("/classify", "/v1/classify", "/v1/moderations"),
     "this server generates text; it reads and makes no sound or pictures": (
-        "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations",
+        "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations",
+        "/v1/images/edits", "/v1/videos",
     ),
     "a server serves the model that it was started with": (
         "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/get_weights_by_name",
@@ -223,7 +224,12 @@ NOT_HERE = {
         "/open_session", "/close_session",
     ),
     "this is set when the server starts": ("/set_internal_state", "/configure_logging"),
-    "files and batches are not supported; send the requests": ("/v1/files", "/v1/batches"),
+    "files and batches are not supported; send the requests": (
+        "/v1/files", "/v1/batches", "/v1/messages/batches", "/v1/uploads", "/v1/vector_stores",
+    ),
+    "a conversation goes on from a response, by previous_response_id": ("/v1/conversations",),
+    "send the conversation as it is; what of it was computed before is found in the cache": ("/v1/responses/compact",),
+    "models are trained elsewhere": ("/v1/fine_tuning/jobs",),
 }  # fmt: skip
 
 

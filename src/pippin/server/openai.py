@@ -12,7 +12,7 @@ from typing import Generic
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pippin.completion import Delta
+from pippin.completion import Delta, unanswered
 from pippin.errors import RequestError
 from pippin.server.chat import Ask, begin
 from pippin.server.choices import C, ChatShape, Shape, TextShape
@@ -85,7 +85,7 @@ async def completion_jobs(
         raise RequestError("stream, echo and logprobs together need n to be 1", "n")
     try:
         params = request.params(
-            COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens,
+            COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens or 1,
             logprobs=logprobs,
             top_logprobs=request.logprobs or 0,
             prompt_logprobs=logprobs and request.echo,
@@ -123,6 +123,13 @@ def prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     raise RequestError("prompt must be text, token ids, or a list of only texts or only lists of token ids", "prompt")
 
 
+async def silent(deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Answers without the one token that the engine draws: only the prompts were asked about."""
+    async with aclosing(deltas):
+        async for number, delta in deltas:
+            yield number, unanswered(delta)
+
+
 class Answer(Generic[C]):
     """One request's answer in the making: ids, usage, and the JSON round the choices, which ``shape`` writes."""
 
@@ -139,6 +146,8 @@ class Answer(Generic[C]):
     async def respond(self, http: Request, jobs: Sequence[Job]) -> Response:
         """Run the jobs and answer as asked. What fails before the first token has an HTTP status of its own."""
         deltas = self._service.run(jobs, self.rid if len(jobs) > 1 else None)
+        if self._request.max_tokens == 0:
+            deltas = silent(deltas)
         if not self._request.stream:
             return JsonResponse(await unless_gone(http, self._whole(deltas)))
         first = await unless_gone(http, next_of(deltas))
@@ -198,6 +207,7 @@ class Answer(Generic[C]):
             "completion_tokens": self._generated,
             "total_tokens": prompt + self._generated,
             "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
+            **self._shape.usage(),
         }
 
 

@@ -79,6 +79,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 PATH = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
+KIND = re.compile(r"^Invalid (?:enum )?value ('.*')$")
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 
 
@@ -312,8 +313,8 @@ def read(body: bytes, kind: type[T]) -> T:
     return build(raw, kind)
 
 
-def build(raw: Mapping[str, Any], kind: type[T]) -> T:
-    """A JSON object as a struct. Raises RequestError that names the field."""
+def build(raw: Mapping[str, Any], kind: type[T], strict: bool = True) -> T:
+    """A JSON object as a struct; not ``strict``, numbers may be text. Raises RequestError that names the field."""
     known = {field.encode_name for field in fields(kind)}
     given = {
         name: value for name, value in raw.items() if value is not None and name not in kind.ignored.keys() - known
@@ -321,7 +322,7 @@ def build(raw: Mapping[str, Any], kind: type[T]) -> T:
     for name in [n for n in given if n not in known]:
         refuse_or_drop(given, name, kind, known)
     try:
-        return msgspec.convert(given, kind, str_keys=True)
+        return msgspec.convert(given, kind, str_keys=True, strict=strict)
     except RecursionError as error:
         raise RequestError("the body is nested too deeply") from error
     except msgspec.ValidationError as error:
@@ -344,6 +345,8 @@ def type_error(message: str) -> RequestError:
     """msgspec's words, with the field's name in front."""
     if match := PATH.match(message):
         text, path = match[1], match[2]
+        if (kind := KIND.match(text)) and path.rpartition(".")[2] in ("type", "role"):
+            return RequestError(f"{path}: {kind[1]} is not supported", path)
         return RequestError(f"{path}: {text[:1].lower()}{text[1:]}", path)
     if match := re.match(r"Object missing required field `(.*)`", message):
         return RequestError(f"{match[1]} is required", match[1])

@@ -27,6 +27,7 @@ from pippin.server.protocol import Body, Json, respell
 from pippin.server.response_tools import ResponseTool, ResponseTools, ToolChoice, flat
 from pippin.server.service import Service
 from pippin.server.store import Stored
+from pippin.server.stored import missing
 from pippin.types import Grammar, SamplingParams
 
 TOP_LOGPROBS = 20
@@ -49,24 +50,32 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class ResponsesRequest(Body, kw_only=True):
-    """POST /v1/responses."""
+class PromptRequest(Body, kw_only=True):
+    """POST /v1/responses/input_tokens: what a response's prompt is made of."""
 
     model: str | None = None
     input: str | list[Json]
     instructions: str | None = None
     previous_response_id: str | None = None
+    tools: tuple[ResponseTool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    reasoning: ReasoningConfig | None = None
+    text: TextConfig | None = None
+
+    ignored: ClassVar = {}
+    neutral: ClassVar = {"truncation": ("disabled",), "conversation": (), "personality": ()}
+
+
+class ResponsesRequest(PromptRequest, kw_only=True):
+    """POST /v1/responses."""
+
     store: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     max_output_tokens: int | None = None
-    tools: tuple[ResponseTool, ...] = ()
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
-    reasoning: ReasoningConfig | None = None
-    text: TextConfig | None = None
     include: tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...] = ()
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS)] = 0
     metadata: dict[str, str] | None = None
@@ -95,51 +104,30 @@ async def responses(service: Service, http: Request) -> Response:
     """POST /v1/responses."""
     request = await read_body(http, ResponsesRequest)
     id = f"resp_{uuid.uuid4().hex}"
-    answer = Answer(service, request, id)
-    conversation = await begin(service, asked(service, request, id, answer))
+    prompt = Prompt(service, request)
+    answer = Answer(service, request, prompt, id)
+    conversation = await begin(service, asked(service, request, prompt, params_of(service, request), id))
     if not request.stream:
         return JsonResponse(await unless_gone(http, answer.whole(conversation.steps())))
     steps = await primed(http, conversation.steps())
     return EventStream(answer.events(steps), answer.error_event)
 
 
-async def retrieve(service: Service, http: Request) -> Response:
-    """GET /v1/responses/{id}."""
-    return JsonResponse(stored(service, http.path_params["id"]).response)
+async def input_tokens(service: Service, http: Request) -> Response:
+    """POST /v1/responses/input_tokens: how long the prompt would be."""
+    request = await read_body(http, PromptRequest)
+    service.check_model(request.model)
+    ask = asked(service, request, Prompt(service, request), SamplingParams(max_new_tokens=1), "count")
+    conversation = await begin(service, ask)
+    return JsonResponse({"object": "response.input_tokens", "input_tokens": len(conversation.job.tokens)})
 
 
-async def delete(service: Service, http: Request) -> Response:
-    """DELETE /v1/responses/{id}."""
-    id = http.path_params["id"]
-    if not service.responses.delete(id):
-        raise missing(id)
-    return JsonResponse({"id": id, "object": "response", "deleted": True})
-
-
-async def input_items(service: Service, http: Request) -> Response:
-    """GET /v1/responses/{id}/input_items: what the response was asked with, newest first."""
-    items = stored(service, http.path_params["id"]).items[::-1]
-    ids = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": None, "last_id": None}
-    return JsonResponse({"object": "list", "data": items, "has_more": False, **ids})
-
-
-def stored(service: Service, id: str) -> Stored:
-    found = service.responses.get(id)
-    if found is None:
-        raise missing(id)
-    return found
-
-
-def missing(id: str, field: str = "response_id", status: int = 404) -> RequestError:
-    return RequestError(f"there is no response {id!r}: it was never stored, or is forgotten", field, status)
-
-
-def asked(service: Service, request: ResponsesRequest, id: str, answer: Answer) -> Ask:
-    functions, choice = answer.tools.chosen(request.tool_choice)
+def asked(service: Service, request: PromptRequest, prompt: Prompt, params: SamplingParams, id: str) -> Ask:
+    functions, choice = prompt.tools.chosen(request.tool_choice)
     system = [{"role": "system", "content": request.instructions}] if request.instructions else []
     return Ask(
-        messages=[*system, *answer.messages],
-        params=service.adapted(params_of(service, request), request.model),
+        messages=[*system, *prompt.messages],
+        params=service.adapted(params, request.model),
         rid=id,
         tools=functions,
         tool_choice=choice,
@@ -175,6 +163,21 @@ def grammar_in(config: TextConfig | None) -> Grammar | None:
     except RequestError as error:
         named = (error.field or "").replace("response_format.json_schema", "response_format")
         raise RequestError(error.message, named.replace("response_format", "text.format")) from error
+
+
+class Prompt:
+    """What a request brings: its items, with ids; the conversation as messages; its tools. Raises RequestError."""
+
+    def __init__(self, service: Service, request: PromptRequest) -> None:
+        self.tools = ResponseTools(request.tools)
+        self.items = with_ids(request.input)
+        before: list[Json] = []
+        if request.previous_response_id is not None:
+            found = service.responses.get(request.previous_response_id)
+            if found is None:
+                raise missing(request.previous_response_id, "previous_response_id", 400)
+            before = found.messages
+        self.messages = [*before, *messages_of(self.items)]
 
 
 # --- items to messages ---
@@ -287,26 +290,17 @@ def with_ids(items: str | Sequence[Json]) -> list[Json]:
 class Answer:
     """One response in the making, whole or as events."""
 
-    def __init__(self, service: Service, request: ResponsesRequest, id: str) -> None:
-        self._service, self._request = service, request
+    def __init__(self, service: Service, request: ResponsesRequest, prompt: Prompt, id: str) -> None:
+        self._service, self._request, self._prompt = service, request, prompt
         self._id = id
         self._model = service.check_model(request.model)
         self._created = int(time.time())
-        self.tools = ResponseTools(request.tools)
-        self._input = with_ids(request.input)
         self._usage = Usage()
         self._blocks = Blocks()
         self._ids: dict[Block, str] = {}
         self._number = 0
         self._logprobs: list[Any] = []
         self._length = False
-        before: list[Json] = []
-        if request.previous_response_id is not None:
-            found = service.responses.get(request.previous_response_id)
-            if found is None:
-                raise missing(request.previous_response_id, "previous_response_id", 400)
-            before = found.messages
-        self.messages = [*before, *messages_of(self._input)]
 
     async def whole(self, steps: AsyncGenerator[Step, None]) -> Json:
         async with aclosing(steps):
@@ -345,8 +339,8 @@ class Answer:
     def _finished(self) -> Json:
         response = self._response("incomplete" if self._length else "completed")
         if self._request.store:
-            messages = [*self.messages, *messages_of(response["output"])]
-            self._service.responses.put(Stored(response, self._input, messages))
+            messages = [*self._prompt.messages, *messages_of(response["output"])]
+            self._service.responses.put(Stored(response, self._prompt.items, messages))
         return response
 
     def _response(self, status: str) -> Json:
@@ -373,12 +367,12 @@ class Answer:
             "temperature": request.temperature,
             "text": msgspec.to_builtins(request.text) if request.text else {"format": {"type": "text"}},
             "tool_choice": msgspec.to_builtins(request.tool_choice),
-            "tools": self.tools.told,
+            "tools": self._prompt.tools.told,
             "top_logprobs": request.top_logprobs,
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": self._usage_dict() if ended else None,
-            **({"warnings": self.tools.warnings} if self.tools.warnings else {}),
+            **({"warnings": self._prompt.tools.warnings} if self._prompt.tools.warnings else {}),
         }
 
     def _usage_dict(self) -> Json:
@@ -395,8 +389,8 @@ class Answer:
         id = self._ids.setdefault(block, f"{PREFIXES[block.kind]}_{uuid.uuid4().hex}")
         if block.kind == "call":
             return {
-                "type": "function_call", "id": id, "call_id": block.id, **self.tools.called(block.name).as_json(),
-                "arguments": block.text, "status": status,
+                "type": "function_call", "id": id, "call_id": block.id,
+                **self._prompt.tools.called(block.name).as_json(), "arguments": block.text, "status": status,
             }  # fmt: skip
         if block.kind == "text":
             content = [self._part(block)] if status == "completed" else []
