@@ -84,6 +84,9 @@ messages <- journal
 config <- preflight
 backend <- preflight
 logs <- preflight <- server
+preflight <- engine
+messages <- exchange <- engine
+config <- exchange <- server
 messages <- preflight
 messages <- carried
 messages <- scheduler
@@ -113,7 +116,7 @@ WITHOUT_MLX = (
     "types", "messages", "errors", "config", "scheduler", "cache.holdings", "cache.radix", "cache.slots",
     "cache.snapshots", "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
-    "journal", "carried", "preflight", "bounds", "limits", "planner", "runs",
+    "journal", "carried", "preflight", "exchange", "bounds", "limits", "planner", "runs",
     "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip

@@ -129,9 +129,14 @@ class EngineClient:
         return cls(supervisor, config.random_seed, lambda other: supervisor.replace(maker(other)))
 
     @classmethod
-    def in_thread(cls, load: Load, seed: int | None = None) -> EngineClient:
-        """A client of a worker in a thread of this process, not started yet."""
-        return cls(ThreadTransport(load), seed)
+    def in_thread(
+        cls, load: Load, seed: int | None = None, load_other: Callable[[EngineConfig], Load] | None = None
+    ) -> EngineClient:
+        """A client of a worker in a thread of this process, not started yet; with ``load_other`` it can be replaced."""
+        transport = ThreadTransport(load)
+        if load_other is None:
+            return cls(transport, seed)
+        return cls(transport, seed, lambda other: transport.replace(load_other(other)))
 
     @property
     def info(self) -> ModelInfo:
@@ -155,12 +160,13 @@ class EngineClient:
         return await self._ready
 
     async def replace(self, config: EngineConfig) -> ModelInfo:
-        """Serve what ``config`` says from here on. Requests that have not ended go on there, with the tokens they have.
+        """Serve what ``config`` says from here on. Requests that have not ended go on there, with the tokens they have;
+        an engine in a thread is to have none.
 
         Raises ModelError, ConfigError or EngineError if it can't be served: the engine is as before then, but empty.
         """
         if self._replace is None:
-            raise EngineError("an engine in this process can't be replaced")
+            raise EngineError("this engine can't be replaced: nobody said how another is loaded")
         result = await self._replace(config)
         if isinstance(result, Fatal):
             error = failure_of(result.kind, result.message)

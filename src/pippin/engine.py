@@ -23,17 +23,29 @@ import msgspec
 from pippin.client import EngineClient
 from pippin.completion import Delta, complete, merge
 from pippin.config import EngineConfig
-from pippin.embedding import Prompt, check_tokens, encoded, longest_text, text_pooling, vectors_of
-from pippin.errors import ConfigError, EngineError
+from pippin.embedding import Prompt, Vector, check_tokens, encoded, longest_text, text_pooling, vectors_of
+from pippin.errors import ConfigError, EngineError, ModelError, RequestError
+from pippin.exchange import Door, config_for
 from pippin.messages import ModelInfo, Progress
+from pippin.preflight import check
 from pippin.profile.control import ProfileOptions
 from pippin.sglang import Answers, Arguments, Asked
 from pippin.text.chat import ChatTemplate, Message, read_template
 from pippin.text.tokenizer import Tokenizer, load_tokenizer
-from pippin.worker import CORE, Core
+from pippin.worker import CORE, Core, Load
 
 T = TypeVar("T")
 Answered = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """What one call asks for; ``single`` if it was for one prompt. ``model``: as ``Door`` counts them."""
+
+    asked: list[Asked]
+    single: bool
+    priority: int
+    model: int
 
 
 class Engine:
@@ -58,16 +70,19 @@ class Engine:
         config = _config(model_path, options)
         template = read_template(chat_template) if chat_template is not None else None
 
-        def load(tell: Callable[[Progress], None]) -> Core:
-            def hear(event: Progress) -> None:
-                if not self._open:  # Ctrl-C while loading
-                    raise EngineError("the engine was shut down while it loaded", 503)
-                (progress or tell)(event)
+        def load_of(config: EngineConfig) -> Load:
+            def load(tell: Callable[[Progress], None]) -> Core:
+                def hear(event: Progress) -> None:
+                    if not self._open:  # Ctrl-C while loading
+                        raise EngineError("the engine was shut down while it loaded", 503)
+                    (progress or tell)(event)
 
-            core: Core = pkgutil.resolve_name(CORE)(config, hear)
-            return core
+                core: Core = pkgutil.resolve_name(CORE)(config, hear)
+                return core
 
-        self._begin(EngineClient.in_thread(load, config.random_seed), config, template)
+            return load
+
+        self._begin(EngineClient.in_thread(load_of(config), config.random_seed, load_of), config, template)
 
     @classmethod
     def over(cls, client: EngineClient, tokenizer: Tokenizer, config: EngineConfig | None = None) -> Self:
@@ -79,8 +94,11 @@ class Engine:
     def _begin(
         self, client: EngineClient, config: EngineConfig, template: str | None, tokenizer: Tokenizer | None = None
     ) -> None:
-        self.config = config
+        self.config = self._started = config
         self._client = client
+        self._template = template
+        self._door = Door()
+        self._updating = asyncio.Lock()
         self._seeds = Random(config.random_seed)
         self._open = True
         self._lock = threading.Lock()
@@ -90,9 +108,7 @@ class Engine:
         atexit.register(self.shutdown)  # a thread that computes while the interpreter ends would crash it
         try:
             self.info: ModelInfo = self._wait(client.start())
-            self.tokenizer = tokenizer or load_tokenizer(
-                self.info.tokenizer_path, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+            self.tokenizer = tokenizer or _read_tokenizer(self.info.tokenizer_path, config)
         except BaseException:
             self.shutdown()
             raise
@@ -122,10 +138,9 @@ class Engine:
         arguments = Arguments(
             prompt, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num, rid
         )
-        asked, single = arguments.resolve(self.tokenizer, self.info)
-        if stream:
-            return self._iterate(asked, single, priority)
-        return self._wait(self._collect(asked, single, priority))
+        self._door.wait()
+        call = self._prepared(arguments, priority)
+        return self._iterate(call) if stream else self._wait(self._collect(call))
 
     async def async_generate(
         self,
@@ -146,10 +161,10 @@ class Engine:
         arguments = Arguments(
             prompt, input_ids, sampling_params, return_logprob, logprob_start_len, top_logprobs_num, rid
         )
-        asked, single = arguments.resolve(self.tokenizer, self.info)
-        if stream:
-            return self._iterate_async(asked, single, priority)
-        return await asyncio.wrap_future(self._call(self._collect(asked, single, priority)))
+        if not self._door.is_open:
+            await asyncio.to_thread(self._door.wait)
+        call = self._prepared(arguments, priority)
+        return self._iterate_async(call) if stream else await asyncio.wrap_future(self._call(self._collect(call)))
 
     def chat(
         self,
@@ -161,46 +176,55 @@ class Engine:
         stream: bool = False,
     ) -> Any:
         """``generate`` for a conversation, rendered with the model's chat template."""
+        self._door.wait()
         tokens = self._chat.encode(messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return self.generate(input_ids=tokens, sampling_params=sampling_params, stream=stream)
 
-    async def _deltas(self, asked: list[Asked], priority: int) -> AsyncGenerator[tuple[int, Delta], None]:
+    def _prepared(self, arguments: Arguments, priority: int) -> Call:
+        model = self._door.model  # looked at first: what is prepared for a model that goes is told so
+        asked, single = arguments.resolve(self.tokenizer, self.info)
+        return Call(asked, single, priority, model)
+
+    async def _deltas(self, call: Call) -> AsyncGenerator[tuple[int, Delta], None]:
         """All prompts' deltas as they come, each with its prompt's number."""
-        async with aclosing(merge([self._numbered(i, one, priority) for i, one in enumerate(asked)])) as merged:
+        async with aclosing(merge([self._numbered(i, one, call) for i, one in enumerate(call.asked)])) as merged:
             async for numbered in merged:
                 yield numbered
 
-    async def _numbered(self, i: int, asked: Asked, priority: int) -> AsyncGenerator[tuple[int, Delta], None]:
-        async with aclosing(self._complete(asked, priority)) as deltas:
+    async def _numbered(self, i: int, asked: Asked, call: Call) -> AsyncGenerator[tuple[int, Delta], None]:
+        async with aclosing(self._complete(asked, call)) as deltas:
             async for delta in deltas:
                 yield i, delta
 
-    async def _collect(self, asked: list[Asked], single: bool, priority: int) -> Any:
-        tasks = [asyncio.create_task(self._collect_one(one, priority)) for one in asked]
+    async def _collect(self, call: Call) -> Any:
+        tasks = [asyncio.create_task(self._collect_one(one, call)) for one in call.asked]
         try:
             found = [answer for answers in await asyncio.gather(*tasks) for answer in answers]
         finally:
             for task in tasks:
                 task.cancel()
-        return found[0] if single and len(found) == 1 else found
+        return found[0] if call.single and len(found) == 1 else found
 
-    async def _collect_one(self, asked: Asked, priority: int) -> list[Answered]:
+    async def _collect_one(self, asked: Asked, call: Call) -> list[Answered]:
         answers = Answers(asked)
-        async with aclosing(self._complete(asked, priority)) as deltas:
+        async with aclosing(self._complete(asked, call)) as deltas:
             async for delta in deltas:
                 answers.add(delta)
         return [answer.as_dict() for answer in answers.each]
 
-    def _complete(self, asked: Asked, priority: int) -> AsyncGenerator[Delta, None]:
-        return complete(
+    async def _complete(self, asked: Asked, call: Call) -> AsyncGenerator[Delta, None]:
+        deltas = complete(
             self._client,
             self.tokenizer,
             asked.tokens,
             asked.params,
-            priority,
+            call.priority,
             asked.id,
             lambda: self._seeds.getrandbits(63),
         )
+        async with self._door.inside(call.model), aclosing(deltas):
+            async for delta in deltas:
+                yield delta
 
     # --- encode ---
 
@@ -216,7 +240,8 @@ class Engine:
 
         Raises RequestError that names the argument.
         """
-        arguments = Arguments(prompt, input_ids, rid=rid)
+        self._door.wait()
+        arguments, model = Arguments(prompt, input_ids, rid=rid), self._door.model
         tokens, single = arguments.prompts(self.tokenizer, "prompt", longest_text(self.info))
         for one in tokens:
             check_tokens(one, self.info, "prompt" if prompt is not None else "input_ids")
@@ -224,9 +249,55 @@ class Engine:
             Prompt(one, text_pooling(self.info), id)
             for one, id in zip(tokens, arguments.rids(len(tokens)), strict=True)
         ]
-        found = self._wait(vectors_of(self._client, asked, priority))
+        found = self._wait(self._vectors(asked, priority, model))
         answers = [encoded(v, one.id, self.info, dimensions) for v, one in zip(found, asked, strict=True)]
         return answers[0] if single else answers
+
+    async def _vectors(self, asked: list[Prompt], priority: int, model: int) -> list[Vector]:
+        async with self._door.inside(model):
+            return await vectors_of(self._client, asked, priority)
+
+    # --- another model ---
+
+    def update_weights_from_disk(self, model_path: str, load_format: str | None = None) -> tuple[bool, str, int]:
+        """Serves the weights at ``model_path`` from here on, of the same model or of another; SGLang's method.
+
+        Gives whether that went well, why not, and how many calls waited. What runs is finished first, and calls that
+        come meanwhile wait. There is memory for one model: the one that is served ends first, and is loaded again
+        where the other can't be. Options are those of the start; a tokenizer stays where the directory has none.
+        Raises RequestError that names the argument, or another PippinError if neither can be served.
+        """
+        if load_format not in (None, "auto", "safetensors"):
+            raise RequestError(f"must be auto or safetensors, not {load_format!r}", "load_format")
+        if not model_path:
+            raise RequestError("must name a directory or a hub id", "model_path")
+        return self._wait(self._update(model_path))
+
+    async def _update(self, path: str) -> tuple[bool, str, int]:
+        if self._updating.locked():
+            raise RequestError("the model is being replaced already; try again when that is done", "model_path", 409)
+        async with self._updating:
+            config = config_for(self._started, self.info, self._client.adapters, path)
+            try:
+                await check(config)
+                tokenizer = await asyncio.to_thread(_read_tokenizer, config.tokenizer_path or path, config)
+                async with self._door.alone():
+                    swap = asyncio.create_task(self._swap(config, tokenizer))
+                    try:
+                        await asyncio.shield(swap)
+                    finally:
+                        await asyncio.wait([swap])
+            except (ModelError, ConfigError, EngineError) as error:
+                if self._client.trouble is not None:
+                    raise
+                return False, f"{str(error).rstrip('.')}; {self.info.model_path} is served on", self._door.waited
+            return True, f"{self.info.model_path} is served now", self._door.waited
+
+    async def _swap(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        self.info = await self._client.replace(config)
+        self.config, self.tokenizer = config, tokenizer
+        self._chat = ChatTemplate(tokenizer, self._template)
+        self._door.model += 1
 
     # --- the rest ---
 
@@ -312,10 +383,10 @@ class Engine:
             future.cancel()  # Ctrl-C while waiting: the request must not run on
             raise
 
-    def _iterate(self, asked: list[Asked], single: bool, priority: int) -> Generator[Answered, None, None]:
+    def _iterate(self, call: Call) -> Generator[Answered, None, None]:
         box: SimpleQueue[tuple[int, Delta] | None] = SimpleQueue()
-        future = self._call(_pump(self._deltas(asked, priority), box.put))
-        so_far = SoFar(asked, single)
+        future = self._call(_pump(self._deltas(call), box.put))
+        so_far = SoFar(call.asked, call.single)
         item: tuple[int, Delta] | None = None
         try:
             while (item := box.get()) is not None:
@@ -326,11 +397,11 @@ class Engine:
             while item is not None:  # its slots are being freed; wait for that
                 item = box.get()
 
-    async def _iterate_async(self, asked: list[Asked], single: bool, priority: int) -> AsyncGenerator[Answered, None]:
+    async def _iterate_async(self, call: Call) -> AsyncGenerator[Answered, None]:
         loop = asyncio.get_running_loop()
         box: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
-        future = self._call(_pump(self._deltas(asked, priority), lambda item: _call_in(loop, box.put_nowait, item)))
-        so_far = SoFar(asked, single)
+        future = self._call(_pump(self._deltas(call), lambda item: _call_in(loop, box.put_nowait, item)))
+        so_far = SoFar(call.asked, call.single)
         try:
             while (item := await box.get()) is not None:
                 yield so_far.add(*item)
@@ -365,6 +436,10 @@ async def _pump(stream: AsyncGenerator[T, None], put: Callable[[T | None], None]
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], item: T) -> None:
     with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
         loop.call_soon_threadsafe(function, item)
+
+
+def _read_tokenizer(path: str, config: EngineConfig) -> Tokenizer:
+    return load_tokenizer(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def _config(model_path: str | None, options: dict[str, Any]) -> EngineConfig:

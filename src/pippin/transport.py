@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import queue
 import shutil
@@ -21,7 +22,7 @@ import zmq
 from pippin.backend import leave_thread
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
-from pippin.messages import Command, Event, Ready, Shutdown
+from pippin.messages import Command, Event, Fatal, Ready, Shutdown
 from pippin.recorder import Record
 from pippin.worker import CORE, Hello, Load, run
 
@@ -53,31 +54,86 @@ class ThreadTransport:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
+        self._on_event: OnEvent = lambda event: None
+        self._on_end: OnEnd = lambda how: None
+        self._closed = False
 
     async def open(self, on_event: OnEvent, on_end: OnEnd) -> None:
-        loop = asyncio.get_running_loop()
+        self._on_event, self._on_end = on_event, on_end
+        self._start(self._load, on_event, lambda how: self._on_end(how))
+
+    def _start(self, load: Load, on_event: OnEvent, on_end: OnEnd) -> None:
+        loop, commands, ended = asyncio.get_running_loop(), self._commands, asyncio.Event()
 
         def call(function: Callable[..., None], *arguments: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody listens any more
                 loop.call_soon_threadsafe(function, *arguments)
 
         def end() -> None:
-            self._ended.set()
+            ended.set()
             on_end("the engine's thread ended")
 
+        def receive(wait: bool) -> Command | None:
+            try:
+                return commands.get(wait)
+            except queue.Empty:
+                return None
+
         def work() -> None:
-            run(self._load, self._receive, lambda event: call(on_event, event))
+            run(load, receive, lambda event: call(on_event, event))
             leave_thread()
             call(end)
 
+        self._ended = ended
         self._thread = threading.Thread(target=work, name="pippin-engine", daemon=True)
         self._thread.start()
 
-    def _receive(self, wait: bool) -> Command | None:
-        try:
-            return self._commands.get(wait)
-        except queue.Empty:
-            return None
+    async def replace(self, load: Load) -> Ready | Fatal:
+        """Ends the thread and starts one over what ``load`` makes; where that fails, one as before, and says why.
+
+        Not while requests run: they would be lost. What is sent meanwhile waits for the engine that comes.
+        """
+        leaving, self._commands = self._commands, queue.SimpleQueue()
+        self._on_end, told = (lambda how: None), self._on_end
+        leaving.put(Shutdown())
+        await self._join()
+        self._on_end = told
+        found = await self._try(load)
+        if isinstance(found, Ready):
+            self._load = load
+        elif isinstance(again := await self._try(self._load), Fatal):
+            self._on_event(again)
+        return found
+
+    async def _try(self, load: Load) -> Ready | Fatal:
+        """A new thread; it has ended where it can't serve."""
+        tried: asyncio.Future[Ready | Fatal] = asyncio.get_running_loop().create_future()
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Ready | Fatal) and not tried.done():
+                tried.set_result(event)
+            if not isinstance(event, Fatal) or isinstance(tried.result(), Ready):
+                self._on_event(event)
+
+        def end(how: str) -> None:
+            if not tried.done():
+                tried.set_result(Fatal("EngineError", how))
+            elif isinstance(tried.result(), Ready):
+                self._on_end(how)
+
+        gc.collect()  # what the last one held, before there is a second
+        if self._closed:
+            return Fatal("EngineError", "the engine was shut down")
+        self._start(load, hear, end)
+        found = await tried
+        if isinstance(found, Fatal):
+            await self._join()
+        return found
+
+    async def _join(self) -> None:
+        await self._ended.wait()
+        if self._thread is not None:
+            self._thread.join()
 
     def send(self, command: Command) -> None:
         self._commands.put(command)
@@ -86,10 +142,10 @@ class ThreadTransport:
         return None
 
     async def close(self, patience: float) -> None:
+        self._closed = True
         if self._thread is not None:
             self.send(Shutdown())
-            await self._ended.wait()
-            self._thread.join()
+            await self._join()
 
 
 class ProcessTransport:

@@ -11,8 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from starlette.requests import Request
@@ -20,6 +19,7 @@ from starlette.responses import Response
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, RequestError
+from pippin.exchange import config_for
 from pippin.server.http import JsonResponse, error_body, read_body, unless_gone
 from pippin.server.protocol import Body
 from pippin.server.service import Service
@@ -27,8 +27,6 @@ from pippin.text.chat import ChatTemplate
 from pippin.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class UpdateWeightsRequest(Body, kw_only=True):
@@ -87,7 +85,7 @@ class Weights:
         if self.busy.locked():
             raise RequestError("the model is being replaced already; try again when that is done", status=409)
         async with self.busy:
-            config = self._wanted(service, asked.model_path)
+            config = config_for(self.config, service.info, service.client.adapters, asked.model_path)
             await self.check(config)
             text = await self.read_text(config)
             service.speech_of(*text)  # raises now, if the parsers that were asked for don't go with it
@@ -110,20 +108,6 @@ class Weights:
         service.change_text(*text, version)
         log.info("%s is served in place of %s", info.model_path, before)
         return self.door.waiting
-
-    def _wanted(self, service: Service, path: str) -> EngineConfig:
-        """The start's options for another model: it keeps the tokenizer, if it brings none, and LoRA adapters."""
-        info, config, tokenizer = service.info, self.config, self.config.tokenizer_path
-        directory = Path(path).expanduser()
-        if tokenizer is None and directory.is_dir() and not any((directory / f).exists() for f in TOKENIZER_FILES):
-            tokenizer = info.tokenizer_path
-        return replace(
-            config,
-            model_path=path,
-            tokenizer_path=tokenizer,
-            revision=config.revision if path == config.model_path else None,
-            lora_paths=[f"{name}={where}" for name, where in service.client.adapters.items()] or None,
-        )
 
 
 async def update(service: Service, http: Request) -> Response:
