@@ -7,11 +7,12 @@ read right; the device also checks each slot that a step reads, and says which w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pippin.attention.solo import Solo
 from pippin.cache.canary import KVCanary
@@ -20,7 +21,7 @@ from pippin.cache.slots import FreedPages, SlotAllocator
 from pippin.cache.snapshots import NONE, Snapshots
 from pippin.cache.windows import WindowPages, WindowTable, span
 from pippin.scheduler import Scheduler, Update
-from pippin.types import Batch, Finish, Request, RowResult, SamplingParams, TokenLogprob, Work
+from pippin.types import Batch, Finish, Pooling, Request, RowResult, SamplingParams, TokenLogprob, Work
 
 VOCAB = 16
 EOS = 0
@@ -74,6 +75,11 @@ def alone(tokens: Sequence[int], num_prompt: int, params: SamplingParams, limit:
 def endless(n: int = 8, **more: Any) -> SamplingParams:
     """Params of an answer of exactly n tokens."""
     return SamplingParams(max_new_tokens=n, ignore_eos=True, **more)
+
+
+def vector(positions: range) -> npt.NDArray[np.float32]:
+    """What tokens at these positions give to a vector: how many they are, and the sum of their squares."""
+    return np.array([len(positions), sum(p * p for p in positions)], np.float32)
 
 
 class StepFailed(Exception):
@@ -190,6 +196,8 @@ class FakeDevice:
         result = RowResult()
         if work.samples:
             result.token = self.last_token[request.row] = story.tokens[work.end]
+        if work.pools_from is not None:
+            result.pooled = vector(range(work.pools_from, work.end))
         if work.logprobs_from is not None:
             last = min(work.end, request.num_prompt - 1)
             tokens = request.tokens[max(work.start + 1, work.logprobs_from) : last + 1]
@@ -270,6 +278,7 @@ class Loop:
         num_prompt: int | None = None,
         priority: int = 0,
         id: str | None = None,
+        pooling: Pooling | None = None,
     ) -> Request:
         self.added += 1
         request = Request(
@@ -279,6 +288,7 @@ class Loop:
             params or SamplingParams(max_new_tokens=8, ignore_eos=True),
             priority,
             eos=frozenset({EOS}),
+            pooling=pooling,
         )
         self.scheduler.add(request)
         return request
@@ -288,11 +298,15 @@ class Loop:
         return min(request.num_prompt + request.params.max_new_tokens, self.context_length, self.allocator.capacity + 1)
 
     def step(self, fails: str = "", gone: Request | None = None) -> Batch | None:
-        """One turn. ``fails`` is '', 'launch' or 'read'; ``gone`` is aborted between the queuing and the reading."""
+        """One turn. ``gone`` is aborted between the queuing and the reading.
+
+        ``fails``: 'launch', 'read', 'nan' where what one request reads is no number, or nothing.
+        """
         alone = self.scheduler.has_suspects
         if alone and self.flight is not None:
-            flight, self.flight = self.flight, None
-            self._finish(*flight)
+            (read, results), self.flight = self.flight, None
+            self._finish(read, spoilt(read, results) if fails == "nan" else results)
+            fails = "" if fails == "nan" else fails
         overlap = self.overlap and not alone
         before = {slot for node in nodes(self.radix) for slot in node.slots}
         running = {r: r.retractions for r in self.scheduler.runs.running}
@@ -319,6 +333,8 @@ class Loop:
         if previous is not None:
             if fails == "read":
                 self._drop([previous[0]])
+            elif fails == "nan":
+                self._finish(previous[0], spoilt(*previous))
             else:
                 self._finish(*previous)
         if self.overlap and self.flight is not None:
@@ -410,14 +426,21 @@ class Loop:
         assert ones == sorted(ones, reverse=True), "decodes come first"
         assert sum(min(w.end, w.request.num_prompt) - w.start for w in works if is_prefill(w)) <= self.chunk
         for work in works:
-            assert 0 <= work.start < work.end < work.request.length
+            assert 0 <= work.start < work.end < work.request.length + (work.request.pooling is not None)
             assert not work.samples or work.request.length == work.end + 1
+            assert not (work.samples and work.request.pooling)
             if work.request.params.prompt_logprobs:
                 assert work.end - work.start <= 256
             if not self.watched:
                 continue
             written = set(work.request.slots[work.start : work.end])
             assert not before & written - self.allocator.handed, "a step writes what the tree had"
+
+
+def spoilt(batch: Batch, results: list[RowResult]) -> list[RowResult]:
+    """The results, of which one that matters is not finite: that of the lowest in rank."""
+    found = [i for i, w in enumerate(batch.works) if w.samples or results[i].pooled is not None]
+    return [replace(r, finite=i not in found[-1:]) for i, r in enumerate(results)]
 
 
 def is_prefill(work: Work) -> bool:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pippin.errors import RequestError
 from pippin.scheduler import Scheduler
-from pippin.types import Finish, Request, RowResult, SamplingParams
-from tests.fake_device import VOCAB, Loop, Story, alone, check_idle, endless
+from pippin.types import Finish, Pooling, Request, RowResult, SamplingParams
+from tests.fake_device import VOCAB, Loop, Story, alone, check_idle, endless, vector
 
 loops: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
@@ -38,6 +38,8 @@ class Traffic:
     loop: Loop
     rng: Random
     faults: float = 0.0
+    fails: tuple[str, ...] = ("launch", "read")
+    pools: bool = False
     asked: list[tuple[Request, list[int]]] = field(default_factory=list)
 
     def arrive(self) -> None:
@@ -48,6 +50,9 @@ class Traffic:
         if self.rng.random() < 0.15:  # a stream that was cut off, and comes back with what it had
             story.upto(num_prompt + self.rng.randrange(1, params.max_new_tokens + 1))
         priority = self.rng.choice([0, 0, 0, 1, -1])
+        if self.pools and len(story.tokens) == num_prompt and self.rng.random() < 0.3:
+            self._pool(story.tokens, priority)
+            return
         for _ in range(self.rng.choice([1, 1, 1, 4])):
             if num_prompt > min(self.loop.allocator.capacity, self.loop.context_length - 1):
                 with pytest.raises(RequestError, match="the prompt has"):
@@ -55,6 +60,12 @@ class Traffic:
                 continue
             request = self.loop.add(story.tokens, params, num_prompt=num_prompt, priority=priority)
             self.asked.append((request, list(story.tokens)))
+
+    def _pool(self, tokens: list[int], priority: int) -> None:
+        if len(tokens) <= min(self.loop.allocator.capacity, self.loop.context_length):
+            kind = Pooling(self.rng.choice(["mean", "last"]))
+            request = self.loop.add(tokens, priority=priority, pooling=kind)
+            self.asked.append((request, list(tokens)))
 
     def _tokens(self) -> list[int]:
         rng = self.rng
@@ -85,13 +96,16 @@ class Traffic:
                 self.arrive()
             if self.asked and rng.random() < 0.08:
                 self.loop.abort(rng.choice(self.asked)[0])
-            fails = rng.choice(["launch", "read"]) if rng.random() < self.faults else ""
+            fails = rng.choice(self.fails) if rng.random() < self.faults else ""
             gone = rng.choice(self.asked)[0] if self.asked and rng.random() < 0.08 else None
             self.loop.step(fails, gone)
 
     def judge(self) -> None:
         """Every request came to what it comes to alone, or to the beginning of it if it was cut off."""
         for request, given_tokens in self.asked:
+            if request.pooling is not None:
+                self._judge_vector(request, request.pooling)
+                continue
             limit = self.loop.limit(request)
             tokens, finish = alone(given_tokens, request.num_prompt, request.params, limit)
             assert request.finish is not None
@@ -106,6 +120,15 @@ class Traffic:
                 assert self.loop.scored.get(request.id, []) == tokens[1 : request.num_prompt]
             else:
                 assert not self.loop.scored.get(request.id)
+
+    def _judge_vector(self, request: Request, pooling: Pooling) -> None:
+        assert request.finish is not None
+        if request.finish.reason == "stop":
+            first = 0 if pooling.kind == "mean" else request.num_prompt - 1
+            assert request.pooled is not None
+            assert request.pooled.tolist() == vector(range(first, request.num_prompt)).tolist()
+        else:
+            assert request.finish.reason in ("abort", "error")
 
 
 @given(options=loops, seed=st.integers(0, 2**32))
@@ -159,6 +182,39 @@ def test_any_traffic_survives_steps_that_fail(options: dict[str, Any], seed: int
     traffic.play(60)
     traffic.loop.run()
     traffic.judge()
+
+
+@given(options=loops, seed=st.integers(0, 2**32))
+def test_vectors_hold_each_token_once_whatever_fails(options: dict[str, Any], seed: int) -> None:
+    traffic = Traffic(Loop(**options), Random(seed), 0.1, ("launch", "read", "nan", "nan"), pools=True)
+    traffic.play(60)
+    traffic.loop.run()
+    traffic.judge()
+
+
+def test_a_vector_that_is_begun_anew_counts_no_chunk_of_before() -> None:
+    """A chunk is in flight when the one before turns out to hold no numbers: it read what that one wrote."""
+    loop = Loop(chunk=4)
+    request = loop.add([1] * 9, pooling=Pooling("mean"))
+    loop.step()
+    loop.step("nan")
+    loop.step("nan")
+    loop.run()
+    assert request.finish == Finish("stop")
+    assert request.pooled is not None
+    assert request.pooled.tolist() == vector(range(9)).tolist()
+
+
+def test_a_vector_counts_no_chunk_that_was_planned_and_taken_back() -> None:
+    loop = Loop(chunk=4)
+    request = loop.add([1] * 9, pooling=Pooling("mean"))
+    loop.step()
+    batch = loop.scheduler.schedule()
+    assert batch is not None
+    loop.scheduler.start_over(batch, {})
+    loop.run()
+    assert request.pooled is not None
+    assert request.pooled.tolist() == vector(range(9)).tolist()
 
 
 @given(options=loops, seed=st.integers(0, 2**32))

@@ -218,7 +218,7 @@ def _pools_from(request: Request, end: int) -> int | None:
     """From which token on a Work up to ``end`` gives hidden states to the request's vector; None if it gives none."""
     if request.pooling is None:
         return None
-    if request.pooling.kind != "mean":
+    if not request.pools_all:
         return end - 1 if end == request.num_prompt else None
     begin, request.scored = request.scored, max(request.scored, end)
     return begin if begin < end else None

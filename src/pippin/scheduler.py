@@ -235,8 +235,11 @@ class Scheduler:
 
     def _undo(self, work: Work) -> None:
         """Forgets that a step was to draw and to report something."""
+        work.request.length = len(work.request.tokens)
+        self._unscore(work)
+
+    def _unscore(self, work: Work) -> None:
         request = work.request
-        request.length = len(request.tokens)
         if work.logprobs_from is not None:
             request.scored = min(request.scored, work.logprobs_from - 1)
         if work.pools_from is not None:
@@ -249,10 +252,8 @@ class Scheduler:
         step in flight is read as ever.
         """
         for work in batch.works:
-            request = work.request
-            request.length -= work.samples
-            if work.logprobs_from is not None:
-                request.scored = work.logprobs_from - 1
+            work.request.length -= work.samples
+            self._unscore(work)
         self.runs.vacate()
         for request, finish in faulty.items():
             self._end(request, finish)
@@ -296,7 +297,7 @@ class Scheduler:
         else:
             self._undo(work)
             if request.pooling is not None:
-                request.pooled, request.scored = None, 0
+                request.pooled, request.summed, request.scored = None, 0, 0
             self._suspects.add(request)
             self._distrusted.append(request)
             self._set_aside(request)
@@ -330,13 +331,19 @@ class Scheduler:
         return result
 
     def _pool(self, work: Work, result: RowResult) -> None:
-        """Adds what a step gave to a request's vector, and ends the request if that was the last."""
-        request = work.request
+        """Adds what a step gave to a request's vector, and ends the request if that was the last.
+
+        What does not begin where the vector ends is of a run that was taken back while the step was in flight.
+        """
+        request, begin = work.request, work.pools_from
+        if begin is not None and begin != request.summed and request.pools_all:
+            return
         if not result.finite:
             self._distrust(work, "the model's hidden states hold numbers that are not finite")
             return
         if result.pooled is not None:
             request.pooled = result.pooled if request.pooled is None else request.pooled + result.pooled
+        request.summed = max(request.summed, work.end)
         if work.end == request.num_prompt:
             self._end(request, Finish("stop"))
 

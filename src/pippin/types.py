@@ -202,8 +202,8 @@ class Request:
     ``restore`` is the snapshot of recurrent state that its next Work begins with, ``saved`` the latest made for it.
     ``miss`` says why no more of the prompt came from the cache. ``arrival`` and ``entered`` are seconds of
     time.monotonic: when it came, and when it first left the queue (None before).
-    ``pooling`` asks for a vector and no tokens; ``pooled`` float32 [n] is the sum of what the steps read so far gave,
-    and ``scored`` counts the tokens that are in it (``mean``). ``adapter`` changes the model for it.
+    ``pooling`` asks for a vector and no tokens; ``pooled`` float32 [n] is the sum of what the steps read so far gave.
+    With ``pools_all`` ``summed`` tokens are in that, and ``scored`` will be. ``adapter`` changes the model for it.
     """
 
     id: str
@@ -231,7 +231,13 @@ class Request:
     entered: float | None = None
     pooling: Pooling | None = None
     pooled: npt.NDArray[np.float32] | None = None
+    summed: int = 0
     adapter: LoraAdapter | None = None
+
+    @property
+    def pools_all(self) -> bool:
+        """Whether its vector hangs on each of its tokens, and not on the last alone."""
+        return self.pooling is not None and self.pooling.kind == "mean"
 
     @property
     def waited(self) -> float:

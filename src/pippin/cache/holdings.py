@@ -123,8 +123,8 @@ class Holdings:
         """
         if request in self._suspects:
             return 0
-        limit, means = request.length - 1, request.pooling is not None and request.pooling.kind == "mean"
-        return min(limit, request.scored) if request.params.prompt_logprobs or means else limit
+        limit = request.length - 1
+        return min(limit, request.scored) if request.params.prompt_logprobs or request.pools_all else limit
 
     def known(self, request: Request) -> int:
         """How many of a waiting request's tokens are cached."""
