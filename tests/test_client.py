@@ -11,17 +11,20 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pippin.client import EngineClient, failure_of
+from pippin.completion import complete
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, EngineError, ModelError, PippinError, RequestError
-from pippin.messages import Stats
+from pippin.messages import Stats, UnloadAdapter
 from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
 from pippin.transport import ProcessTransport, describe_exit
 from pippin.types import SamplingParams
 from tests.fake_core import KILL, PYTHONPATH, FakeCore, expected, load
+from tests.tokenizers_for_tests import byte_level
 from tests.waiting import SECONDS, comes_true
 
 GREEDY = SamplingParams(max_new_tokens=5, temperature=0)
@@ -99,6 +102,27 @@ def test_whoever_goes_away_frees_the_engine_within_a_step(make: Make, leave: str
             assert client.live == ()
             await anext(other)  # commands are obeyed in order, and all that have come before the next step
             assert client.stats.num_running == 1
+
+    finish(main())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_with_an_id_in_use_is_refused_and_the_other_goes_on(make: Make, n: int) -> None:
+    """Whoever asks with the id of somebody's request must not end that one on his way out."""
+
+    async def main() -> None:
+        tokenizer = byte_level()
+        params = msgspec.structs.replace(LONG, n=n)
+        async with (
+            started(make("fast")) as client,
+            aclosing(complete(client, tokenizer, [1], params, rid="x")) as first,
+        ):
+            await anext(first)
+            with pytest.raises(RequestError, match="in use"):
+                [_ async for _ in complete(client, tokenizer, [2], params, rid="x")]
+            await client.change_adapters(UnloadAdapter("sync", "none"))  # answered behind all that was sent before
+            deltas = [await anext(first) for _ in range(20)]
+            assert {d.finish for d in deltas} == {None}
 
     finish(main())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
@@ -38,7 +38,9 @@ class Client(Protocol):
 
     def submit(
         self, tokens: Sequence[int], params: SamplingParams, priority: int = 0, id: str | None = None
-    ) -> AsyncIterator[Output]: ...
+    ) -> AsyncGenerator[Output, None]:
+        """Closing it aborts the request, if it is in the engine."""
+        ...
 
     def abort(self, id: str) -> None: ...
 
@@ -199,27 +201,19 @@ class _Answer:
 async def _answer(
     client: Client, answer: _Answer, tokens: Sequence[int], priority: int, id: str
 ) -> AsyncGenerator[Delta, None]:
-    outputs = client.submit(tokens, answer.params, priority=priority, id=id)
-    finished = False
-    try:
+    # Closing is what aborts: the id may be of somebody else's request, as whose this one was refused.
+    async with aclosing(client.submit(tokens, answer.params, priority=priority, id=id)) as outputs:
         async for output in outputs:
-            finished = output.finish is not None
             timeline = client.timeline
             if timeline is None:
                 delta = answer.delta(output)
             else:
                 delta = timeline.timed(DETOKENIZING, "detokenize", answer.delta, output)
-            if delta.finish is not None and not finished:
-                finished = True
+            if delta.finish is not None and output.finish is None:
                 client.abort(id)  # a stop string: the engine does not know yet
             yield delta
-            if finished:
+            if delta.finish is not None:
                 return
-    finally:
-        if not finished:
-            client.abort(id)
-        if isinstance(outputs, AsyncGenerator):
-            await outputs.aclose()
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
