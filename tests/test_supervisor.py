@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig
@@ -45,6 +48,10 @@ async def served(model: str = "0.005", supervision: Supervision = PATIENT) -> As
 def supervisor_of(client: EngineClient) -> Supervisor:
     assert isinstance(client.transport, Supervisor)
     return client.transport
+
+
+def open_files() -> int:
+    return len([*Path("/dev/fd").iterdir()])
 
 
 def strike(client: EngineClient, number: signal.Signals = signal.SIGKILL) -> int:
@@ -104,6 +111,37 @@ def test_streams_go_on_where_they_stopped_whenever_the_child_is_killed() -> None
             assert client.stats.resumed >= 24
             assert client.live == ()
             assert len(supervisor_of(client).journal) == 0
+
+    finish(main())
+
+
+@pytest.mark.parametrize("what", ["process", "sockets"])
+def test_a_child_that_cannot_be_started_is_tried_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the machine has no more processes, or this one no more files."""
+
+    async def main() -> None:
+        async with served() as client:
+            answer = asyncio.create_task(collect(client, [1], GREEDY))
+            await comes_true(lambda: client.stats.steps > 5)
+            files = open_files()
+            tried = 0
+
+            def refuse(*_: object, **__: object) -> Any:
+                nonlocal tried
+                tried += 1
+                if what == "process":
+                    raise BlockingIOError(errno.EAGAIN, "no more processes")
+                raise zmq.ZMQError(errno.EMFILE, "too many open files")
+
+            with monkeypatch.context() as patch:
+                if what == "process":
+                    patch.setattr(asyncio, "create_subprocess_exec", refuse)
+                else:
+                    patch.setattr(zmq.Context, "socket", refuse)
+                strike(client)
+                await comes_true(lambda: tried > 2)
+            assert (await answer).tokens == expected([1], 60)
+            assert open_files() <= files
 
     finish(main())
 

@@ -288,17 +288,19 @@ class Supervisor:
 
     async def _again(self, why: str) -> None:
         """Starts another child, as soon as one may be."""
-        delay = self._restarts.next(self._clock())
-        while delay is None:
-            await self._rest(why)
+        while True:
             delay = self._restarts.next(self._clock())
-        log.warning("%s; starting another in %g s, for %d requests", why, delay, len(self.journal))
-        await asyncio.sleep(delay)
-        try:
-            await self._start(self._make())
-        except OSError as error:  # no process to be had
-            self._child = None
-            await self._again(f"the engine can't be started ({error})")
+            if delay is None:
+                await self._rest(why)
+                continue
+            log.warning("%s; starting another in %g s, for %d requests", why, delay, len(self.journal))
+            await asyncio.sleep(delay)
+            try:
+                await self._start(self._make())
+                return
+            except Exception as error:  # no process or no files to be had: the next try may find some
+                self._child = None
+                why = f"the engine can't be started ({error})"
 
     async def _rest(self, why: str) -> None:
         """Fails all that waits, and lets time pass."""
@@ -350,7 +352,7 @@ class Supervisor:
         self._trial = trial
         try:
             await self._start(child)
-        except OSError as error:
+        except Exception as error:
             self._tried(Fatal("EngineError", f"no process can be started ({error})"))
         return await trial
 
@@ -367,7 +369,7 @@ class Supervisor:
         """Starts a child as the last one was, in place of one that could not be loaded."""
         try:
             await self._start(self._make())
-        except OSError as error:
+        except Exception as error:
             self._child = None
             self._spawn(self._again(f"the engine can't be started ({error})"))
         await self._settled.wait()

@@ -148,6 +148,32 @@ class ThreadTransport:
             await self._join()
 
 
+class _Sockets:
+    """Our ends of the two queues. Raises zmq.ZMQError if there are no files left for them."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        try:
+            self.commands = self._context.socket(zmq.PUSH)
+            self.events = self._context.socket(zmq.PULL)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def bind(self, directory: str) -> tuple[str, str]:
+        """Binds both in a directory; returns their addresses."""
+        addresses = f"ipc://{directory}/commands", f"ipc://{directory}/events"
+        for socket, address in zip((self.commands, self.events), addresses, strict=True):
+            socket.set_hwm(0)
+            socket.bind(address)
+        return addresses
+
+    def close(self) -> None:
+        self.commands.close(linger=0)
+        self.events.close(linger=0)
+        self._context.term()
+
+
 class ProcessTransport:
     """A worker in a child process: two ZeroMQ sockets in a directory that only this user can open.
 
@@ -159,9 +185,7 @@ class ProcessTransport:
     ) -> None:
         self._config, self._core, self._log_level, self._log_format = config, core, log_level, log_format
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Event)
-        self._context = zmq.Context()
-        self._commands = self._context.socket(zmq.PUSH)
-        self._events = self._context.socket(zmq.PULL)
+        self._sockets: _Sockets | None = None
         self._directory: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -174,9 +198,18 @@ class ProcessTransport:
         return self._process.pid if self._process else None
 
     async def open(self, on_event: OnEvent, on_end: OnEnd) -> None:
+        """Raises OSError or zmq.ZMQError if there is no process to be had; nothing is left behind then."""
+        try:
+            await self._open(on_event, on_end)
+        except BaseException:
+            await self.close(0.0)
+            raise
+
+    async def _open(self, on_event: OnEvent, on_end: OnEnd) -> None:
         self._on_event = on_event
-        commands, events = self._bind()
-        asyncio.get_running_loop().add_reader(self._events.fileno(), self.drain)
+        sockets = self._sockets = _Sockets()
+        commands, events = sockets.bind(self._new_directory())
+        asyncio.get_running_loop().add_reader(sockets.events.fileno(), self.drain)
         # -P: a `random.py` in the user's directory must not shadow the library's.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "pippin.worker", stdin=asyncio.subprocess.PIPE
@@ -187,17 +220,13 @@ class ProcessTransport:
         self._process.stdin.write(msgspec.json.encode(hello) + b"\n")
         self._watch = asyncio.create_task(self._wait(self._process, on_end))
 
-    def _bind(self) -> tuple[str, str]:
+    def _new_directory(self) -> str:
         directory = tempfile.mkdtemp(prefix="pippin-")  # mode 0700
         if len(directory) > 80:  # a socket's path may have 103 bytes on macOS
             shutil.rmtree(directory)
             directory = tempfile.mkdtemp(prefix="pippin-", dir="/tmp")
         self._directory = Path(directory)
-        addresses = f"ipc://{directory}/commands", f"ipc://{directory}/events"
-        for socket, address in zip((self._commands, self._events), addresses, strict=True):
-            socket.set_hwm(0)
-            socket.bind(address)
-        return addresses
+        return directory
 
     def _new_record(self) -> str:
         assert self._directory is not None
@@ -207,9 +236,9 @@ class ProcessTransport:
 
     def drain(self) -> None:
         """Read all there is: the descriptor only wakes us when the queue was empty before."""
-        while True:
+        while self._sockets is not None:
             try:
-                message = self._events.recv(zmq.NOBLOCK)
+                message = self._sockets.events.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             event: Event = self._decoder.decode(message)
@@ -229,9 +258,9 @@ class ProcessTransport:
         on_end(describe_exit(code))
 
     def send(self, command: Command) -> None:
-        if self._process is not None and self._process.returncode is None:
+        if self._sockets is not None and self._process is not None and self._process.returncode is None:
             with contextlib.suppress(zmq.Again):  # no one is connected: it ends, or is too young to listen
-                self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+                self._sockets.commands.send(self._encoder.encode(command), zmq.NOBLOCK)
 
     def trouble(self) -> EngineError | None:
         return None
@@ -251,10 +280,10 @@ class ProcessTransport:
             self._watch.cancel()
             self.send(Shutdown())
             await self._end(self._process, patience)
-            asyncio.get_running_loop().remove_reader(self._events.fileno())
-        self._commands.close(linger=0)
-        self._events.close(linger=0)
-        self._context.term()
+        sockets, self._sockets = self._sockets, None
+        if sockets is not None:
+            asyncio.get_running_loop().remove_reader(sockets.events.fileno())
+            sockets.close()
         self._forget()
         if self._record is not None:
             self._record.close()
