@@ -103,6 +103,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "internlm3": {},
     "laguna": {},
     "ministral3": {},
+    # A large epsilon: mlx-lm's own is 1e-5 for every model.
+    "nanochat": {"hidden_act": "relu2", "rms_norm_eps": 0.01, "num_key_value_heads": 2},
     "nemotron": {},
     "olmo3": {"rope_theta": 500000.0},  # the base of the windowed layers where config.json names one for the others
     "olmoe": {},

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import YarnRoPE
 
 from pippin.errors import ModelError
+from pippin.models import nanochat
 from pippin.models.gelu import restore_gelu
 from pippin.models.recurrent_corrections import CORRECTIONS
 
@@ -129,6 +130,7 @@ def _dbrx_fault(facts: dict[str, Any]) -> str | None:
 
 REFUSED: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "dbrx": _dbrx_fault,
+    "nanochat": nanochat.fault,
     "phi3small": lambda facts: "its blocks of attention don't fit mlx-lm's own masks, and MLX then reads beyond them",
     "qwen2_moe": lambda facts: (
         "norm_topk_prob is set, and mlx-lm leaves experts' weights as they are" if facts.get("norm_topk_prob") else None
@@ -155,6 +157,7 @@ def correct(model: nn.Module, facts: dict[str, Any]) -> None:
     _restore_yarn_bounds(model, facts)
     _restore_gemma_gelu(model)
     restore_gelu(model, facts)
+    nanochat.restore_epsilon(model, facts)
     _restore_partial_rotation(model, facts)
     if (recurrent := CORRECTIONS.get(facts["model_type"])) is not None:
         recurrent(model, facts)

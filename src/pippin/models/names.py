@@ -21,6 +21,13 @@ OLDER: dict[str, tuple[Renaming, ...]] = {
         (re.compile(r"\.attention_layer_norm\."), ".input_layernorm."),
         (re.compile(r"\.feedforward_layer_norm\."), ".post_attention_layernorm."),
     ),
+    "nanochat": (
+        (re.compile(r"^model\.embed_tokens\."), "transformer.wte."),
+        (re.compile(r"^model\.layers\.(\d+)\.self_attn\.([qkv])_proj\."), r"transformer.h.\1.attn.c_\2."),
+        (re.compile(r"^model\.layers\.(\d+)\.self_attn\.o_proj\."), r"transformer.h.\1.attn.c_proj."),
+        (re.compile(r"^model\.layers\.(\d+)\.mlp\.fc1\."), r"transformer.h.\1.mlp.c_fc."),
+        (re.compile(r"^model\.layers\.(\d+)\.mlp\.fc2\."), r"transformer.h.\1.mlp.c_proj."),
+    ),
     "kimi_linear": ((re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\."), r".mlp.\1_proj."),),
 }
 """By model type: what transformers 5 saves of some layers, and reads as well as the names that mlx-lm knows."""
