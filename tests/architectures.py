@@ -186,7 +186,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral4": HEADS | {"rope_parameters": ROPE | YARN | {"type": "yarn", "llama_4_scaling_beta": 0.1}},
     "muse_glimmer": {},
     "nanbeige": {},
-    "nanochat": {},
+    "nanochat": {"hidden_act": "relu2"},
     "nemotron": {"hidden_act": "relu2"},
     "olmo3": {"layer_types": SLIDING},
     "olmo_hybrid": LINEAR

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def test_what_cannot_be_set_right_is_refused(family: str, settings: dict[str, An
         ("dbrx", {"rope_parameters": {"rope_theta": 5e5}}, "two bases of its rotation"),
         ("dbrx", {"ffn_config": {"moe_normalize_expert_weights": 2}}, "moe_normalize_expert_weights is 2"),
         ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn 'gelu'"),
+        ("nanochat", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 15.0, and config.json states 30.0"),
+        ("nanochat", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ("starcoder2", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
         ("llama4", {}, "ChunkedKVCache"),
         ("phi3small", {}, "its blocks of attention"),
@@ -135,3 +138,26 @@ def test_an_architecture_that_is_not_exact_is_refused(
     (path / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(ModelError, match=why):
         load_core(EngineConfig(model_path=str(path), dtype="float32", max_total_tokens=500))
+
+
+def test_nanochats_epsilon_is_each_models_own(tmp_path: Path) -> None:
+    """Also under transformers' names, in turn with another in the same process, and converted."""
+    own = write_checkpoint(tmp_path / "own", small_config("nanochat") | {"rms_norm_eps": 0.5})
+    plain = tmp_path / "plain"
+    shutil.copytree(own, plain)
+    facts = json.loads((own / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(facts | {"rms_norm_eps": 1e-5}))
+    models = [load_mlx_model(str(path), EngineConfig(dtype="float32")).model for path in (own, plain)]
+    found = [models[i](TOKENS) for i in (0, 1, 0)]
+    assert float(mx.abs(found[0] - found[1]).max()) > 1e-2
+    assert mx.array_equal(found[0], found[2])
+    convert(ConvertOptions(output=str(tmp_path / "converted"), model_path=str(own)))
+    assert mx.array_equal(found[0], logits(tmp_path / "converted"))
+
+
+def test_a_class_that_ends_the_process_is_refused(tmp_path: Path) -> None:
+    """mlx-lm's olmo does, where a package of OLMo's makers is missing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmo", "vocab_size": 288}))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(1)}, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="ends the process"):
+        load_mlx_model(str(tmp_path), EngineConfig())

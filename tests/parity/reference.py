@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """Weights that transformers 5 does not save by the names that the family's makers give them: pattern, replacement."""
 
+PARTS = {"gemma3n_text": "gemma3n"}
+"""Text models that are published as a part of another, which transformers builds only with what sees and hears."""
+
 Logits = npt.NDArray[np.float32]
 
 
@@ -48,7 +52,7 @@ def build_reference(path: Path, family: str, **overrides: Any) -> Reference:
 
     Float32 is what is compared with it, and transformers' own is further from the truth than ours for some models.
     """
-    settings = (small_config(family) if family in OWN else COMMON | (FAMILIES | HYBRIDS).get(family, {})) | overrides
+    settings = _settings(family) | overrides
     settings.pop("model_type", None)
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(), torch.no_grad():
@@ -67,6 +71,8 @@ def build_reference(path: Path, family: str, **overrides: Any) -> Reference:
         model.save_pretrained(path)
     if family in PUBLISHED:
         _rename(path / "model.safetensors", PUBLISHED[family])
+    if family in PARTS:
+        _nest(path, PARTS[family])
     if family == "qwen3_5_moe_text":
         _stack_experts(path / "model.safetensors", settings["num_experts"])
     tokens = torch.randint(3, settings["vocab_size"], (5, LENGTH), generator=generator)
@@ -74,6 +80,29 @@ def build_reference(path: Path, family: str, **overrides: Any) -> Reference:
     with torch.no_grad():
         logits = model.double()(tokens, use_cache=False).logits
     return Reference(path, tokens.tolist(), np.asarray(logits.tolist(), np.float32))
+
+
+def _settings(family: str) -> dict[str, Any]:
+    if family in PARTS:
+        text: dict[str, Any] = small_config(PARTS[family])["text_config"]
+        return text
+    return small_config(family) if family in OWN else COMMON | (FAMILIES | HYBRIDS).get(family, {})
+
+
+def _nest(path: Path, whole: str) -> None:
+    """Makes a text model the part of ``whole`` as which it is published, other parts left out.
+
+    Layers that use others' K and V are published with projections of their own, which nobody reads.
+    """
+    facts = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({"model_type": whole, "text_config": facts}))
+    weights = load_file(path / "model.safetensors")
+    named = {re.sub(r"^model\.", "model.language_model.", name): value for name, value in weights.items()}
+    for layer in range(facts["num_hidden_layers"] - facts["num_kv_shared_layers"], facts["num_hidden_layers"]):
+        for part in ("k_proj", "v_proj", "k_norm"):
+            place = f"model.language_model.layers.{{}}.self_attn.{part}.weight"
+            named[place.format(layer)] = np.ones_like(named[place.format(0)])
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:

@@ -90,7 +90,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "exaone_moe": {},
     "gemma3": {},
     "glm": {"partial_rotary_factor": 0.5},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "tie_word_embeddings": True},
+    "gemma4_text": {"global_head_dim": 512, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
     "glm4_moe": {},
+    "glm4_moe_lite": {"partial_rotary_factor": 1.0, "head_dim": 8},
     "glm_moe_dsa": {},
     "gpt2": {"n_inner": 256, "tie_word_embeddings": True},
     "gpt_bigcode": {"tie_word_embeddings": True},
@@ -102,9 +105,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "internlm3": {},
     "laguna": {},
+    "mellum": {},
     "ministral3": {},
     # A large epsilon: mlx-lm's own is 1e-5 for every model.
-    "nanochat": {"hidden_act": "relu2", "rms_norm_eps": 0.01, "num_key_value_heads": 2},
+    "nanochat": {"rms_norm_eps": 0.01, "num_key_value_heads": 2},
     "nemotron": {},
     "olmo3": {"rope_theta": 500000.0},  # the base of the windowed layers where config.json names one for the others
     "olmoe": {},
@@ -113,6 +117,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "seed_oss": {},
     "smollm3": {},
+    "solar_open": {"partial_rotary_factor": 1.0, "first_k_dense_replace": 0},
     "stablelm": {},
     "starcoder2": {"tie_word_embeddings": True},
 }

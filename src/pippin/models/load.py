@@ -186,9 +186,11 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
             readable, lazy=True, model_config=settings, trust_remote_code=trusted, **options
         )
         correct(model, facts)
-    except Exception as error:
-        kind = facts["model_type"]
-        raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}): {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # mlx-lm's olmo ends the process where its makers' package is missing
+        kind, why = facts["model_type"], one_line(error)
+        if isinstance(error, SystemExit):
+            why = "its class ends the process; what it printed says which package it needs"
+        raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}): {why}") from error
     return model, facts
 
 
