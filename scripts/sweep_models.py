@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pippin.catalogue import UNTRIED
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 CHECKED = ROOT / "src" / "pippin" / "models" / "checked.json"
@@ -217,7 +219,7 @@ def _sweep_one(name: str) -> Outcome:
         outcome = Outcome(**json.loads(last))
     else:
         reason = "no small configuration" if "KeyError" in done.stderr else _why(done)
-        outcome = Outcome(name, refusal=f"not swept: {reason}")
+        outcome = Outcome(name, refusal=f"{UNTRIED}: {reason}")
     print(outcome.row, flush=True)
     return outcome
 

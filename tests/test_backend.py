@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
-from pippin.backend import advice, preload_openblas
+from pippin.backend import NoBackendError, advice, find_temporary_files, preload_openblas
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,19 @@ def test_missing_backend_is_an_import_error_with_advice() -> None:
         "except ImportError as error: print(error)"
     )
     assert "pip" in done.stdout or "Intel" in done.stdout, done.stderr
+
+
+def test_a_temporary_directory_that_is_gone_is_replaced() -> None:
+    code = "import os; from pippin.backend import prepare; prepare(); print(os.path.isdir(os.environ['TMPDIR']))"
+    done = run(f"import os; os.environ['TMPDIR'] = '/nowhere/at/all'\n{code}")
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_without_any_temporary_directory_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere/at/all"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(NoBackendError, match="TMPDIR"):
+        find_temporary_files()
 
 
 def test_preloading_after_mlx_is_refused() -> None:

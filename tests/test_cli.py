@@ -23,6 +23,7 @@ import msgspec
 import pytest
 
 import pippin
+from pippin.catalogue import UNTRIED
 from pippin.cli import run_command, serve_from_args
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, SamplingOptions, ServerConfig, flag_of
@@ -112,16 +113,14 @@ def test_sampling_options_are_sampling_params() -> None:
         ("chat --chat-template nowhere.jinja", "--chat-template: nowhere.jinja"),
         ("serv", "serve"),
         ("--colour", "--colour"),
+        ("serve --device cuda", "'--device': 'cuda' is not one of 'auto', 'cpu'"),
+        ("chat --temperature -1", "--temperature: temperature must be between 0"),
+        ("generate x --top-p 0", "--top-p: top_p must be above 0"),
     ],
 )
 def test_wrong_options_are_one_line_and_status_2(arguments: str, said: str, capsys: Lines) -> None:
     assert run_command(arguments.split()) == 2
     assert said in last_error(capsys)
-
-
-def test_sampling_options_are_named_as_flags(checkpoint: Path, capsys: Lines) -> None:
-    assert run_command(["generate", "x", "--model", str(checkpoint), "--top-p", "0"]) == 2
-    assert last_error(capsys).startswith("pippin: --top-p: top_p must be above 0")
 
 
 @pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
@@ -139,12 +138,21 @@ def test_no_arguments_show_help(capsys: Lines) -> None:
 
 
 def test_version_and_env(capsys: Lines) -> None:
-    assert run_command(["version"]) == 0
-    assert capsys.readouterr().out.strip() == pippin.__version__
+    for asked in ("version", "--version"):
+        assert run_command([asked]) == 0
+        assert capsys.readouterr().out.strip() == pippin.__version__
     assert run_command(["env"]) == 0
     text = capsys.readouterr().out
     for name in ("pippin", "python", "mlx ", "device", "memory", "attention backends"):
         assert re.search(rf"^{name}", text, re.M), name
+
+
+def test_an_architecture_that_nobody_tried_is_not_called_refused(capsys: Lines) -> None:
+    assert run_command(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("refused: " in line for line in lines)
+    assert any(UNTRIED in line for line in lines)
+    assert not any("refused: " in line and UNTRIED in line for line in lines)
 
 
 # --- generate and chat ---
@@ -168,6 +176,26 @@ def test_chat_without_a_terminal(checkpoint: Path, capsys: Lines, monkeypatch: p
     captured = capsys.readouterr()
     assert captured.err.count("prompt tokens cached") == 1
     assert captured.out.endswith("\n")
+
+
+def test_a_chat_without_a_terminal_ends_with_2_where_a_line_was_refused(
+    checkpoint: Path, capsys: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 5000 + "\nHello\n"))
+    assert run_command(["chat", "--model", str(checkpoint), "--max-new-tokens", "5"]) == 2
+    captured = capsys.readouterr()
+    assert "/reset starts over" in captured.err
+    assert captured.err.count("prompt tokens cached") == 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_one_line_and_status_1(
+    file: str, checkpoint: Path, tmp_path: Path, capsys: Lines
+) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / file).write_text("{]")
+    assert run_command(["generate", "x", "--model", str(broken)]) == 1
+    assert f"{broken}: tokenizer.json or tokenizer_config.json can't be read" in last_error(capsys)
 
 
 @pytest.fixture

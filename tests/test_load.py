@@ -426,17 +426,19 @@ def run_downloads(env: dict[str, str], asked: list[tuple[str, str | None]]) -> l
 LIMITS = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-import pippin.models
+import {module}
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 
 
+@pytest.mark.parametrize("module", ["pippin.models", "pippin.loading"])
 @pytest.mark.parametrize(("soft", "expected"), [(256, 2048), (3000, 3000)])
-def test_importing_mlx_lm_leaves_the_limit_of_open_files(soft: int, expected: int) -> None:
+def test_importing_mlx_lm_leaves_the_limit_of_open_files(soft: int, expected: int, module: str) -> None:
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    done = subprocess.run([sys.executable, "-c", LIMITS.format(soft=soft)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LIMITS.format(soft=soft, module=module)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(expected), str(hard)]
 
 

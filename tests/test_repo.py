@@ -50,6 +50,7 @@ cli <- check_env
 kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving
 errors <- backend <- core
+backend <- models
 backend <- worker
 garbage <- worker
 garbage <- bench

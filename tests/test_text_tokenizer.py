@@ -153,3 +153,15 @@ def test_failures_are_one_line(tmp_path: Path, broken: str) -> None:
         load_tokenizer(str(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path) -> None:
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=f"{checkpoint} has no tokenizer; --tokenizer-path"):
+        load_tokenizer(str(checkpoint))
+
+
+def test_a_path_that_leads_nowhere_is_no_hub_id() -> None:
+    with pytest.raises(ModelError, match="there is no directory /nowhere"):
+        load_tokenizer("/nowhere")

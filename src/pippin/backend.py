@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import sys
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 from pippin.errors import EngineError
 
@@ -24,6 +27,7 @@ def prepare() -> None:
     """Makes ``import mlx.core`` work, and fast. Raises NoBackendError where it can't."""
     preload_openblas()
     fill_buffers()
+    find_temporary_files()
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
@@ -53,6 +57,34 @@ def fill_buffers() -> None:
     """
     if sys.platform == "linux" and "mlx.core" not in sys.modules:
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "4096")
+
+
+def find_temporary_files() -> None:
+    """MLX's CPU backend compiles where TMPDIR says, and fails where that is no directory. Raises NoBackendError."""
+    try:
+        found = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise NoBackendError("no directory for temporary files can be written: name one with TMPDIR") from error
+    if not Path(os.environ.get("TMPDIR", found)).is_dir():
+        os.environ["TMPDIR"] = found
+
+
+def import_mlx_lm(least: int = 2048) -> None:
+    """The first import of mlx-lm, which lowers the process's limits of open files, the hard one too, for good.
+
+    A server needs a file for each socket, so the limits stay as they are; only a soft limit under ``least`` (macOS
+    starts with 256) is raised as far as it may be, since checkpoints of many shards need the files as well.
+    """
+    change = resource.setrlimit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit = lambda *_: None
+    try:
+        import mlx_lm.utils  # noqa: F401
+    finally:
+        resource.setrlimit = change
+    wanted = least if hard == resource.RLIM_INFINITY else min(least, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        change(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def leave_torch_out() -> None:

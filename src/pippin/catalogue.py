@@ -15,6 +15,10 @@ FORMATS = (
 ON_LOAD = "--quantization mlx_q4, mlx_q8 (any that is not quantized); pippin convert --q-bits 2, 3, 4, 5, 6, 8"
 
 
+UNTRIED = "not swept"
+"""How the refusal begins of those that nobody has tried: when one is loaded, the probe decides."""
+
+
 class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An architecture of mlx-lm: its attention ``backend`` and the checks that it passed, or why it is not served."""
 

@@ -30,14 +30,30 @@ log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="pippin",
-    help="Serve large language models on MLX.\n\nThe first three minutes: `pippin chat` talks to the model that "
-    "is part of the package, `pippin serve` serves it to any OpenAI client, and `--model-path Qwen/Qwen3-0.6B` takes "
-    "another.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve large language models on MLX.
+
+    The first three minutes: `pippin chat` talks to the model that is part of the package, `pippin serve` serves it to
+    any OpenAI client, and `--model-path Qwen/Qwen3-0.6B` takes another.
+    """
 
 
 app.add_typer(bench)
@@ -79,10 +95,13 @@ def chat(
     """Talk to a model in the terminal. /help there lists what you can type."""
     from pippin.terminal import Conversation
 
+    params = _checked(sampling)
     with _engine(engine, chat_template) as opened:
         if sys.stdin.isatty():
             typer.echo(f"{opened.info.model_path} · /help for help", err=True)
-        Conversation(opened, dataclasses.asdict(sampling), system).run(sys.stdout)
+        answered = Conversation(opened, params, system).run(sys.stdout)
+    if not answered and not sys.stdin.isatty():
+        raise typer.Exit(2)  # a script wants to know; what was refused has been said
 
 
 @app.command()
@@ -95,9 +114,12 @@ def generate(
     """Print how a model goes on from PROMPT, as it comes. No chat template is applied."""
     from pippin.terminal import show
 
+    params = _checked(sampling)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise RequestError("the prompt is empty", "prompt")
     with _engine(engine, None) as opened:
-        show(opened.generate(text, dataclasses.asdict(sampling), stream=True), sys.stdout)
+        show(opened.generate(text, params, stream=True), sys.stdout)
 
 
 @app.command()
@@ -139,7 +161,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List the architectures that are served, by which attention backend, and what was checked of each."""
-    from pippin.catalogue import FORMATS, ON_LOAD, architectures
+    from pippin.catalogue import FORMATS, ON_LOAD, UNTRIED, architectures
 
     found = architectures(name)
     if as_json:
@@ -151,7 +173,9 @@ def models(
         raise RequestError(f"no architecture of mlx-lm has {name!r} in its name; `pippin models` lists all", "name")
     width = max(len(a.architecture) for a in found)
     for a in found:
-        said = f"refused: {a.refusal}" if a.refusal else f"{a.backend:<15} {', '.join(a.checks)}"
+        untried = a.refusal.startswith(UNTRIED)
+        refusal = a.refusal if untried else f"refused: {a.refusal}"
+        said = refusal if a.refusal else f"{a.backend:<15} {', '.join(a.checks)}"
         typer.echo(f"{a.architecture:<{width}}  {said}")
     typer.echo(f"\nCheckpoints: {FORMATS}\nWhile loading: {ON_LOAD}")
 
@@ -208,6 +232,15 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _checked(sampling: SamplingOptions) -> dict[str, Any]:
+    """As SGLang's dict. Raises RequestError for a value that is out of range, before minutes of loading."""
+    from pippin.sglang import sampling_params
+
+    given = dataclasses.asdict(sampling)
+    sampling_params(given)
+    return given
+
+
 def _engine(config: EngineConfig, chat_template: str | None) -> Any:
     """An Engine, with a bar while it loads."""
     from pippin.engine import Engine
@@ -227,7 +260,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments), prog_name="pippin", standalone_mode=False)
     except TyperException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return _fail(error.format_message().replace("Value error, ", ""), error.exit_code)
     except (ConfigError, RequestError) as error:
         return _fail(_flagged(error), 2)
     except PippinError as error:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Facts = dict[str, str]
 
+_MISSING = "not installed"
+
 # MLX's other half, of which each machine has one.
 _NATIVE = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 
@@ -114,7 +116,7 @@ def package_version(name: str, extra: str | None = None) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed" + (f" (`pip install 'pippin[{extra}]'`)" if extra else "")
+        return _MISSING + (f" (`pip install 'pippin[{extra}]'`)" if extra else "")
 
 
 def features() -> tuple[Feature, ...]:
@@ -214,8 +216,8 @@ def as_table(found: Environment) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for section in (found.system, found.device, found.packages):
-        for name, value in section.items():
+    for section in (found.system.items(), found.device.items(), _together(found.packages)):
+        for name, value in section:
             table.add_row(name, Text(value))
         table.add_row()
     ways = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -223,6 +225,16 @@ def as_table(found: Environment) -> RenderableType:
         mark = Text("yes", "green") if feature.ready else Text("no", "yellow")
         ways.add_row(mark, feature.name, Text(feature.detail + (f" → {feature.mend}" if feature.mend else "")))
     return Group(table, ways)
+
+
+def _together(packages: Facts) -> list[tuple[str, str]]:
+    """What is not installed in one row for each way to get it, behind the rest."""
+    missing: dict[str, list[str]] = {}
+    for name, value in packages.items():
+        if value.startswith(_MISSING):
+            missing.setdefault(value, []).append(name)
+    there = [(name, value) for name, value in packages.items() if value not in missing]
+    return there + [("…", f"{value}: {', '.join(names)}") for value, names in missing.items()]
 
 
 def _processor() -> str:

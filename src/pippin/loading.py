@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pippin.backend import prepare
+from pippin.backend import import_mlx_lm, prepare
 
 prepare()  # before any import of MLX: it is what makes that work, and fast
+import_mlx_lm()  # and this before any other import of mlx-lm
 
 import mlx.nn as nn
 import mlx_lm

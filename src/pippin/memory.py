@@ -211,7 +211,7 @@ def plan_memory(
     if slots < least:
         raise ModelError(
             f"{others} leave no room for KV slots in {_gb(budget)}; use --quantization, a smaller "
-            "--chunked-prefill-size or a larger --mem-fraction-static"
+            "--chunked-prefill-size or --context-length, or a larger --mem-fraction-static"
         )
     return MemoryPlan(
         device,

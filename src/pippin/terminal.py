@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pippin.engine import Engine
@@ -159,26 +160,30 @@ class Conversation:
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
-    def run(self, out: TextIO) -> None:
-        """Reads lines until the input ends or /exit."""
+    def run(self, out: TextIO) -> bool:
+        """Reads lines until the input ends or /exit; False if any was refused."""
+        answered = True
         for line in lines(self._console):
             if line.startswith("/"):
                 if not self._command(line):
-                    return
+                    break
             elif line.strip():
-                self._turn(line, out)
+                answered &= self._turn(line, out)
+        return answered
 
-    def _turn(self, text: str, out: TextIO) -> None:
+    def _turn(self, text: str, out: TextIO) -> bool:
+        """False if the message was refused."""
         self.messages.append({"role": "user", "content": text})
         began = time.perf_counter()
         try:
             answer = show(self._engine.chat(self.messages, self._params, stream=True), out)
         except RequestError as error:  # too long by now, or the template does not like it: the chat goes on
             self.messages.pop()
-            self._console.print(f"[red]{error}[/red]; /reset starts over")
-            return
+            self._console.print(f"[red]{escape(str(error))}[/red]; /reset starts over")
+            return False
         self.messages.append({"role": "assistant", "content": answer.get("text", "")})
         self._console.print(f"[dim]{summary(answer, time.perf_counter() - began)}[/dim]")
+        return True
 
     def _command(self, line: str) -> bool:
         """False to leave."""

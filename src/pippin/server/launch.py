@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -209,6 +210,18 @@ class HttpServer(uvicorn.Server):
         yield
 
 
+def _why_not(config: ServerConfig, error: OSError | OverflowError) -> tuple[str, str]:
+    """Why nobody can listen there and what would help, and the option that it is about."""
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    reason = f"{config.host}:{config.port} can't be listened on ({why})"
+    match error:
+        case OSError(errno=errno.EADDRINUSE):
+            return f"{reason}; another program has it: take another port, or 0 for any that is free", "--port"
+        case OSError(errno=errno.EACCES):
+            return f"{reason}; ports below 1024 are the system's", "--port"
+    return f"{reason}; give an address of this machine: 127.0.0.1 for itself alone, 0.0.0.0 for all", "--host"
+
+
 def listen(config: ServerConfig) -> socket.socket:
     """A listening socket, so that a port in use is an error now and not after minutes of loading."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -220,6 +233,5 @@ def listen(config: ServerConfig) -> socket.socket:
         listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
-        reason = f"{config.host}:{config.port} can't be listened on ({error})"
-        raise ConfigError(reason, "--port" if isinstance(error, OSError) else "--host") from error
+        raise ConfigError(*_why_not(config, error)) from error
     return listener

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pippin.errors import ModelError, RequestError
@@ -207,6 +208,8 @@ def load_tokenizer(path: str | None, *, revision: str | None = None, trust_remot
         hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly every type there is for a bad file
         raise ModelError(_load_failure(path, error, trust_remote_code)) from error
+    if len(hf) <= len(hf.added_tokens_decoder):  # transformers makes an empty one where the files are missing
+        raise ModelError(f"{path} has no tokenizer; --tokenizer-path takes another directory or hub id")
     return Tokenizer(hf, path)
 
 
@@ -219,6 +222,8 @@ def demo_path() -> str:
 
 def _load_failure(path: str, error: Exception, trusted: bool) -> str:
     text = str(error)
+    if path.startswith((".", "/", "~")) and not Path(path).exists():
+        return f"--tokenizer-path: there is no directory {path}; a hub id looks like `Qwen/Qwen3-0.6B`"
     if "trust_remote_code" in text and not trusted:
         return f"{path}: its tokenizer comes with code of its own; --trust-remote-code would run it"
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
