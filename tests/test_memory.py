@@ -148,7 +148,7 @@ def test_how_many_slots_there_are_by_default(device: Any, gpu: bool, options: di
             {"weights": 9 * GB},
             ModelError,
             r"weights \(9\.00 GB\) and activations \(1\.00 GB\) leave no room .* 8\.00 GB; use --quantization, "
-            r"a smaller --chunked-prefill-size or a larger --mem-fraction-static",
+            r"a smaller --chunked-prefill-size or --context-length, or a larger --mem-fraction-static",
         ),
         (
             {"max_total_tokens": 30_000_000},
