@@ -76,6 +76,7 @@ text <- embedding
 inputs <- attention <- graph
 inputs <- graph_inputs
 kernels <- graph_inputs
+kernels <- uploads <- graph
 demo <- models
 demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server

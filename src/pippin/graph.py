@@ -31,6 +31,7 @@ from pippin.inputs import Group, Places, Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.types import Work
+from pippin.uploads import upload
 
 StepFunction = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
 
@@ -122,7 +123,7 @@ class StepGraphs:
             packed = self._table.extends(works, shape, self._pool.tile_rows)
         else:
             packed = self._table.decodes(works, shape)
-        return self._compiled(shape)(last_token, mx.array(packed))
+        return self._compiled(shape)(last_token, upload(packed))
 
     def forget(self) -> None:
         """To be called when any other step has run."""
