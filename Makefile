@@ -4,6 +4,7 @@
 #   make test                             linters, types, tests; no torch
 #   make parity                           logits against transformers (installs torch)
 #   make clients                          client libraries in an environment of their own, against the shipped model
+#   make agents                           coding agents and clients of npm, with the settings of docs/clients.md
 #   make bench-cpu                        against mlx-lm on this CPU, in one run
 #   make metal-check                      on a Mac: kernels, parity, overlap, capture, speed, as one report to send
 #   make sweep                            the property tests with many more examples, and sweep-models
@@ -20,7 +21,7 @@ TESTS ?=
 BIN := .venv/bin
 export PYTHON
 
-.PHONY: help serve test lint format parity clients bench-cpu metal-check sweep sweep-models soak docs wheel clean setup dev
+.PHONY: help serve test lint format parity clients agents bench-cpu metal-check sweep sweep-models soak docs wheel clean setup dev
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,10 @@ clients: dev
 	@scripts/setup.sh clients
 	$(BIN)/python -m pytest -o addopts= -q --strict-markers --strict-config tests/clients
 
+agents: dev
+	@scripts/setup.sh agents
+	$(BIN)/python -m pytest -o addopts= -q -rs --strict-markers --strict-config tests/agents
+
 bench-cpu: dev
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
@@ -78,5 +83,5 @@ wheel: dev
 	@ls -l dist
 
 clean:
-	rm -rf .venv .venv-parity .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity .venv-clients .venv-agents build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@
 #   scripts/setup.sh dev     .venv: the same, and what the tests and linters need
 #   scripts/setup.sh parity  .venv-parity: the same, and torch, which only the parity tests use
 #   scripts/setup.sh clients .venv-clients: client libraries that can't live beside the tests' own, for `make clients`
+#   scripts/setup.sh agents  .venv-agents: coding agents of PyPI and, where there is Node.js, of npm, for `make agents`
 #   scripts/setup.sh browser Chromium from the system's packages, for tests that look at pages; they are skipped without it
 #   scripts/setup.sh extra   prints which extra of pyproject.toml brings MLX's build for this machine
 #
@@ -115,16 +116,35 @@ browser() {
   say "without Chromium the tests that look at pages are skipped. To mend: apt-get install chromium"
 }
 
-# Of SGLang the frontend language alone: what its server needs (torch) stays out.
-clients() {
-  local venv=.venv-clients list=tests/clients/requirements.txt want
-  want=$(cksum <"$list")
+# listed VENV LIST [PACKAGE…]: an environment with the packages of a list, and more without what these need.
+listed() {
+  local venv=$1 list=$2 package want
+  shift 2
+  want="$(cksum <"$list") $*"
   sound "$venv" || make_venv "$(find_python)" "$venv"
-  [ "$(cat "$venv/.pippin-clients" 2>/dev/null)" != "$want" ] || return 0
-  say "installing client libraries into $venv"
+  [ "$(cat "$venv/.pippin-list" 2>/dev/null)" != "$want" ] || return 0
+  say "installing what $list names into $venv"
   "$venv/bin/python" -m pip install --disable-pip-version-check -q -r "$list"
-  "$venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps sglang==0.4.6
-  printf '%s\n' "$want" >"$venv/.pippin-clients"
+  for package; do "$venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps "$package"; done
+  printf '%s\n' "$want" >"$venv/.pippin-list"
+}
+
+# Of SGLang the frontend language alone: what its server needs (torch) stays out.
+clients() { listed .venv-clients tests/clients/requirements.txt sglang==0.4.6; }
+
+# What npm installs is a gigabyte, most of it the agents' own programs.
+agents() {
+  local venv=.venv-agents list=tests/agents/package.json
+  listed "$venv" tests/agents/requirements.txt
+  if ! command -v npm >/dev/null 2>&1; then
+    say "without Node.js the agents and clients of npm are skipped. To mend: install Node.js 20 or newer"
+    return 0
+  fi
+  ! cmp -s "$list" "$venv/package.json" || [ ! -d "$venv/node_modules" ] || return 0
+  say "installing what $list names into $venv"
+  cp "$list" "$venv/package.json"
+  npm install --prefix "$venv" --no-audit --no-fund --no-package-lock --loglevel=error ||
+    { rm -f "$venv/package.json"; die "npm could not install the agents; its message is above."; }
 }
 
 # --- the environment ---
@@ -161,10 +181,9 @@ main() {
     serve) extras=$extra ;;
     dev) extras=${extra:+$extra,}dev ;;
     parity) extras=${extra:+$extra,}dev,torch venv=.venv-parity ;;
-    clients) clients && return 0 ;;
-    browser) browser && return 0 ;;
+    clients | agents | browser) "$mode"; return ;;  # behind && a failure inside would be overlooked
     extra) echo "$extra" && return 0 ;;
-    *) die "usage: scripts/setup.sh serve|dev|parity|clients|browser|extra" ;;
+    *) die "usage: scripts/setup.sh serve|dev|parity|clients|agents|browser|extra" ;;
   esac
   stamp=$venv/.pippin-$mode
   # What the environment was made from: when any of it changes, pip looks again.
