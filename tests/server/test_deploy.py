@@ -23,6 +23,7 @@ from typer.main import get_command
 
 import pippin
 from pippin.cli import app
+from pippin.config import ServerConfig
 from pippin.server.app import OPEN
 from tests.server.conftest import Running
 
@@ -195,6 +196,16 @@ def test_the_systemd_unit(tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if "pippin" in line]
     assert ours == []
+
+
+def test_nobody_kills_it_while_it_drains() -> None:
+    patience = ServerConfig().drain_timeout + 5  # and the engine ends after the last answer
+    agent = plistlib.loads((DEPLOY / "org.pippin.serve.plist").read_bytes())
+    assert agent["ExitTimeOut"] > patience
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", (DEPLOY / "pippin.service").read_text(), re.M)
+    assert int(seconds) > patience
+    pippin = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["pippin"]
+    assert int(pippin["stop_grace_period"].removesuffix("s")) > patience
 
 
 def test_the_launchd_agent() -> None:
