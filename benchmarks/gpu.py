@@ -303,7 +303,8 @@ def deep(model: nn.Module, kv_dtypes: Sequence[str], rounds: int) -> Iterator[di
             kv_cache_dtype=kind,
         )
         rows = prompts(8, 32768, int(model.args.vocab_size), 80)
-        rate = statistics.median(Ours(core).run(rows, 101)[1] for _ in range(rounds))
+        side = Ours(core)
+        _, rate = median_of(rounds, lambda _, s=side: s.run(rows, 101))  # type: ignore[misc]
         yield {"streams": 8, "context": 32768, "kv": kind, "decode": rate, "pool_gb": core.info.pool_bytes / 1e9}
         core._runner.reset()
         del core

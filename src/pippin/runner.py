@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,20 +108,24 @@ class MlxModelRunner:
         known: set[int] = set()
         decodes = self.graphs.decodes(context_length)
         first, length = decodes[0]
+        tell(0, 1)
         self.graphs.warm(first, length, self._last_token)  # after this, what other steps are cut into is known
         shapes = [*decodes, *self.graphs.extends(context_length)]
+        batches = eager_steps(self.pool, max(self._extend_rows, _LEAST_AHEAD))
+        done, total = count(1), 1 + len(batches) + len(shapes)
         lengths = sorted({length for _, length in decodes})
         warm_attention(self.pool, [shape.rows for shape, at in decodes if at == length], lengths)
+        tell(next(done), total)
         with lent_windows(self.pool):
-            for batch in eager_steps(self.pool, max(self._extend_rows, _LEAST_AHEAD)):
+            for batch in batches:
                 self.launch(batch).read()
-        for done, (shape, length) in enumerate(shapes):
-            tell(done, len(shapes))
+                tell(next(done), total)
+        for shape, length in shapes:
             made = self.graphs.warm(shape, length, self._last_token)
             if shape.works not in known:
                 known.add(shape.works)
                 self._sampler.warm(made, self._last_token)
-        tell(len(shapes), len(shapes))
+            tell(next(done), total)
         self._warmed = self._compiler.traces
 
     def traces(self) -> int:
