@@ -304,7 +304,7 @@ def deep(model: nn.Module, kv_dtypes: Sequence[str], rounds: int) -> Iterator[di
         )
         rows = prompts(8, 32768, int(model.args.vocab_size), 80)
         side = Ours(core)
-        _, rate = median_of(rounds, lambda _, s=side: s.run(rows, 101))  # type: ignore[misc]
+        _, rate = median_of(rounds, lambda _, s=side, r=rows: s.run(r, 101))  # type: ignore[misc]
         yield {"streams": 8, "context": 32768, "kv": kind, "decode": rate, "pool_gb": core.info.pool_bytes / 1e9}
         core._runner.reset()
         del core
