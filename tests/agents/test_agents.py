@@ -17,7 +17,7 @@ from pippin.config import EngineConfig
 from pippin.text.tokenizer import load_tokenizer
 from tests.agents.acting import Part, acting
 from tests.server.conftest import Running, serving
-from tests.server.test_clients import blocks
+from tests.server.test_clients import PAGE, blocks
 
 HERE = Path(__file__).resolve().parent
 TOOLS = Path(os.environ.get("AGENTS", HERE.parents[1] / ".venv-agents"))
@@ -42,7 +42,7 @@ def settings(language: str) -> str:
 
 def recipe(start: str) -> dict[str, str]:
     """The variables before a command of docs/clients.md."""
-    (line,) = (line for block in blocks("") for line in block.splitlines() if line.startswith(start))
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(start))
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
