@@ -21,7 +21,7 @@ from pippin.memory import MemoryPlan, plan_memory
 from pippin.probe import Choice
 from pippin.types import CacheMiss, Request
 from tests.checkpoints import WINDOW, make_checkpoint
-from tests.compiling import play_gpu
+from tests.compiling import play_gpu, traces_of
 from tests.cores import GREEDY, make_core, prompts, replace_params, run, submits
 from tests.fake_device import Loop, endless
 
@@ -281,6 +281,16 @@ def test_tokens_are_the_same_by_page_and_in_graphs(
 ) -> None:
     play_gpu(monkeypatch)
     compare(checkpoint, {**SMALL, **options})
+
+
+@pytest.mark.parametrize(("family", "backend"), [("gemma2", "padded_grouped"), ("gemma3_text", "padded")])
+def test_tokens_are_the_same_in_graphs_of_models_that_mask(
+    family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mask for layers of both kinds, so what windowed ones read is as wide."""
+    play_gpu(monkeypatch)
+    core = compare(make_checkpoint(tmp_path / family, family), {**SMALL, "page_size": 4, "attention_backend": backend})
+    assert traces_of(core._runner) > 0
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "recurrent_gemma"])

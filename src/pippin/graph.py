@@ -21,6 +21,7 @@ from pippin.graph_inputs import (
     StepInputs,
     StepShape,
     StepTable,
+    WindowInputs,
     decode_sizes,
     extend_sizes,
     packed_size,
@@ -156,7 +157,7 @@ class StepGraphs:
 
     def _logits(self, tokens: mx.array, inputs: StepInputs, after: mx.array) -> mx.array:
         """Logits [works, vocab]; a row of padding attends to nothing and writes to scratch."""
-        decodes, own = inputs.tiles is None, inputs.windowed
+        decodes, own = inputs.tiles is None, self._windowed(inputs)
         step = Step(
             tokens[:, None],
             inputs.positions,
@@ -171,6 +172,17 @@ class StepGraphs:
         with active(seam):
             logits: mx.array = self._model(step.tokens, cache=self._backend.layers(step, self._pool, seam))
         return logits.reshape(-1, logits.shape[-1])
+
+    def _windowed(self, inputs: StepInputs) -> WindowInputs | None:
+        """What windowed layers read; as wide as all others where models hand one mask to layers of both kinds."""
+        own = inputs.windowed
+        if own is None or isinstance(self._backend, Rows):
+            return own
+        first = (inputs.positions - own.positions) // self._pool.page_size
+        at = mx.arange(inputs.pages.shape[1], dtype=mx.int32) - first[:, None]
+        last = own.pages.shape[1] - 1
+        pages = mx.take_along_axis(own.pages, mx.clip(at, 0, last), axis=1)
+        return WindowInputs(inputs.positions, own.slots, mx.where((at >= 0) & (at <= last), pages, 0))
 
     def _group(self, inputs: StepInputs, positions: mx.array, pages: mx.array) -> Group:
         """All rows, which read ``pages`` [works, n]; ``positions`` [rows] count from the first of these."""
