@@ -77,6 +77,8 @@ inputs <- attention <- graph
 inputs <- graph_inputs
 kernels <- graph_inputs
 kernels <- uploads <- graph
+sampler_graphs <- jit_ahead <- loading
+worker <- jit_ahead
 demo <- models
 demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server

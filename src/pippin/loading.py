@@ -31,6 +31,7 @@ from pippin.core import EngineCore
 from pippin.errors import ConfigError, ModelError, RequestError
 from pippin.flight import ModelRunner
 from pippin.grammar.compiler import compiler_of
+from pippin.jit_ahead import JitAhead
 from pippin.kvdisk import DiskTier, open_tier
 from pippin.memory import (
     Limits,
@@ -98,6 +99,9 @@ def build_runner(
 ) -> tuple[MlxModelRunner, ModelInfo]:
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
+    vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
+    warm = not config.skip_server_warmup and not config.disable_graph
+    ahead = JitAhead(vocabulary.size, loaded.vocab_size, loaded.dtype) if warm else None
     if not on_gpu():
         turn_weights(loaded.model)
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
@@ -134,7 +138,8 @@ def build_runner(
     limit_buffers(plan)
     set_wired_limit(config)
     tell(Progress("probe", 2, 2))
-    vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
+    if ahead is not None:
+        ahead.wait()  # and so give their memory back
     pool = choice.pool(plan.slots + config.page_size, config.page_size, _window_table(plan, config.page_size))
     runner = MlxModelRunner(
         loaded.model,
@@ -148,6 +153,8 @@ def build_runner(
     )
     if not config.skip_server_warmup:
         runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))
+    if ahead is not None:
+        ahead.note()
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 
 

@@ -66,22 +66,28 @@ class SamplerGraphs:
         found = self._stage(_logprobs, plan.tops)(logits, sampled)
         return table, Sampled(sampled, finite, *found)
 
-    def warm(self, logits: mx.array, table: mx.array, tops: Sequence[int] = (0, FEW_TOPS)) -> None:
-        """Compiles every stage for logits [S, V] like these, by running it."""
-        size = logits.shape[0]
-        nobody = mx.zeros(size, mx.int32)
+    def warm(
+        self, logits: mx.array, table: mx.array, tops: Sequence[int] = (0, FEW_TOPS), part: slice = slice(None)
+    ) -> None:
+        """Compiles every stage for logits [S, V] like these, by running it; ``part`` of the ways to draw, or all."""
+        nobody = mx.zeros(logits.shape[0], mx.int32)
+        for plan, inputs in self._ways(logits.shape[0], tops)[part]:
+            mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))
+
+    def _ways(self, size: int, tops: Sequence[int]) -> list[tuple[SamplingPlan, SamplingInputs]]:
+        """What draws for ``size`` rows that between them go through every stage."""
         mask = mx.array(np.full((size, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32))
-        for plan, inputs in _kinds(self._vocab_size, size):
-            mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))
-            mx.eval(self.draw(logits, plan, inputs._replace(allowed=mask), nobody, table, nobody))
         plan = SamplingPlan(self._vocab_size)
-        for places in EDIT_PLACES:
-            inputs = SamplingInputs(edits=_no_edits(places, size))
-            mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))
-            mx.eval(self.draw(logits, plan, inputs._replace(allowed=mask), nobody, table, nobody))
-        for count in tops:
-            asked = replace(plan, logprobs=True, tops=min(count, self._vocab_size))
-            mx.eval(self.draw(logits, asked, SamplingInputs(), nobody, table, nobody))
+        open_ways = [
+            *_kinds(self._vocab_size, size),
+            *((plan, SamplingInputs(edits=_no_edits(places, size))) for places in EDIT_PLACES),
+        ]
+        asked = [replace(plan, logprobs=True, tops=min(count, self._vocab_size)) for count in tops]
+        return [
+            *open_ways,
+            *((plan, inputs._replace(allowed=mask)) for plan, inputs in open_ways),
+            *((plan, SamplingInputs()) for plan in asked),
+        ]
 
     def _stage(self, run: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
         """``run`` of the vocabulary's size and ``settings``, compiled."""
