@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,12 +18,34 @@ from pippin.client import EngineClient
 from pippin.config import EngineConfig
 from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
-from pippin.types import Grammar, SamplingParams
+from pippin.types import Grammar, SamplingParams, TokenLogprob
 from tests.fake_core import PYTHONPATH
 
 SOAK = bool(os.environ.get("PIPPIN_SOAK"))
 STREAMS, DEATHS, TOKENS = (200, 20, 400) if SOAK else (12, 3, 60)
 Asked = tuple[list[int], SamplingParams]
+
+TIE = 1e-4
+"""Nats. Where a model's two likeliest tokens are closer, sums in another order may choose the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a stream was told; ``firm`` tokens of it hang on no rounding."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    reason: str
+
+    @property
+    def firm(self) -> int:
+        tops = [one.top for one in self.logprobs]
+        ties = (i for i, top in enumerate(tops) if len(top) > 1 and top[0][1] - top[1][1] < TIE)
+        return next(ties, len(self.tokens))
+
+    def upto(self, firm: int) -> tuple[list[int], int, str]:
+        """Up to a tie, or all of it."""
+        return self.tokens[:firm], len(self.logprobs), self.reason
 
 
 def asked(source: random.Random) -> list[Asked]:
@@ -33,6 +56,8 @@ def asked(source: random.Random) -> list[Asked]:
             source.randrange(5, 1000) for _ in range(source.randrange(1, 9))
         ]
         params: dict[str, Any] = {"temperature": float(i % 2), "seed": i, "ignore_eos": True, "logprobs": i % 3 == 0}
+        if i % 2 == 0:  # greedy: see where it is undecided
+            params |= {"logprobs": True, "top_logprobs": 2}
         if i % 4 == 1:
             params |= {"frequency_penalty": 0.5, "top_p": 0.9}
         if i % 6 == 5:
@@ -41,18 +66,35 @@ def asked(source: random.Random) -> list[Asked]:
     return found
 
 
-async def answers(client: EngineClient, everyone: list[Asked]) -> list[tuple[list[int], int, str]]:
-    """Tokens, logprobs told and the reason of the end, of all of them at once."""
+async def answers(client: EngineClient, everyone: list[Asked]) -> list[Answer]:
+    """Of all of them at once."""
 
-    async def one(prompt: list[int], params: SamplingParams) -> tuple[list[int], int, str]:
-        tokens, logprobs, reason = list[int](), 0, ""
+    async def one(prompt: list[int], params: SamplingParams) -> Answer:
+        tokens, logprobs, reason = list[int](), list[TokenLogprob](), ""
         async for output in client.submit(prompt, params):
             tokens += output.tokens
-            logprobs += len(output.logprobs)
+            logprobs += output.logprobs
             reason = output.finish.reason if output.finish else ""
-        return tokens, logprobs, reason
+        return Answer(tokens, logprobs, reason)
 
     return await asyncio.gather(*(one(*each) for each in everyone))
+
+
+def different(found: list[Answer], undisturbed: list[Answer]) -> list[int]:
+    """The streams that were told something else."""
+    pairs = enumerate(zip(found, undisturbed, strict=True))
+    return [i for i, (one, other) in pairs if one.upto(other.firm) != other.upto(other.firm)]
+
+
+def test_a_stream_is_compared_up_to_where_the_model_itself_is_undecided() -> None:
+    def answer(tokens: list[int], gaps: list[float]) -> Answer:
+        tops = [TokenLogprob(t, -1.0, [(t, -1.0), (t + 1, -1.0 - gap)]) for t, gap in zip(tokens, gaps, strict=True)]
+        return Answer(tokens, tops, "length")
+
+    sure, tied = answer([5, 6, 7], [1.0, 1.0, 1.0]), answer([5, 6, 7], [1.0, 2e-6, 1.0])
+    assert different([answer([5, 7, 9], [1.0, 1.0, 1.0])] * 2, [sure, tied]) == [0]
+    assert different([answer([6, 6, 7], [1.0, 1.0, 1.0])], [tied]) == [0]
+    assert different([Answer([5], [], "length")], [Answer([6], [], "length")]) == [0]
 
 
 async def strike(client: EngineClient, source: random.Random, number: signal.Signals, times: int) -> None:
@@ -93,12 +135,15 @@ def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
             await striking
         finally:
             await client.close()
-        assert found == undisturbed
-        assert {reason for *_, reason in found} <= {"length", "stop"}
+        assert different(found, undisturbed) == []
+        firm, whole = (sum(of) for of in zip(*((a.firm, len(a.tokens)) for a in undisturbed), strict=True))
+        assert firm > 0.98 * whole
+        assert {answer.reason for answer in found} <= {"length", "stop"}
         if number == signal.SIGKILL:
             assert client.stats.restarts == times
         assert client.stats.restarts >= times  # an engine that a busy machine starves for as long is replaced, too
         assert client.stats.resumed > 0
-        print(f"{len(found)} streams, {times} of {number.name}: {client.stats.resumed} requests resumed")
+        told = f"{len(found)} streams, {times} of {number.name}: {client.stats.resumed} requests resumed"
+        print(f"{told}, {firm} of {whole} tokens compared")
 
     asyncio.run(main())

@@ -145,6 +145,12 @@ class KVPool:
     ) -> list[mx.array]:
         """Stores what ``read_slots`` read; returns what readers are to wait for."""
         lines, layers = mx.array([*slots], dtype=mx.int32), self.stored(windowed)
+        begin, end = slots[0], slots[0] + len(slots)
+        if not self.in_place and [*slots] == [*range(begin, end)]:  # six times as fast as one by one, on a CPU
+            for at, k, v in zip(layers, rows[::2], rows[1::2], strict=True):
+                for pool, part in zip(self.layer(at), (k, v), strict=True):
+                    storage(pool)[begin:end] = part
+            return []
         return [self.write(at, lines, k, v, after) for at, k, v in zip(layers, rows[::2], rows[1::2], strict=True)]
 
     def gather_slots(self, index: int, slots: mx.array, rows: Callable[[], mx.array]) -> tuple[mx.array, mx.array]:
