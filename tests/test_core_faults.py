@@ -13,6 +13,7 @@ from pippin.flight import InFlight, Masks
 from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch
+from pippin.worker import add
 from tests.checkpoints import make_checkpoint
 from tests.cores import GREEDY, collect, drain, greedy_by_mlx_lm, make_core, prompts, run, submits
 
@@ -253,3 +254,20 @@ def test_who_finds_no_memory_alone_is_told_so_and_others_go_on(checkpoint: Path)
     assert "out of memory" in finish.message
     for i in range(3):
         assert [t for o in found[f"r{i}"] for t in o.tokens] == greedy_by_mlx_lm(checkpoint, rows[i], 12)
+
+
+def test_who_can_not_be_taken_in_for_want_of_memory_may_come_again(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pippin.worker"), "disabled", True)
+    core = make_core(checkpoint)
+    for error, status in ((RuntimeError("can't start new thread"), 503), (MemoryError(), 503), (KeyError("x"), 500)):
+
+        def fails(request: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(core, "_begin", fails)
+        finish = add(core, submits(prompts(1))[0])
+        assert finish is not None
+        assert (finish.reason, finish.status) == ("error", status)
+        assert ("out of memory" in finish.message) == (status == 503)

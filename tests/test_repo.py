@@ -97,7 +97,8 @@ messages <- scheduler
 messages <- grammar
 restarts <- journal <- supervisor
 restarts <- server
-bounds <- planner
+types <- bounds <- planner
+bounds <- worker
 errors <- types <- limits <- planner
 messages <- profile <- runner
 profile <- worker

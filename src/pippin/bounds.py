@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pippin.types import Finish
+
 LEAST_TOKENS = 32
 """Prompt tokens of a step that are not cut any further."""
 
@@ -9,13 +11,21 @@ CALM_STEPS = 64
 """Steps that go well before twice as much is tried again."""
 
 OUT_OF_MEMORY = "out of memory"
+_SHORT = (OUT_OF_MEMORY, "outofmemory", "unable to allocate", "attempting to allocate", "can't start new thread")
+
+
+def unqueued(error: Exception) -> Finish:
+    """How a request ends that could not be taken in, for a reason that is not the request's own."""
+    kind = kind_of(error)
+    status = 503 if kind == OUT_OF_MEMORY else 500
+    return Finish("error", None, f"the engine could not queue the request ({kind})", status=status)
 
 
 def kind_of(error: Exception) -> str:
-    """What an error of the device is called: ``OUT_OF_MEMORY``, in whatever words it comes, or its class' name."""
+    """What an error of the device or the system is called: ``OUT_OF_MEMORY``, however it is put, or its class' name."""
     said = str(error).lower()
-    short = isinstance(error, MemoryError) or "unable to allocate" in said or "attempting to allocate" in said
-    return OUT_OF_MEMORY if short or "out of memory" in said or "outofmemory" in said else type(error).__name__
+    short = isinstance(error, MemoryError) or any(words in said for words in _SHORT)
+    return OUT_OF_MEMORY if short else type(error).__name__
 
 
 class StepBounds:

@@ -16,7 +16,7 @@ prepare()  # before any import of MLX: it is what makes that work, and fast
 
 import msgspec
 
-from pippin.bounds import OUT_OF_MEMORY, kind_of
+from pippin.bounds import OUT_OF_MEMORY, kind_of, unqueued
 from pippin.cache.canary import KVCanary
 from pippin.constrained import GrammarRequests
 from pippin.errors import ModelError, RequestError
@@ -201,9 +201,7 @@ class EngineCore:
                 request.finish = failed(error)
             except Exception as error:
                 log.exception("request %s could not be queued", request.id)
-                request.finish = Finish(
-                    "error", None, f"the engine could not queue the request ({type(error).__name__})"
-                )
+                request.finish = unqueued(error)
             self._notices.append(Output(request.id, finish=request.finish))
 
     def _move(self, disk: DiskTier) -> None:

@@ -24,6 +24,7 @@ import msgspec
 import zmq
 
 from pippin.backend import leave_torch_out
+from pippin.bounds import unqueued
 from pippin.config import EngineConfig
 from pippin.errors import PippinError, RequestError
 from pippin.garbage import leave_loaded_alone
@@ -189,7 +190,7 @@ def add(core: Core, submit: Submit) -> Finish | None:
         return Finish("error", None, error.message, error.field, error.status)
     except Exception as error:
         log.exception("request %s could not be queued", submit.id)
-        return Finish("error", None, f"the engine could not queue the request ({type(error).__name__})")
+        return unqueued(error)
     return None
 
 

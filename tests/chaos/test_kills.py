@@ -16,6 +16,7 @@ import pytest
 
 from pippin.client import EngineClient
 from pippin.config import EngineConfig
+from pippin.errors import EngineError
 from pippin.restarts import Supervision
 from pippin.supervisor import Supervisor
 from pippin.types import Grammar, SamplingParams, TokenLogprob
@@ -66,15 +67,20 @@ def asked(source: random.Random) -> list[Asked]:
     return found
 
 
-async def answers(client: EngineClient, everyone: list[Asked]) -> list[Answer]:
-    """Of all of them at once."""
+async def answers(client: EngineClient, everyone: list[Asked], refusal: str | None = None) -> list[Answer]:
+    """Of all of them at once. A 503 that says ``refusal`` is a reason as any other."""
 
     async def one(prompt: list[int], params: SamplingParams) -> Answer:
         tokens, logprobs, reason = list[int](), list[TokenLogprob](), ""
-        async for output in client.submit(prompt, params):
-            tokens += output.tokens
-            logprobs += output.logprobs
-            reason = output.finish.reason if output.finish else ""
+        try:
+            async for output in client.submit(prompt, params):
+                tokens += output.tokens
+                logprobs += output.logprobs
+                reason = output.finish.reason if output.finish else ""
+        except EngineError as error:
+            if refusal is None or error.status != 503 or refusal not in str(error):
+                raise
+            reason = refusal
         return Answer(tokens, logprobs, reason)
 
     return await asyncio.gather(*(one(*each) for each in everyone))
@@ -137,7 +143,7 @@ def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
             await client.close()
         assert different(found, undisturbed) == []
         firm, whole = (sum(of) for of in zip(*((a.firm, len(a.tokens)) for a in undisturbed), strict=True))
-        assert firm > 0.98 * whole
+        assert firm > 0.95 * whole
         assert {answer.reason for answer in found} <= {"length", "stop"}
         if number == signal.SIGKILL:
             assert client.stats.restarts == times

@@ -1,0 +1,72 @@
+"""Engines whose process gets no more memory: for ``worker.Hello.core``, which names a function."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.shortage import ShortRunner
+from pippin.config import EngineConfig
+from pippin.core import EngineCore
+from pippin.flight import Flight
+from pippin.loading import load_core
+from pippin.messages import Progress
+from pippin.types import Batch
+
+FOLDER = "PIPPIN_TEST_SHORT"
+STEP_TOKENS = 48
+SPARE = 1 << 20
+
+_ballast: list[bytearray] = []
+
+
+class Refusing(ShortRunner):
+    """Leaves a file behind when it has refused."""
+
+    def launch(self, batch: Batch) -> Flight:
+        try:
+            return super().launch(batch)
+        except RuntimeError:
+            folder().joinpath("refused").touch()
+            raise
+
+
+def folder() -> Path:
+    return Path(os.environ[FOLDER])
+
+
+def refusing(config: EngineConfig, progress: Callable[[Progress], None]) -> EngineCore:
+    """Steps of more than ``STEP_TOKENS`` tokens raise what MLX raises where a device's allocator says no."""
+    core = load_core(config, progress)
+    core._runner = Refusing(core._runner, STEP_TOKENS)
+    return core
+
+
+def starved(config: EngineConfig, progress: Callable[[Progress], None]) -> EngineCore:
+    """The first process of a folder may take a megabyte more than it has: real allocations fail in its steps.
+
+    MLX's CPU backend does not look whether it got memory, so that the process ends by a signal, as with Metal.
+    """
+    core, marker = load_core(config, progress), folder() / "starved"
+    if not marker.exists():
+        marker.touch()
+        starve()
+    return core
+
+
+def starve() -> None:
+    import mlx.core as mx
+
+    mx.clear_cache()
+    mx.set_cache_limit(0)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    for size in (1 << 20, 1 << 16, 1 << 12):  # what libc has kept, too
+        while True:
+            try:
+                _ballast.append(bytearray(size))
+            except MemoryError:
+                break
+    del _ballast[: SPARE >> 20]
