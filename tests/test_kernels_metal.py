@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from pippin.kernels import fused, latent, paged
+from pippin.kernels import fused, latent, paged, select
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, small_inputs
 from pippin.kernels.packing import PACKINGS, PackedPool, Pool
@@ -39,6 +39,7 @@ float rsqrt(float);
 float floor(float);
 float fma(float, float, float);
 float simd_shuffle_xor(float, ushort);
+uint simd_shuffle_xor(uint, ushort);
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
 }
@@ -123,6 +124,8 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
         for splits in (1, 2):
             part = latent.Cut(8, 2, 1, splits)
             latent.latent_decode(record, q, turned, latents, keys, *where, Form(1, 0.1), part)
+    bits, tokens, mass = mx.zeros((3, 8), mx.uint32), mx.zeros(3, mx.int32), mx.zeros(3)
+    select.boundary(record, bits, bits, select.Limits(tokens, mass))
     for packing in PACKINGS:
         record_pools(mx.bfloat16, PackedPool.zeros(9, line_of(packing, 2, 128), mx.bfloat16))
     return found
@@ -146,6 +149,7 @@ def test_every_variant_is_here() -> None:
         "kv_write",
         "kv_gather",
         "paged_reduce",
+        "boundary",
         *rows,
         *decodes,
         *(f"latent_decode{s}" for s in suffixes),

@@ -79,6 +79,7 @@ kernels <- graph_inputs
 kernels <- uploads <- graph
 sampler_graphs <- jit_ahead <- loading
 worker <- jit_ahead
+kernels <- sampler
 demo <- models
 demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server

@@ -210,6 +210,7 @@ def test_nobody_sorts_a_vocabulary(
 
         monkeypatch.setattr(mx, name, seen)
     monkeypatch.setattr("pippin.sampler.mx.default_device", lambda: mx.Device(mx.cpu if partition else mx.gpu))
+    monkeypatch.setattr("pippin.kernels.backend", lambda: None)
     params = SamplingParams(**{"temperature": 0.8, "seed": 1, **KINDS[kind]})
     works = [work(params) for _ in range(3)]
     plan, inputs = sampling_inputs(works, vocab, compiled=compiled)

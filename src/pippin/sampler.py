@@ -13,7 +13,8 @@ Filters need no sort. With d = (max logit - logit) / temperature >= 0, whose flo
 the kept set is {d < boundary} and the first few of {d == boundary}; the boundary is found by bisecting 31 bits
 with one masked sum each, or, where every filtered row has a modest top_k, by a partition. Probabilities are
 summed as integers (multiples of 2**-31), so that no order of summation, batch or path can change a decision.
-The likeliest tokens that logprobs report are found by the same bisection where MLX's partition would sort.
+The likeliest tokens that logprobs report are found by the same bisection where MLX's partition would sort. On a GPU
+one launch of a kernel takes the place of either bisection (``kernels.boundary``).
 
 16 rows of 152 000 logits on one x86-64 core take MLX 171 ms to sort, 75 ms to bisect for top_p, 20 ms for top_k, and
 16 ms to partition (``python -m benchmarks.sampling``).
@@ -31,6 +32,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from pippin import kernels
+from pippin.kernels.select import Limits, tokens_up_to
 from pippin.penalties import LogitEdits, TokenCounts, edit_logits, logit_edits
 from pippin.types import Work
 
@@ -310,11 +313,8 @@ def top_ids(values: mx.array, count: int, partition: bool | None = None) -> mx.a
 def _smallest(order: mx.array, count: int) -> mx.array:
     """Where the ``count`` smallest of each row of int32 [R, n] lie, of equals the first: int32 [R, count] in order."""
     bits = order.view(mx.uint32) ^ (1 << 31)
-    boundary = _bisect(bits, None, _Limits(mx.array(count), None), highest=31)
-    nearer, tied = bits < boundary, bits == boundary
-    room = count - nearer.sum(axis=-1, keepdims=True)
-    kept = nearer | (tied & (mx.cumsum(tied.astype(mx.int32), axis=-1) <= room))
-    places = mx.where(kept, mx.cumsum(kept.astype(mx.int32), axis=-1) - 1, count)
+    near = _limited(bits, None, Limits(mx.full((order.shape[0], 1), count, mx.int32), None), signed=True)
+    places = mx.where(near, mx.cumsum(near.astype(mx.int32), axis=-1) - 1, count)
     ids = mx.broadcast_to(mx.arange(order.shape[-1], dtype=mx.int32), order.shape)
     found = mx.zeros((order.shape[0], count + 1), mx.int32)
     return mx.put_along_axis(found, places, ids, axis=-1)[:, :count]
@@ -348,22 +348,6 @@ def gumbel(keys: mx.array, n: int) -> mx.array:
     return -mx.log(mx.maximum(exponential, 2**-33))
 
 
-class _Limits(NamedTuple):
-    """What may lie before a kept token: fewer than ``tokens`` tokens and less than ``mass``; each [S, 1] or None."""
-
-    tokens: mx.array | None
-    mass: mx.array | None
-
-    def allow(self, count: mx.array, mass: mx.array | None) -> mx.array:
-        """Whether a token with this before it is kept; int32 and uint32 of any shape that fits [S, 1]."""
-        allowed = mx.array(True)
-        if self.tokens is not None:
-            allowed = count < self.tokens
-        if self.mass is not None and mass is not None:
-            allowed = allowed & (mass.astype(mx.float32) < self.mass)
-        return allowed
-
-
 def kept_tokens(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:
     """Which tokens top_k and top_p leave, bool [S, n], of distances float32 [S, n]."""
     scale = mass = target = None
@@ -372,10 +356,23 @@ def kept_tokens(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) 
         scale = PROBABILITY_1 / weights.sum(axis=-1, keepdims=True)
         mass = _integers(weights, scale)
         target = inputs.top_p[:, None] * mass.sum(axis=-1, keepdims=True).astype(mx.float32)
-    limits = _Limits(None if inputs.top_k is None else inputs.top_k[:, None], target)
+    limits = Limits(None if inputs.top_k is None else inputs.top_k[:, None], target)
     bits = distance.view(mx.uint32)
-    length = plan.partition
-    boundary = _partition(distance, scale, length, limits) if length else _bisect(bits, mass, limits)
+    if plan.partition:
+        return _nearest(bits, mass, limits, _partition(distance, scale, plan.partition, limits))
+    return _limited(bits, mass, limits)
+
+
+def _limited(bits: mx.array, mass: mx.array | None, limits: Limits, signed: bool = False) -> mx.array:
+    """What limits leave, bool [S, n], in order of (bits, id); bits from 2**31 on are no tokens unless ``signed``."""
+    last = kernels.boundary(bits, mass, limits, signed)
+    if last is not None:
+        return tokens_up_to(bits, *last)
+    return _nearest(bits, mass, limits, _bisect(bits, mass, limits, 31 if signed else 30))
+
+
+def _nearest(bits: mx.array, mass: mx.array | None, limits: Limits, boundary: mx.array) -> mx.array:
+    """The same with the boundary known: what is nearer, and of what is on it the first that fit."""
     tied = bits == boundary
     count, mass_before = _before(bits, mass, boundary)
     count = count + mx.cumsum(tied.astype(mx.int32), axis=-1, inclusive=False)
@@ -396,7 +393,7 @@ def _before(bits: mx.array, mass: mx.array | None, boundary: mx.array) -> tuple[
     return count, None if mass is None else (nearer * mass).sum(axis=-1, keepdims=True)
 
 
-def _bisect(bits: mx.array, mass: mx.array | None, limits: _Limits, highest: int = 30) -> mx.array:
+def _bisect(bits: mx.array, mass: mx.array | None, limits: Limits, highest: int = 30) -> mx.array:
     """The largest boundary, uint32 [S, 1], with no more before it than the limits allow; NO_BOUNDARY where all fits.
 
     Bits above the ``highest`` are 0, as floats' are that are not negative. Compiled, every round is the same kernels:
@@ -410,7 +407,7 @@ def _bisect(bits: mx.array, mass: mx.array | None, limits: _Limits, highest: int
     return boundary
 
 
-def _partition(distance: mx.array, scale: mx.array | None, length: int, limits: _Limits) -> mx.array:
+def _partition(distance: mx.array, scale: mx.array | None, length: int, limits: Limits) -> mx.array:
     """The same boundary from each row's ``length`` nearest tokens, which is at least its top_k."""
     assert limits.tokens is not None
     near = distance if length >= distance.shape[-1] else mx.partition(distance, length - 1, axis=-1)[:, :length]

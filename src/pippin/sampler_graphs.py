@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from pippin import kernels
 from pippin.graph import Compiler
 from pippin.penalties import LogitEdits, UnseenEdits, edit_logits
 from pippin.sampler import (
@@ -70,6 +71,7 @@ class SamplerGraphs:
         self, logits: mx.array, table: mx.array, tops: Sequence[int] = (0, FEW_TOPS), part: slice = slice(None)
     ) -> None:
         """Compiles every stage for logits [S, V] like these, by running it; ``part`` of the ways to draw, or all."""
+        kernels.verify(mx.float32, "limits")  # before a trace finds it undecided
         nobody = mx.zeros(logits.shape[0], mx.int32)
         for plan, inputs in self._ways(logits.shape[0], tops)[part]:
             mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))

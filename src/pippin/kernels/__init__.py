@@ -20,7 +20,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products, reference, tuning
+from pippin.kernels import fused, latent, paged, products, reference, select, tuning
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, Kind, fingerprint, verdicts
@@ -44,6 +44,7 @@ __all__ = [
     "Weights",
     "add_rms_norm",
     "backend",
+    "boundary",
     "expert_product",
     "geglu",
     "kv_gather",
@@ -247,6 +248,23 @@ def _usual_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
     if weights.w.ndim == 2 and size > products.MOST_ROWS:
         return "whole" if backend() == "cuda" else "mlx"
     return "kernel" if products.were_timed(weights) and _product_launcher(dtype, weights) is not None else "mlx"
+
+
+def boundary(
+    bits: mx.array, mass: mx.array | None, limits: select.Limits, signed: bool = False
+) -> tuple[mx.array, mx.array] | None:
+    """The last token that ``limits`` leave of each row, in order of (bits, id): its bits and its id, [S, 1] each.
+
+    ``bits`` uint32 [S, n], ``mass`` uint32 [S, n], of which a row sums up to less than 2**32. Bits from 2**31 on are no
+    tokens unless ``signed``. ``select.tokens_up_to`` makes a mask of the pair, which names no token where all are left,
+    or none. None where there is no kernel for it.
+    """
+    platform = backend()
+    if platform is None or not select.takes(bits):
+        return None
+    if not _verdicts(platform, mx.float32, "limits")["boundary"]:
+        return None
+    return select.boundary(_gpu(platform), bits, mass, limits, signed)
 
 
 def kv_gather(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform as system
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products, reference
+from pippin.kernels import fused, latent, paged, products, reference, select
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.form import Form
@@ -43,10 +44,11 @@ KernelName = Literal[
     "product_mxfp8",
     "product_nvfp4",
     "latent_decode",
+    "boundary",
 ]
 Slots = Packing | Literal["latents"]
 """What lies in slots, where that is not heads of full numbers."""
-Kind = Slots | Literal["products"]
+Kind = Slots | Literal["products", "limits"]
 """What has checks and a verdict of its own, so that only those pay for it who use it."""
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
@@ -287,6 +289,36 @@ def check_latent_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning,
     return all(_close(got, want) for got in found)
 
 
+def check_boundary(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Rows of every kind, of a length that is no multiple of a pack: what is kept must be the same to the last token.
+
+    Distances that all differ, that are often equal, that are all equal; no limits, one token, no token, more than all.
+    """
+    rows, n = 8, 1501
+    keys = mx.random.split(mx.random.key(16), 2)
+    distance = 4 * mx.abs(mx.random.normal((rows, n), key=keys[0]))
+    distance = mx.where(mx.arange(rows)[:, None] % 2 == 0, distance, mx.round(distance))
+    distance = mx.where(mx.arange(rows)[:, None] == 1, mx.round(distance / 4) * 4, distance)
+    distance = mx.where(mx.arange(rows)[:, None] == 3, 0.0, distance)
+    weights = mx.exp(-distance)
+    mass = (weights * (2**31 / weights.sum(axis=-1, keepdims=True)) + 0.5).astype(mx.uint32)
+    tokens = mx.array([40, 700, 1, 900, 2**31 - 1, 1500, 0, 1400], mx.int32)
+    target = mx.array([0.9, 0.95, 1e-9, 0.5, math.inf, 0.999, 0.3, math.inf]) * 2**31
+    limited = [select.Limits(tokens, None), select.Limits(None, target), select.Limits(tokens, target)]
+    bits = distance.view(mx.uint32)
+    cases = [(bits, mass if limits.mass is not None else None, limits) for limits in limited]
+    turned = (mx.random.randint(-(2**15), 2**15, (rows, n), key=keys[1]) * 2**16).view(mx.uint32)
+    cases.append((turned, None, limited[0]))
+    mx.eval([a for case in cases for a in case[:2] if a is not None], tokens, target)
+    found = [select.boundary(launch, *case, signed=case[0] is turned) for case in cases]
+    wanted = [reference.kept(*case, signed=case[0] is turned) for case in cases]
+    same = [
+        mx.array_equal(select.tokens_up_to(case[0], *ends), want)
+        for case, ends, want in zip(cases, found, wanted, strict=True)
+    ]
+    return bool(mx.all(mx.stack(same)).item())
+
+
 KindCheck = Callable[[Launcher, mx.Dtype, paged.Tuning, Slots], bool]
 
 # What runs on quantized pools: nothing stores there as it attends.
@@ -311,6 +343,8 @@ def checks_for(kind: Kind | None) -> dict[KernelName, Check]:
         return CHECKS
     if kind == "products":
         return PRODUCT_CHECKS
+    if kind == "limits":
+        return {"boundary": check_boundary}
     chosen = LATENT_CHECKS if kind == "latents" else PACKED_CHECKS
     return {name: _of_kind(check, kind) for name, check in chosen.items()}
 

@@ -97,7 +97,7 @@ def _constant(name: str, value: int | bool | mx.Dtype) -> str:
 
 def _garbage(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An output as a GPU allocates it: not cleared. NaN, or a large number, so that what is not written shows."""
-    array = mx.full(shape, float("nan") if dtype != mx.int32 else 0x7F7F7F7F, dtype=dtype)
+    array = mx.full(shape, 0x7F7F7F7F if dtype in (mx.int32, mx.uint32) else float("nan"), dtype=dtype)
     mx.eval(array)
     return array
 

@@ -122,7 +122,7 @@ def dialect_digest(dialect: str) -> str:
         (
             *_HERE.glob("bodies/*.h"),
             *_HERE.glob(f"dialects/{dialect}*.h"),
-            *(_HERE / f for f in ("paged.py", "latent.py", "fused.py", "products.py", "packing.py")),
+            *(_HERE / f for f in ("paged.py", "latent.py", "fused.py", "products.py", "packing.py", "select.py")),
         )
     )
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()

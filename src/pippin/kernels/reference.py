@@ -15,6 +15,7 @@ import mlx.core as mx
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
 from pippin.kernels.packing import Pool
+from pippin.kernels.select import Limits
 
 
 def kv_write(k_pool: Pool, v_pool: Pool, k: mx.array, v: mx.array, slots: mx.array) -> None:
@@ -211,3 +212,13 @@ def geglu(y: mx.array) -> mx.array:
     gate, up = mx.split(y.astype(mx.float32), 2, axis=-1)
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     return (0.5 * gate * (1 + mx.tanh(inner)) * up).astype(y.dtype)
+
+
+def kept(bits: mx.array, mass: mx.array | None, limits: Limits, signed: bool = False) -> mx.array:
+    """What ``kernels.boundary`` leaves, bool [S, n]: of tokens in order of (bits, id), those before which is room."""
+    ids = mx.broadcast_to(mx.arange(bits.shape[1], dtype=mx.int64), bits.shape)
+    order = mx.argsort((bits.astype(mx.int64) - 2**31) * 2**32 + ids, axis=-1)
+    before = None if mass is None else mx.cumsum(mx.take_along_axis(mass, order, axis=-1), axis=-1, inclusive=False)
+    allowed = mx.broadcast_to(limits.column().allow(mx.arange(bits.shape[1]), before), bits.shape)
+    found = mx.put_along_axis(mx.zeros(bits.shape, mx.bool_), order, allowed, axis=-1)
+    return found if signed else found & (bits < 2**31)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products
+from pippin.kernels import fused, latent, paged, products, select
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.build.shapes import ModelShape
 from pippin.kernels.form import Form
@@ -41,6 +41,7 @@ def variants(shape: ModelShape, tunings: Sequence[paged.Tuning]) -> list[Recorde
             _record_all(record, shape, tunings, k_pool, v_pool, rows)
             _record_turned(record, shape, k_pool, v_pool, rows)
         _record_rows(record, shape, rows)
+        _record_boundaries(record, shape, rows)
     if any(tuning.matrix for tuning in tunings):
         _record_products(record, shape)
     return list(found.values())
@@ -114,6 +115,17 @@ def _record_turned(record: Launcher, shape: ModelShape, k_pool: Pool, v_pool: Po
     each = fused.Norm(mx.zeros(shape.dim, dtype=shape.dtype), 1e-6)
     for norms in ((None, None), (each, each)):
         fused.rope_kv_write(record, y, k_pool, v_pool, heads, rope, where, where, norms, None)
+
+
+def _record_boundaries(record: Launcher, shape: ModelShape, rows: int) -> None:
+    """What draws launch that have limits, and what finds the likeliest tokens."""
+    bits = mx.zeros((rows, shape.vocab), dtype=mx.uint32)
+    if not shape.vocab or not select.takes(bits):
+        return
+    tokens, mass = mx.zeros(rows, dtype=mx.int32), mx.zeros(rows)
+    for limits in (select.Limits(tokens, None), select.Limits(None, mass), select.Limits(tokens, mass)):
+        select.boundary(record, bits, None if limits.mass is None else bits, limits)
+    select.boundary(record, bits, None, select.Limits(tokens, None), signed=True)
 
 
 def _record_products(record: Launcher, shape: ModelShape) -> None:

@@ -87,5 +87,6 @@ struct Nibble<__half> {
 };
 
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+INLINE unsigned shuffle_xor(unsigned x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 }  // namespace pippin

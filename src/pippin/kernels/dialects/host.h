@@ -87,6 +87,8 @@ INLINE float float_of(uint32_t b) {
   return x;
 }
 
+INLINE uint32_t shuffle_xor(uint32_t x, int mask) { return bits_of(shuffle_xor(float_of(x), mask)); }
+
 // Both 16-bit types round to nearest, ties to even, as both GPUs do.
 struct bfloat {
   uint16_t b;

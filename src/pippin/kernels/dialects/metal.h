@@ -19,5 +19,6 @@ INLINE float fma_of(float a, float b, float c) { return metal::fma(a, b, c); }
 INLINE float float_of(uint bits) { return as_type<float>(bits); }
 INLINE uint bits_of(float x) { return as_type<uint>(x); }
 INLINE float shuffle_xor(float x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
+INLINE unsigned shuffle_xor(unsigned x, int mask) { return metal::simd_shuffle_xor(x, ushort(mask)); }
 
 }  // namespace pippin
