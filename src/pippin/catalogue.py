@@ -7,10 +7,11 @@ from importlib.resources import files
 import msgspec
 
 FORMATS = (
-    "float32, float16, bfloat16; affine 2 to 8 bits, mxfp4, mxfp8, nvfp4; AWQ and GPTQ (4 bits, no g_idx); "
-    "fp8 with ue8m0 scales; compressed-tensors (nvfp4, mxfp4, pack-quantized); modelopt (NVFP4); bitnet"
+    "float32, float16, bfloat16; affine 2 to 8 bits, mxfp4, mxfp8, nvfp4; AWQ (4 bits) and GPTQ (2, 4, 8 bits, no "
+    "desc_act); fp8 with ue8m0 scales; bitnet. Other fp8, compressed-tensors and modelopt (NVFP4) where mlx-lm's class "
+    "unpacks them (DeepSeek V3, Kimi, Mistral 4 …). Not GGUF"
 )
-"""What checkpoints may hold, of any architecture: what mlx-lm reads."""
+"""What checkpoints may hold, of any architecture but for the last: what mlx-lm reads, and GPTQ."""
 
 ON_LOAD = "--quantization mlx_q4, mlx_q8 (any that is not quantized); pippin convert --q-bits 2, 3, 4, 5, 6, 8"
 

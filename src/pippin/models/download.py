@@ -22,6 +22,8 @@ from pippin.messages import Progress
 
 POLL_SECONDS = 0.2
 
+GGUF = "GGUF files, which aren't read: take the safetensors that they were made from, with --quantization if need be"
+
 
 def find_checkpoint(
     name: str, revision: str | None, patterns: list[str], progress: Callable[[Progress], None] | None = None
@@ -36,6 +38,8 @@ def find_checkpoint(
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.exists() and path.suffix == ".gguf":
+        raise ModelError(f"{name} is one of the {GGUF}.")
     if path.exists():
         raise ModelError(f"{name} is a file; give the directory that holds config.json and *.safetensors.")
     if _looks_like_path(name):

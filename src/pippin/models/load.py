@@ -22,9 +22,10 @@ from mlx.utils import tree_flatten
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
 from pippin.messages import Progress
+from pippin.models import gptq
 from pippin.models.corrections import correct, older_names, refuse
-from pippin.models.download import find_checkpoint, one_line
-from pippin.models.names import model_classes, renaming_classes, renaming_of
+from pippin.models.download import GGUF, find_checkpoint, one_line
+from pippin.models.names import changing_classes, model_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
 from pippin.models.vectors import VectorForm, is_bare, read_vector_form
 
@@ -152,6 +153,8 @@ def as_safetensors(path: Path, progress: Callable[[Progress], None] | None = Non
     if any(path.glob(SAFETENSORS)):
         yield path
         return
+    if any(path.glob("*.gguf")):
+        raise ModelError(f"{path} holds {GGUF}.")
     pickled = sorted(file for pattern in PICKLED for file in path.glob(pattern))
     if not pickled:
         raise ModelError(f"{path} has no {SAFETENSORS}, nor PyTorch's {PICKLED[0]}.")
@@ -176,22 +179,34 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
             f"{path} brings its own code ({code}) and was not loaded: pass --trust-remote-code if you trust it."
         )
     refuse(facts)
-    settings, options = older_names(facts), {"get_model_classes": model_classes}
+    settings, packed = older_names(facts), gptq.settings_of(facts)
+    changes: list[Callable[[dict[str, mx.array]], dict[str, mx.array]]] = []
     try:
+        if packed is not None:
+            settings |= dict.fromkeys(("quantization", "quantization_config"), gptq.quantization_of(packed))
+            changes.append(partial(gptq.as_affine, settings=packed))
         if bare := is_bare(readable):
             settings |= {"tie_word_embeddings": True, HEADLESS: not facts.get("tie_word_embeddings")}
         if (rename := renaming_of(facts["model_type"], bare)) is not None:
-            options = {"get_model_classes": partial(renaming_classes, rename)}
+            changes.append(rename)
+        classes = partial(changing_classes, changes) if changes else model_classes
         model, facts = mlx_lm.utils.load_model(
-            readable, lazy=True, model_config=settings, trust_remote_code=trusted, **options
+            readable, lazy=True, model_config=settings, trust_remote_code=trusted, get_model_classes=classes
         )
         correct(model, facts)
     except (Exception, SystemExit) as error:  # mlx-lm's olmo ends the process where its makers' package is missing
         kind, why = facts["model_type"], one_line(error)
         if isinstance(error, SystemExit):
             why = "its class ends the process; what it printed says which package it needs"
-        raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}): {why}") from error
+        form = f", weights quantized by {method}" if (method := _method(facts)) else ""
+        raise ModelError(f"mlx-lm can't load {path} (model_type {kind!r}{form}): {why}") from error
     return model, facts
+
+
+def _method(facts: dict[str, Any]) -> str | None:
+    """Who quantized a checkpoint, where config.json names one of others than MLX."""
+    found = facts.get("quantization_config")
+    return str(found["quant_method"]) if isinstance(found, dict) and "quant_method" in found else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from mlx_lm.models import ernie4_5_moe
 
 from pippin.models.ernie import ErnieMoeModel
 
+Weights = dict[str, mx.array]
 Renaming = tuple[re.Pattern[str], str]
 
 OLDER: dict[str, tuple[Renaming, ...]] = {
@@ -33,14 +34,18 @@ OLDER: dict[str, tuple[Renaming, ...]] = {
 """By model type: what transformers 5 saves of some layers, and reads as well as the names that mlx-lm knows."""
 
 
-def renaming_of(model_type: str, bare: bool) -> Callable[[str], str] | None:
-    """What to call a checkpoint's weights by; None leaves them. ``bare``: they are of the layers alone."""
+def renaming_of(model_type: str, bare: bool) -> Callable[[Weights], Weights] | None:
+    """What gives a checkpoint's weights other names; None leaves them. ``bare``: they are of the layers alone."""
     if bare:
-        return "model.{}".format
+        return lambda weights: {f"model.{name}": value for name, value in weights.items()}
     return partial(_renamed, OLDER[model_type]) if model_type in OLDER else None
 
 
-def _renamed(renamings: tuple[Renaming, ...], name: str) -> str:
+def _renamed(renamings: tuple[Renaming, ...], weights: Weights) -> Weights:
+    return {_name(renamings, name): value for name, value in weights.items()}
+
+
+def _name(renamings: tuple[Renaming, ...], name: str) -> str:
     for pattern, replacement in renamings:
         name = pattern.sub(replacement, name)
     return name
@@ -52,13 +57,14 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     return ErnieMoeModel if model_class is ernie4_5_moe.Model else model_class, args_class
 
 
-def renaming_classes(rename: Callable[[str], str], config: dict[str, Any]) -> tuple[type, type]:
-    """The classes for a configuration, the model's of which takes weights by other names."""
+def changing_classes(changes: Sequence[Callable[[Weights], Weights]], config: dict[str, Any]) -> tuple[type, type]:
+    """The classes for a configuration, the model's of which takes weights as ``changes`` leave them."""
     model_class, args_class = model_classes(config)
     own: Callable[..., Any] | None = vars(model_class).get("sanitize")
 
-    def sanitize(self: Any, weights: dict[str, mx.array]) -> Any:
-        named = {rename(name): value for name, value in weights.items()}
-        return own(self, named) if own is not None else named
+    def sanitize(self: Any, weights: Weights) -> Any:
+        for change in changes:
+            weights = change(weights)
+        return own(self, weights) if own is not None else weights
 
     return type(model_class.__name__, (model_class,), {"sanitize": sanitize}), args_class
