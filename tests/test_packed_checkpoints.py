@@ -1,4 +1,4 @@
-"""Weights that others packed, written here as their formats say: the logits are those of the numbers that were packed."""
+"""Weights that others packed, written here as their formats say: logits are those of the numbers that were packed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def words(numbers: Numbers, bits: int) -> npt.NDArray[np.int32]:
     """Along the last axis, lowest bits first."""
     shifts = np.arange(0, 32, bits)
     parts = numbers.reshape(*numbers.shape[:-1], -1, 32 // bits) << shifts
-    return parts.sum(axis=-1).astype(np.uint32).view(np.int32)
+    return np.asarray(parts.sum(axis=-1).astype(np.uint32).view(np.int32))
 
 
 def by_gptq(codes: Numbers, zeros: Numbers, scales: npt.NDArray[np.float32], bits: int) -> Parts:
@@ -61,7 +61,12 @@ class Packed:
     """A checkpoint with its linear layers packed, and one with the numbers that they stand for."""
 
     def __init__(self, root: Path, pack: Pack, bits: int, family: str = "qwen3", zero: int | None = None) -> None:
-        sizes = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64, "head_dim": 32}
+        sizes: dict[str, Any] = {
+            "hidden_size": 128,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 64,
+            "head_dim": 32,
+        }
         self.plain = make_checkpoint(root / "plain", family, **sizes)
         self.path = root / "packed"
         shutil.copytree(self.plain, self.path)
@@ -73,11 +78,8 @@ class Packed:
                 continue
             width, out = value.shape[1], value.shape[0]
             codes = rng.integers(0, 1 << bits, (width, out))
-            zeros = (
-                rng.integers(1, 1 << bits, (width // GROUP, out))
-                if zero is None
-                else np.full((width // GROUP, out), zero)
-            )
+            zeros = rng.integers(1, 1 << bits, (width // GROUP, out))
+            zeros = zeros if zero is None else np.full_like(zeros, zero)
             spread = float(1 << bits) * width**0.5
             scales = (rng.integers(64, 256, zeros.shape) / 64 / spread).astype(np.float16).astype(np.float32)
             dense = (codes - zeros.repeat(GROUP, axis=0)) * scales.repeat(GROUP, axis=0)
@@ -126,9 +128,13 @@ def test_gptq_that_mlx_has_no_form_of_is_refused(tmp_path: Path) -> None:
     path = Packed(tmp_path, by_gptq, 4).says(quant_method="gptq", bits=4, group_size=-1)
     with pytest.raises(ModelError, match="GPTQ with bits 4 and group_size -1"):
         logits(path)
-    turned = Packed(
-        tmp_path / "turned", lambda *of: by_gptq(*of) | {"g_idx": np.arange(len(of[0]), dtype=np.int32) % 3}, 4
-    )
+
+
+def test_gptq_in_the_order_of_activations_is_refused(tmp_path: Path) -> None:
+    def ordered(codes: Numbers, *rest: Any) -> Parts:
+        return by_gptq(codes, *rest) | {"g_idx": np.arange(len(codes), dtype=np.int32) % (len(codes) // GROUP)}
+
+    turned = Packed(tmp_path, ordered, 4)
     with pytest.raises(ModelError, match="desc_act"):
         logits(turned.says(quant_method="gptq", bits=4, group_size=GROUP, desc_act=True))
 

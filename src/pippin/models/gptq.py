@@ -28,9 +28,7 @@ def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What mlx-lm is to be told instead. Raises ValueError for what MLX has no form of."""
     bits, group = settings.get("bits", 4), settings.get("group_size", 128)
     if bits not in BITS or group not in GROUPS:
-        raise ValueError(
-            f"GPTQ with bits {bits} and group_size {group}; bits 2, 4 or 8 in groups of 32, 64 or 128 are read"
-        )
+        raise ValueError(f"GPTQ with bits {bits} and group_size {group}: 2, 4 or 8 in groups of 32, 64 or 128 are read")
     return {"bits": bits, "group_size": group, "mode": "affine"}
 
 
@@ -39,14 +37,12 @@ def as_affine(weights: Weights, settings: dict[str, Any]) -> Weights:
 
     Raises ValueError where groups are not runs of neighbours (``desc_act``).
     """
-    names = [name.removesuffix(".qweight") for name in weights if name.endswith(".qweight")]
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    kept = {
-        n: w for n, w in weights.items() if not (n.rpartition(".")[0] in set(names) and n.rpartition(".")[2] in parts)
-    }
-    for name in names:
-        kept |= _layer(name, weights, settings)
-    return kept
+    layers = [name.removesuffix(".qweight") for name in weights if name.endswith(".qweight")]
+    packed = {f"{layer}.{part}" for layer in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
+    found = {name: value for name, value in weights.items() if name not in packed}
+    for layer in layers:
+        found |= _layer(layer, weights, settings)
+    return found
 
 
 def _layer(name: str, weights: Weights, settings: dict[str, Any]) -> Weights:
@@ -69,6 +65,4 @@ def _unpacked(words: mx.array, bits: int) -> mx.array:
 
 def _check_order(name: str, order: mx.array | None, group: int) -> None:
     if order is not None and not np.array_equal(np.array(order), np.arange(order.size) // group):
-        raise ValueError(
-            f"{name} was quantized by GPTQ in the order of activations (desc_act), which MLX has no form of"
-        )
+        raise ValueError(f"{name}'s groups follow its activations (GPTQ's desc_act), which MLX has no form of")
