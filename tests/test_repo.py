@@ -76,7 +76,7 @@ text <- embedding
 inputs <- attention <- graph
 inputs <- graph_inputs
 kernels <- graph_inputs
-kernels <- uploads <- graph
+kernels <- uploads <- penalties
 sampler_graphs <- jit_ahead <- loading
 worker <- jit_ahead
 kernels <- sampler

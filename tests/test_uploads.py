@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from pippin import kernels
-from pippin.uploads import upload
+from pippin.uploads import upload, upload_together
 
 ARRAYS = [
     np.arange(-5, 900, dtype=np.int32),
@@ -47,3 +47,12 @@ def test_on_cuda_the_copy_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch)
     at = address(given.pop())  # nothing here holds it any more
     mx.eval(sent)
     assert address(sent) != at
+
+
+@pytest.mark.parametrize("backend", [None, "metal", "cuda"])
+def test_several_arrive_as_they_were(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    monkeypatch.setattr(kernels, "backend", lambda: backend)
+    arrays = [*ARRAYS, np.zeros((3, 0), np.float32), np.array([[1.5], [2.5]], np.float32)]
+    for values, sent in zip(arrays, upload_together(arrays), strict=True):
+        assert np.array_equal(np.array(sent), values)
+        assert (sent.shape, sent.dtype) == (values.shape, mx.array(values).dtype)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.types import Request, Work
+from pippin.uploads import upload_together
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -74,28 +75,30 @@ def logit_edits(
     rows = np.concatenate([np.full(edits.ids.size, row) for row, edits in found])
     filler = next((n for n in places if n >= rows.size), 1 << (rows.size - 1).bit_length()) - rows.size
 
-    def padded(values: list[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> mx.array:
+    def padded(values: list[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         joined = np.concatenate(values).astype(dtype)
-        return mx.array(np.concatenate([joined, np.repeat(joined[:1], filler)]))
+        return np.concatenate([joined, np.repeat(joined[:1], filler)])
 
-    unseen = None
-    if places or any(edits.unseen for _, edits in found):
-        row_values = np.tile(np.array([[1.0], [0.0]], np.float32), size)
-        for row, edits in found:
-            if edits.unseen:
-                row_values[:, row] = edits.unseen
-        unseen = UnseenEdits(
-            padded([e.scale_again for _, e in found], np.float32),
-            padded([e.add_again for _, e in found], np.float32),
-            *map(mx.array, row_values),
-        )
-    return LogitEdits(
+    arrays = [
         padded([rows], np.int32),
         padded([e.ids for _, e in found], np.int32),
         padded([e.scale for _, e in found], np.float32),
         padded([e.add for _, e in found], np.float32),
-        unseen,
-    )
+    ]
+    if not places and not any(edits.unseen for _, edits in found):
+        at, ids, scale, add = upload_together(arrays)
+        return LogitEdits(at, ids, scale, add, None)
+    row_values = np.tile(np.array([[1.0], [0.0]], np.float32), size)
+    for row, edits in found:
+        if edits.unseen:
+            row_values[:, row] = edits.unseen
+    again = [
+        padded([e.scale_again for _, e in found], np.float32),
+        padded([e.add_again for _, e in found], np.float32),
+        *row_values,
+    ]
+    at, ids, scale, add, *unseen = upload_together([*arrays, *again])
+    return LogitEdits(at, ids, scale, add, UnseenEdits(*unseen))
 
 
 def edit_logits(logits: mx.array, edits: LogitEdits, input_tokens: mx.array) -> mx.array:

@@ -36,6 +36,7 @@ from pippin import kernels
 from pippin.kernels.select import Limits, tokens_up_to
 from pippin.penalties import LogitEdits, TokenCounts, edit_logits, logit_edits
 from pippin.types import Work
+from pippin.uploads import upload_together
 
 GREEDY_BELOW = 1e-5  # a temperature under this is 0: dividing by it could only overflow
 SMALLEST_TOP_P = 1e-9  # less would be 0 in float32, and keep nothing
@@ -173,12 +174,14 @@ def _random_inputs(
         min_p=min_p or bool(has_min.any()),
         partition=min(length, n) if partition else 0,
     )
+    filters = [(plan.top_k, top_k), (plan.top_p, top_p), (plan.min_p, log_min_p)]
+    sent = iter(upload_together([temperature, keys, *(array for on, array in filters if on)]))
     return plan, inputs._replace(
-        temperature=mx.array(temperature),
-        keys=mx.array(keys),
-        top_k=mx.array(top_k) if plan.top_k else None,
-        top_p=mx.array(top_p) if plan.top_p else None,
-        log_min_p=mx.array(log_min_p) if plan.min_p else None,
+        temperature=next(sent),
+        keys=next(sent),
+        top_k=next(sent) if plan.top_k else None,
+        top_p=next(sent) if plan.top_p else None,
+        log_min_p=next(sent) if plan.min_p else None,
     )
 
 
