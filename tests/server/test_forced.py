@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pippin.server.forced import MARKUPS, MISTRAL_V11, after_reasoning, forced_calls
+from pippin.errors import RequestError
+from pippin.server.forced import MARKUPS, MISTRAL_V11, after_reasoning, calls_or, forced_calls
 from pippin.text.reasoning import FORMATS as REASONING
 from pippin.text.reply import Reply, Speech
 from pippin.text.tools import FORMATS
@@ -56,6 +57,48 @@ def test_formats_without_json_force_plain_json(name: str) -> None:
     assert accepts(grammar, text)
     assert not accepts(grammar, written("json", "", [("get_weather", JSON)]))
     assert calls_of(parse(Reply(Speech(None, format), "", TOOLS), [text])) == [("now", {})]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("name", "template"), [*((name, "") for name in sorted(MARKUPS)), ("mistral", "[ARGS]")])
+def test_calls_or_words_of_a_shape(name: str, template: str, parallel: bool) -> None:
+    """``response_format`` beside tools: the model may still call, and what it says to nobody's tool has the shape."""
+    grammar = calls_or(ANSWER, FORMATS[name], template, TOOLS, parallel)
+    one, two = (written(name, template, [("get_weather", JSON), ("now", "{}")][:n]) for n in (1, 2))
+    said = '<|channel|>final<|message|>{"a": 1}' if name == "gpt-oss" else '{"a": 1}'
+    assert accepts(grammar, one)
+    assert accepts(grammar, two) == parallel
+    assert accepts(grammar, said)
+    assert accepts(grammar, written(name, template, [("now", '{"x": [1]}')]))  # whose schema nobody asked to keep to
+    assert not accepts(grammar, one.replace('"city"', '"town"'))
+    for wrong in ("Hello.", said.replace("1", '"b"'), one + said, said + one):
+        assert not accepts(grammar, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("glm", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
+        ),
+    ],
+)
+def test_calls_in_tags_or_words_of_a_shape(name: str, call: str) -> None:
+    for parallel in (False, True):
+        grammar = calls_or(ANSWER, FORMATS[name], "", TOOLS, parallel)
+        assert accepts(grammar, call)
+        assert accepts(grammar, f"{call}\n{call}") or not parallel
+        assert accepts(grammar, '{"a": 1}')
+        assert not accepts(grammar, "Hello.")
+    assert calls_of(parse(Reply(Speech(None, FORMATS[name]), "", TOOLS), [call])) == [("get_weather", {"city": "Oslo"})]
+
+
+def test_calls_that_no_grammar_describes_are_refused_beside_a_shape() -> None:
+    with pytest.raises(RequestError, match="pythonic") as caught:
+        calls_or(ANSWER, FORMATS["pythonic"], "", TOOLS, True)
+    assert caught.value.field == ANSWER.field
 
 
 ANSWER = Grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}')

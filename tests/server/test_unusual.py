@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +41,65 @@ def test_four_answers_with_calls_streamed_and_whole(ai: openai.OpenAI) -> None:
     assert any(choice.message.tool_calls for choice in whole.choices)
 
 
+NO_CALL = {"3": -100}  # the token of <tool_call>: else the shipped model would rather call than write JSON
+SHAPE = NUMBER | {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shape_for_words_leaves_tools_to_be_called(ai: openai.OpenAI, stream: bool) -> None:
+    """How agents ask that have tools, and want their last answer as an object."""
+    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": SHAPE}}
+    options: Any = {
+        "model": "m", "tools": [TOOL], "response_format": shape, "temperature": 0, "max_tokens": 80, "stream": stream,
+    }  # fmt: skip
+
+    def asked(messages: Any, **more: Any) -> tuple[Any, Any]:
+        answer = ai.chat.completions.create(messages=messages, **options, **more)
+        if stream:
+            return assembled(answer)
+        return answer.choices[0].message.model_dump(), answer.choices[0].finish_reason
+
+    message, reason = asked(ASK)
+    assert reason == "tool_calls"
+    assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]] == [{"city": "Oslo"}]
+    back = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": '{"temperature": 7}'}
+    for messages in (SUM, [*ASK, message, back]):
+        words, reason = asked(messages, logit_bias=NO_CALL)
+        assert reason == "stop"
+        assert 0 <= json.loads(words["content"])["n"] <= 99
+
+
+def test_a_shape_for_words_on_the_other_surfaces(ai: openai.OpenAI, demo: Running) -> None:
+    text: Any = {"format": {"type": "json_schema", "name": "n", "schema": SHAPE}}
+    function: Any = {"type": "function", **FUNCTION, "strict": False}
+    options: Any = {"model": "m", "tools": [function], "text": text, "temperature": 0, "max_output_tokens": 80}
+    assert [item.type for item in ai.responses.create(input=ASK, **options).output] == ["function_call"]
+    tool: Any = {"name": "get_weather", "description": DESCRIPTION, "input_schema": SCHEMA}
+    config: Any = {"format": {"type": "json_schema", "schema": SHAPE}}
+    more: Any = {"model": "m", "tools": [tool], "output_config": config, "max_tokens": 80}
+    with anthropic_client(demo) as claude:
+        called = claude.messages.create(messages=ASK, extra_body={"temperature": 0}, **more)
+    assert called.stop_reason == "tool_use"
+
+
+def test_a_structural_tag_says_itself_what_a_call_is(demo: Running) -> None:
+    tag = {"structures": [{"begin": "<n>", "schema": SHAPE, "end": "</n>"}], "triggers": ["<n>"]}
+    body = {"messages": ASK, "tools": [TOOL], "structural_tag": tag, "temperature": 0, "max_tokens": 60}
+    with demo.http() as http:
+        answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_call_that_must_be_made_needs_no_shape(ai: openai.OpenAI) -> None:
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": SHAPE}}
+    options: Any = {"model": "m", "messages": SUM, "tools": [TOOL], "response_format": shape, "max_tokens": 80}
+    (choice,) = ai.chat.completions.create(**options, tool_choice="required", parallel_tool_calls=False).choices
+    assert choice.finish_reason == "tool_calls"
+
+
 def test_logprobs_of_an_answer_of_a_schema(ai: openai.OpenAI) -> None:
-    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": NUMBER | {"additionalProperties": False}}}
+    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": SHAPE}}
     options: Any = {
         "model": "m", "messages": SUM, "response_format": shape, "logprobs": True, "top_logprobs": 3, "seed": 1,
         "max_tokens": 60,

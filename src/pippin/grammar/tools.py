@@ -35,19 +35,21 @@ def tool_grammar(
     required: bool = False,
     parallel: bool = True,
     strict: bool = False,
+    loose: bool = False,
     field: str = "tools",
 ) -> Grammar:
     """The grammar of answers that call any of ``tools``, OpenAI's functions (``name``, ``parameters``, ``strict``).
 
     ``required``: the answer is one call, or several if ``parallel``, and nothing else. Otherwise it is free text, in
     which every call is well-formed. ``strict``: arguments follow each tool's schema, whether or not it says ``strict``;
-    otherwise those of tools that don't are any JSON object. Schemas are checked where the grammar is compiled.
+    otherwise those of tools that don't are any JSON object; with ``required`` they follow it, unless ``loose``. Schemas
+    are checked where the grammar is compiled.
     """
     tags = [
         {
             "type": "tag",
             "begin": markup.begin.replace("{name}", str(tool["name"])),
-            "content": {"type": "json_schema", "json_schema": _arguments(tool, strict or required)},
+            "content": {"type": "json_schema", "json_schema": tool_arguments(tool, strict or (required and not loose))},
             "end": markup.end.replace("{name}", str(tool["name"])),
         }
         for tool in tools
@@ -60,7 +62,7 @@ def tool_grammar(
     return Grammar("structural_tag", json.dumps({"type": "structural_tag", "format": shape}), field)
 
 
-def _arguments(tool: Mapping[str, Any], strict: bool) -> Any:
+def tool_arguments(tool: Mapping[str, Any], strict: bool) -> Any:
     """A tool's schema for its arguments; any object if it has none, or need not be kept to."""
     schema = tool.get("parameters") if strict or tool.get("strict") else None
     return schema or {"type": "object"}

@@ -13,7 +13,7 @@ import msgspec
 
 from pippin.completion import Delta, answer_ids
 from pippin.errors import RequestError
-from pippin.server.forced import after_reasoning, forced_calls
+from pippin.server.forced import after_reasoning, calls_or, forced_calls
 from pippin.server.protocol import Json
 from pippin.server.service import Job, Service
 from pippin.server.thinking import Budgeted
@@ -258,19 +258,19 @@ async def begin(service: Service, ask: Ask, before: Sequence[int] = ()) -> Conve
 
 def grammared(service: Service, ask: Ask, offered: Offered | None, opening: str) -> tuple[SamplingParams, Speech]:
     """The parameters with the grammar that the answer must follow, and the formats that it is read in."""
-    speech, grammar, calls = service.speech, ask.params.grammar, None
+    speech, grammar, calls = service.speech, ask.params.grammar, False
     if offered is not None and speech.tools is not None:
         template = service.chat.known() or ""
-        calls, format = forced_calls(speech.tools, template, offered, ask.tool_choice, ask.parallel)
-        if calls is not None and grammar is not None:
-            raise RequestError(
-                f"{grammar.field} and tools that must be called as they say don't go together", grammar.field
-            )
-        grammar, speech = calls or grammar, replace(speech, tools=format)
+        # A structural tag says itself what a call is.
+        if grammar is not None and ask.tool_choice == "auto" and grammar.kind != "structural_tag":
+            grammar, calls = calls_or(grammar, speech.tools, template, offered, ask.parallel), True
+        else:  # where a call must be made, there are no words to have a shape
+            forced, format = forced_calls(speech.tools, template, offered, ask.tool_choice, ask.parallel)
+            grammar, calls, speech = forced or grammar, forced is not None, replace(speech, tools=format)
     if grammar is None:
         return ask.params, speech
     if speech.reasoning is not None and ask.separate_reasoning:
-        grammar = after_reasoning(grammar, speech.reasoning, opening, calls is not None)
+        grammar = after_reasoning(grammar, speech.reasoning, opening, calls)
     return msgspec.structs.replace(ask.params, grammar=grammar), speech
 
 
