@@ -79,6 +79,9 @@ def rest_of(core: EngineCore, submits: Sequence[Submit]) -> dict[str, tuple[list
             found[output.id].append(output)
     assert all(outputs[-1].finish is not None for outputs in found.values())
     assert all(output.finish is None for outputs in found.values() for output in outputs[:-1])
+    for outputs in found.values():
+        facts = [(o.num_cached, o.miss, o.waited) for o in outputs if o.tokens or o is outputs[-1]]
+        assert facts == facts[:1] * len(facts), "what is known of a request is told with each of its tokens"
     return {id: ([t for o in outputs for t in o.tokens], outputs[-1].finish) for id, outputs in found.items()}
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
-from pippin.messages import Output
+from pippin.messages import Output, output_of
 from pippin.scheduler import Scheduler
 from pippin.types import Finish, Request, Token, Work, failed
 
@@ -89,7 +89,7 @@ class GrammarRequests:
             tokens = matcher.forced()
         except Exception as error:
             self._scheduler.fail(request, self._broken(request, error))
-            return Output(request.id, num_cached=request.num_cached, finish=request.finish)
+            return output_of(request)
         if len(tokens) < LEAST_FORCED:
             return None
         finish = self.follow(request, tokens)
@@ -100,7 +100,7 @@ class GrammarRequests:
             tokens = self._scheduler.force(request, tokens, finish)
         if not tokens and request.finish is None:
             return None
-        return Output(request.id, tokens, num_cached=request.num_cached, finish=request.finish)
+        return output_of(request, tokens)
 
     def follow(self, request: Request, tokens: Sequence[Token]) -> Finish | None:
         """Takes a request's next tokens into its grammar; returns how it ends, if it does."""
@@ -130,7 +130,7 @@ class GrammarRequests:
             for row, error in failures.items():
                 request = works[row].request
                 self._scheduler.fail(request, failed(error))
-                outputs.append(Output(request.id, num_cached=request.num_cached, finish=request.finish))
+                outputs.append(output_of(request))
             return bits
 
         return masks

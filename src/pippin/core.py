@@ -35,6 +35,7 @@ from pippin.messages import (
     StopProfile,
     Submit,
     UnloadAdapter,
+    output_of,
 )
 from pippin.models.lora import Adapter, Adapters
 from pippin.profile.engine import Tell, open_profile
@@ -188,7 +189,7 @@ class EngineCore:
         else:
             self._scheduler.add(request)
         if request.finish is not None:
-            self._notices.append(Output(request.id, finish=request.finish))
+            self._notices.append(output_of(request))
 
     def _begin_compiled(self) -> None:
         """Hands on requests whose grammars are ready, each or the reason why not."""
@@ -202,7 +203,7 @@ class EngineCore:
             except Exception as error:
                 log.exception("request %s could not be queued", request.id)
                 request.finish = unqueued(error)
-            self._notices.append(Output(request.id, finish=request.finish))
+            self._notices.append(output_of(request))
 
     def _move(self, disk: DiskTier) -> None:
         """Moves K and V between the pool and the disk, and queues requests that have got theirs."""
@@ -218,7 +219,7 @@ class EngineCore:
                 except RequestError as error:
                     request.finish = failed(error)
                 if request.finish is not None:
-                    self._notices.append(Output(request.id, finish=request.finish))
+                    self._notices.append(output_of(request))
             return
         self._drop(Batch(()), kind, self._notices)
 
@@ -246,8 +247,8 @@ class EngineCore:
         if request is None and (request := self._scheduler.abort(id)) is not None:
             self._keep(request)
         if request is not None:
-            ended = Output(id, [], [], [], request.num_cached, Finish("abort"), request.miss, request.waited)
-            self._notices.append(ended)
+            request.finish = Finish("abort")
+            self._notices.append(output_of(request))
 
     def flush(self) -> None:
         """Empties the prefix cache. Raises RequestError while requests run.
@@ -352,7 +353,7 @@ class EngineCore:
             return batch
         self._forget_slots()
         self._scheduler.start_over(batch, faulty)
-        outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in faulty]
+        outputs += map(output_of, faulty)
         return None
 
     def _launch(self, batch: Batch, outputs: list[Output]) -> Flight | None:
@@ -415,16 +416,12 @@ class EngineCore:
             request, result = update.request, update.result
             self._keep(request)
             found.append(
-                Output(
-                    request.id,
-                    tokens=[result.token] if result.token is not None else [],
-                    logprobs=[result.logprob] if result.logprob is not None else [],
-                    prompt_logprobs=list(result.prompt_logprobs),
-                    num_cached=request.num_cached,
-                    finish=request.finish,
-                    miss=request.miss,
-                    waited=request.waited,
-                    pooled=vector_of(request),
+                output_of(
+                    request,
+                    [result.token] if result.token is not None else [],
+                    [result.logprob] if result.logprob is not None else [],
+                    result.prompt_logprobs,
+                    vector_of(request),
                 )
             )
         for request in self._scheduler.distrusted():
@@ -438,7 +435,7 @@ class EngineCore:
         ended = self._scheduler.mended()
         if ended is None:
             return
-        outputs += [Output(r.id, num_cached=r.num_cached, finish=r.finish, miss=r.miss) for r in ended]
+        outputs += map(output_of, ended)
         self._forget_slots()
 
     def _forget_slots(self) -> None:
@@ -460,7 +457,7 @@ class EngineCore:
         finish = Finish("error", None, f"the engine failed on this request ({kind})", status=503 if short else 500)
         guilty = self._scheduler.drop(parts, finish, short)
         if guilty is not None:
-            outputs.append(Output(guilty.id, num_cached=guilty.num_cached, finish=finish))
+            outputs.append(output_of(guilty))
         self._runner.reset()
         if short and self._memory is not None:
             self._memory.shrink()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from pippin.types import CacheMiss, Finish, Pooling, SamplingParams, TokenLogprob
+from pippin.types import CacheMiss, Finish, Pooling, Request, SamplingParams, TokenLogprob
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -99,6 +100,27 @@ class Output(msgspec.Struct, frozen=True):
     miss: CacheMiss | None = None
     waited: float = 0.0
     pooled: bytes = b""
+
+
+def output_of(
+    request: Request,
+    tokens: Sequence[int] = (),
+    logprobs: Sequence[TokenLogprob] = (),
+    prompt_logprobs: Sequence[TokenLogprob] = (),
+    pooled: bytes = b"",
+) -> Output:
+    """What is told of a request now, with what a step added to it."""
+    return Output(
+        request.id,
+        [*tokens],
+        [*logprobs],
+        [*prompt_logprobs],
+        request.num_cached,
+        request.finish,
+        request.miss,
+        request.waited,
+        pooled,
+    )
 
 
 class Stats(msgspec.Struct, frozen=True):
