@@ -269,3 +269,18 @@ def test_work_does_not_grow_with_the_tree() -> None:
         assert radix.evict(1) == 1
     assert time.process_time() - began < 1.0  # 4 ms where it was written; a scan of the tree each would be 20 s
     assert [radix.peek(prompt) for prompt in prompts] == [0] * 10 + [200] * 990
+
+
+def test_nothing_is_left_of_adapters_that_are_long_gone() -> None:
+    """Each time one is loaded it has a key of its own, and so a root."""
+    radix, allocator = filled([[1, 2]], 8)
+    for i in range(50):
+        root = radix.root_of(f"a{i}")
+        pages = allocator.allocate(3)
+        assert pages is not None
+        radix.release(radix.insert([1, 2, 3], allocator.slots_of(pages), 3, root).pin)
+        assert radix.peek([1, 2, 3], pin=root) == 3
+        assert radix.root_of(f"a{i}") is root
+        radix.evict(3)
+    del root
+    assert len(radix._roots) <= 1

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ def _tokens(values: Sequence[int] = ()) -> array[int]:
     return array("i", values)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Node:
     """``tokens[i]`` has its K and V in ``slots[i]``; ``end`` is the length of the path down to here."""
 
@@ -85,7 +86,7 @@ class RadixCache:
         self.snapshots = snapshots
         self.windows = windows
         self.root = Node()
-        self._roots: dict[str, Node] = {}
+        self._roots: WeakValueDictionary[str, Node] = WeakValueDictionary()  # gone with all that is below
         self._allocator = allocator
         self._page = allocator.page_size
         self._heap: list[tuple[int, int, Node]] = []  # candidates, by recency; checked when popped
