@@ -408,9 +408,11 @@ class EngineCore:
     def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:
         """What the step added to each request that is still wanted."""
         for work, result in zip(batch.works, results, strict=True):
-            request, drawn = work.request, work.samples and result.finite and result.token is not None
-            if drawn and request.finish is None and work.end == len(request.tokens):
-                result.finish = self._grammars.follow(request, [result.token] if result.token is not None else [])
+            request, token = work.request, result.token if work.samples and result.finite else None
+            if request.matcher is None or token is None:
+                continue
+            if request.finish is None and work.end == len(request.tokens):
+                result.finish = self._grammars.follow(request, [token])
         found = []
         for update in self._scheduler.finish(batch, results):
             request, result = update.request, update.result
@@ -418,8 +420,8 @@ class EngineCore:
             found.append(
                 output_of(
                     request,
-                    [result.token] if result.token is not None else [],
-                    [result.logprob] if result.logprob is not None else [],
+                    (result.token,) if result.token is not None else (),
+                    result.logprob,
                     result.prompt_logprobs,
                     vector_of(request),
                 )

@@ -33,18 +33,19 @@ class Limits:
             )
 
     def of(self, request: Request) -> int:
-        """Tokens at which a request ends. The last one needs no slot: nothing is drawn from it."""
+        """A request's ``limit``. The last token needs no slot: nothing is drawn from it."""
         if request.pooling is not None:
             return request.num_prompt + 1
         asked = request.num_prompt + request.params.max_new_tokens
         return min(asked, self.context_length, self.capacity + 1)
 
-    def stop(self, request: Request, token: int, ended: Finish | None) -> Finish | None:
-        """How a request ends with ``token``, its newest, if it does. ``ended``: how it does by its grammar."""
-        params, generated = request.params, len(request.tokens) - request.num_prompt
-        stops = token in params.stop_token_ids or (token in request.eos and not params.ignore_eos)
-        if stops and generated >= params.min_new_tokens:
-            return Finish("stop", token)
-        if ended is not None:
-            return ended
-        return Finish("length") if len(request.tokens) >= self.of(request) else None
+
+def end_with(request: Request, token: int, ended: Finish | None) -> Finish | None:
+    """How a request ends with ``token``, its newest, if it does. ``ended``: how it does by its grammar."""
+    params, length = request.params, len(request.tokens)
+    stops = token in params.stop_token_ids or (token in request.eos and not params.ignore_eos)
+    if stops and length - request.num_prompt >= params.min_new_tokens:
+        return Finish("stop", token)
+    if ended is not None:
+        return ended
+    return Finish("length") if length >= request.limit else None

@@ -105,7 +105,7 @@ class Output(msgspec.Struct, frozen=True):
 def output_of(
     request: Request,
     tokens: Sequence[int] = (),
-    logprobs: Sequence[TokenLogprob] = (),
+    logprob: TokenLogprob | None = None,
     prompt_logprobs: Sequence[TokenLogprob] = (),
     pooled: bytes = b"",
 ) -> Output:
@@ -113,7 +113,7 @@ def output_of(
     return Output(
         request.id,
         [*tokens],
-        [*logprobs],
+        [logprob] if logprob is not None else [],
         [*prompt_logprobs],
         request.num_cached,
         request.finish,

@@ -26,6 +26,7 @@ from pippin.uploads import upload_together
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 NO_IDS: Ints = np.zeros(0, np.int64)
+LEAST_ROOM = 16  # for ids that come, beside as many as there are
 
 
 class UnseenEdits(NamedTuple):
@@ -142,46 +143,58 @@ def _row_edits(work: Work, vocab_size: int, counts: TokenCounts) -> _RowEdits:
     listed, times = counts.of(work, vocab_size) if penalised else (NO_IDS, NO_IDS)
     if repetition == 1:  # the prompt does not matter
         listed, times = listed[times > 0], times[times > 0]
-    bias = {i: b for i, b in p.logit_bias.items() if 0 <= i < vocab_size}
-    biased, forbidden = np.array(list(bias), np.int64), _stops(work, vocab_size)
     unseen = penalised and work.end > len(request.tokens)
-    ids = np.union1d(listed, np.concatenate([biased, forbidden])) if bias or forbidden.size else listed
-    if unseen and not ids.size:
-        ids = np.zeros(1, np.int64)  # any id may be listed, and an array of places must not be empty
-    count, scale = np.zeros(ids.size), np.ones(ids.size)
-    at = np.searchsorted(ids, listed)
-    count[at], scale[at] = times, repetition
+    ids, count, scale = listed, times.astype(np.float64), np.full(listed.size, repetition)
+    bias = [i for i in p.logit_bias if 0 <= i < vocab_size] if p.logit_bias else []
+    forbidden = _stops(work, vocab_size)
+    more = [*bias, *forbidden]
+    if unseen and not (more or listed.size):
+        more = [0]  # any id may be listed, and an array of places must not be empty
+    if more:
+        ids = np.union1d(listed, more) if listed.size else np.array(sorted({*more}), np.int64)
+        at = np.searchsorted(ids, listed)
+        count, scale = np.zeros(ids.size), np.ones(ids.size)
+        count[at], scale[at] = times, repetition
     add = -often * count - once * (count > 0)
-    add[np.searchsorted(ids, biased)] += list(bias.values())
-    add[np.searchsorted(ids, forbidden)] = -math.inf
+    if bias:
+        add[np.searchsorted(ids, bias)] += [p.logit_bias[i] for i in bias]
+    if forbidden:
+        add[np.searchsorted(ids, forbidden)] = -math.inf
     if not unseen:
         return _RowEdits(ids, scale, add, scale, add, None)
-    again = np.full(ids.size, repetition), add - often - once * (count == 0)
-    return _RowEdits(ids, scale, add, *again, (repetition, -often - once))
+    again = add - often - once * (count == 0) if often or once else add
+    return _RowEdits(ids, scale, add, np.full(ids.size, repetition), again, (repetition, -often - once))
 
 
-def _stops(work: Work, vocab_size: int) -> Ints:
+def _stops(work: Work, vocab_size: int) -> list[int]:
     """Ids that would end the answer before it has min_new_tokens."""
     request, p = work.request, work.request.params
     if work.end - request.num_prompt >= p.min_new_tokens:
-        return NO_IDS
+        return []
     stops = set(p.stop_token_ids) | (set() if p.ignore_eos else request.eos)
-    return np.array([i for i in stops if 0 <= i < vocab_size], np.int64)
+    return [i for i in stops if 0 <= i < vocab_size]
 
 
 @dataclass(slots=True)
 class _Counted:
-    """Tokens [0, seen) of a request: the distinct ids, ascending, and how often each is in the answer."""
+    """Tokens [0, seen) of a request: the distinct ids, in any order, and how often each is in the answer.
+
+    The first ``size`` of the arrays count; ``places`` says where each id is. So one more token costs no copy.
+    """
 
     ids: Ints
     times: Ints
+    size: int
+    places: dict[int, int]
     seen: int
 
     def add(self, token: int) -> None:
         """One more of the answer."""
-        at = int(np.searchsorted(self.ids, token))
-        if at == self.ids.size or self.ids[at] != token:
-            self.ids, self.times = np.insert(self.ids, at, token), np.insert(self.times, at, 0)
+        at = self.places.setdefault(token, self.size)
+        if at == self.size:
+            if at == self.ids.size:
+                self.ids, self.times = (np.resize(a, 2 * at + LEAST_ROOM) for a in (self.ids, self.times))
+            self.ids[at], self.times[at], self.size = token, 0, at + 1
         self.times[at] += 1
 
 
@@ -189,7 +202,8 @@ def _count(request: Request, end: int, vocab_size: int) -> _Counted:
     ids, at = np.unique(np.array(request.tokens[:end], np.int64), return_inverse=True)
     times = np.bincount(at[request.num_prompt :], minlength=ids.size)
     exists = (ids >= 0) & (ids < vocab_size)
-    return _Counted(ids[exists], times[exists], end)
+    ids, times = ids[exists], times[exists]
+    return _Counted(ids, times, ids.size, {id: place for place, id in enumerate(ids.tolist())}, end)
 
 
 class TokenCounts:
@@ -199,7 +213,10 @@ class TokenCounts:
         self._counted: WeakKeyDictionary[Request, _Counted] = WeakKeyDictionary()
 
     def of(self, work: Work, vocab_size: int) -> tuple[Ints, Ints]:
-        """The distinct ids under ``vocab_size`` of the tokens before ``work.end``; each one's count in the answer."""
+        """The distinct ids under ``vocab_size`` of the tokens before ``work.end``; each one's count in the answer.
+
+        Good until this is asked again.
+        """
         request = work.request
         end = min(work.end, len(request.tokens))
         counted = self._counted.get(request)
@@ -209,4 +226,4 @@ class TokenCounts:
             if 0 <= token < vocab_size:
                 counted.add(token)
         counted.seen = end
-        return counted.ids, counted.times
+        return counted.ids[: counted.size], counted.times[: counted.size]

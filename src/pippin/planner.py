@@ -13,7 +13,6 @@ from collections.abc import Set
 from pippin.bounds import StepBounds
 from pippin.cache.holdings import Holdings
 from pippin.cache.windows import WindowPages
-from pippin.limits import Limits
 from pippin.runs import Runs, rank
 from pippin.types import Batch, Request, Work
 
@@ -36,7 +35,6 @@ class Planner:
         runs: Runs,
         holdings: Holdings,
         windows: WindowPages | None,
-        limits: Limits,
         bounds: StepBounds,
         suspects: Set[Request],
         *,
@@ -47,7 +45,7 @@ class Planner:
         self.prefilled = 0
         self.decoded = 0
         self._runs, self._holdings, self._windows = runs, holdings, windows
-        self._limits, self._bounds, self._suspects = limits, bounds, suspects
+        self._bounds, self._suspects = bounds, suspects
         self._chunk, self._policy = chunk, policy
         self._lpm_turn = 0
 
@@ -78,13 +76,13 @@ class Planner:
 
     def _claim(self, request: Request) -> int:
         """Pages that a request is to hold for the tokens that it has and its next few."""
-        return self._holdings.pages(min(request.length + HEADROOM, self._limits.of(request) - 1))
+        return self._holdings.pages(min(request.length + HEADROOM, request.limit - 1))
 
     def _decodes(self, request: Request, plan: dict[Request, int]) -> bool:
         """Plans the next token of a request that has a slot for it, as most have; ``_advance`` does all else."""
         at = request.computed
         ready = at >= request.num_prompt and request.length == at + 1 <= len(request.slots) and request.row >= 0
-        if ready and request.length < self._limits.of(request):
+        if ready and request.length < request.limit:
             plan[request] = at
             request.computed = request.length
             return True
@@ -96,7 +94,7 @@ class Planner:
         Returns what it cost of the budget: a decode costs nothing, and one that was retracted on the way has no row.
         """
         prefill = _is_prefill(request)
-        draws = request.pooling is None and request.length < self._limits.of(request)
+        draws = request.pooling is None and request.length < request.limit
         if not (budget if prefill else draws):
             return 0
         while request.row >= 0:

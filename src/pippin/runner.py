@@ -233,7 +233,7 @@ class MlxModelRunner:
         if self.pool.states:
             return works
         cut = [w.samples and w.logprobs_from is None and w.end - w.start > 1 for w in works]
-        ahead = [replace(w, end=w.end - 1, samples=False) for w, c in zip(works, cut, strict=True) if c]
+        ahead = [w._replace(end=w.end - 1, samples=False) for w, c in zip(works, cut, strict=True) if c]
         if sum(w.end - w.start for w in ahead) < _LEAST_AHEAD * len(works):
             return works
         late = {w.request.slots[w.end - 1] for w, c in zip(works, cut, strict=True) if c}
@@ -245,7 +245,7 @@ class MlxModelRunner:
         self.lap("wait")
         mx.eval(self.pool.arrays)
         self.lap("ahead")
-        return [replace(w, start=w.end - 1) if c else w for w, c in zip(works, cut, strict=True)]
+        return [w._replace(start=w.end - 1) if c else w for w, c in zip(works, cut, strict=True)]
 
     def _queue(self) -> None:
         """Queues what is built and not queued yet, writes to the pool too: those nobody evaluates would pile up."""

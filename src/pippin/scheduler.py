@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pippin.bounds import StepBounds
 from pippin.cache.holdings import Holdings
 from pippin.cache.radix import RadixCache
 from pippin.cache.slots import SlotAllocator
 from pippin.errors import RequestError
-from pippin.limits import Limits
+from pippin.limits import Limits, end_with
 from pippin.messages import Stats
 from pippin.planner import Planner
 from pippin.runs import Runs
@@ -24,8 +24,7 @@ from pippin.types import Batch, Finish, Request, RowResult, Token, Work
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """What a step brought one request; ``request.finish`` is set if it ended with this."""
 
     request: Request
@@ -61,7 +60,6 @@ class Scheduler:
             self.runs,
             self.holdings,
             radix.windows,
-            self._limits,
             self._bounds,
             self._suspects,
             chunk=chunk,
@@ -120,7 +118,8 @@ class Scheduler:
         Raises RequestError if its prompt can't be served at this context length and pool, or its id is in use.
         """
         self.check(request)
-        if request.length >= self._limits.of(request):
+        request.limit = self._limits.of(request)
+        if request.length >= request.limit:
             request.finish = Finish("length")
             return
         if request.length > request.num_prompt:
@@ -192,7 +191,7 @@ class Scheduler:
         for token in tokens:
             request.tokens.append(token)
             taken.append(token)
-            found = self._limits.stop(request, token, finish if len(taken) == len(tokens) else None)
+            found = end_with(request, token, finish if len(taken) == len(tokens) else None)
             if found is not None:
                 break
         request.length = len(request.tokens)
@@ -325,7 +324,7 @@ class Scheduler:
             self._end(request, result.finish)
             return RowResult()
         request.tokens.append(result.token)
-        finish = self._limits.stop(request, result.token, result.finish)
+        finish = end_with(request, result.token, result.finish)
         if finish is not None:
             self._end(request, finish)
         return result

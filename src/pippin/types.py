@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -195,7 +195,7 @@ class Request:
     ``computed`` counts tokens whose K and V are in their slots once the steps queued so far have run.
     ``slots[i]`` is the slot of token i; there are always at least ``computed`` of them.
     ``shared`` counts leading slots that the radix tree owns; the rest are this request's own.
-    ``row`` is its line in the device tables while it runs, -1 otherwise.
+    ``row`` is its line in the device tables while it runs, -1 otherwise. ``limit`` is how many tokens it ends with.
     ``seq`` numbers requests as they are added; ``retractions`` counts how often this one lost its slots;
     ``scored`` prompt tokens have had their rows' logprobs asked for (``prompt_logprobs``).
     ``matcher`` is its place in its grammar, if it has one: the steps that draw for it wait for their masks.
@@ -218,6 +218,7 @@ class Request:
     slots: array[int] = field(default_factory=lambda: array("i"))
     shared: int = 0
     row: int = -1
+    limit: int = 0
     num_cached: int = 0
     pin: object | None = None
     finish: Finish | None = None
@@ -248,8 +249,7 @@ class Request:
         self.length = len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Compute tokens[start:end] of a request in this step; if ``samples``, draw token ``end`` from the last.
 
     A whole prompt, a chunk of one, a resumed request and a decode differ only in their bounds.

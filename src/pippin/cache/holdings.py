@@ -78,6 +78,8 @@ class Holdings:
     def planned(self, request: Request) -> tuple[int | None, int | None]:
         """The snapshots that the request's Work begins with and makes at its end, if any."""
         restore, save = request.restore, self._saves.get(request)
+        if restore is save is None:
+            return None, None
         self._restore(request, None)
         return restore, save if save in self._snapshots else None  # it may have been given up meanwhile
 
