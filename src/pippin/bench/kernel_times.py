@@ -17,6 +17,7 @@ from pippin.attention.plain import group_attention
 from pippin.bench.kernel_batches import CPU_SHAPES, DTYPES, GPU_SHAPES, BatchShape, make_batch
 from pippin.inputs import Group
 from pippin.kernels import cpu, reference
+from pippin.kernels.select import Limits
 
 Step = Callable[[int, mx.array], mx.array]
 
@@ -79,6 +80,8 @@ def _settled(step: Step, start: mx.array, repeats: int) -> float:
 def gpu_cases(quick: bool) -> Iterator[Case]:
     """Every kernel, on the shapes of real models."""
     yield from row_cases(128, mx.bfloat16)
+    for size in (32,) if quick else (1, 32, 256):
+        yield from limit_cases(size)
     yield write_case(GPU_SHAPES[0])
     for shape in GPU_SHAPES[:2] if quick else GPU_SHAPES:
         yield from decode_cases(shape)
@@ -272,6 +275,40 @@ def rope_case(rows: int, dtype: mx.Dtype) -> Case:
 
     name = f"{rows} rows, {shape.heads} heads over {shape.kv_heads} of {dim}"
     return Case("rope_kv_write", name, 2 * y.nbytes, slots, ours, theirs, "chained" if in_place else "settled", "apart")
+
+
+def limit_cases(rows: int, vocab: int = 151_936) -> Iterator[Case]:
+    """Where top_k, top_p or both end in a Qwen's vocabulary, of logits as they are; beside the definition, a sort."""
+    logits = 3 * mx.random.normal((rows, vocab))
+    distance = logits.max(axis=-1, keepdims=True) - logits
+    weights = mx.exp(-distance)
+    mass = (weights * (2.0**31 / weights.sum(axis=-1, keepdims=True)) + 0.5).astype(mx.uint32)
+    tokens, share = mx.full(rows, 40, mx.int32), mx.full(rows, 0.9) * 2**31
+    bits = distance.view(mx.uint32)
+    mx.eval(bits, mass, tokens, share)
+
+    def case(name: str, limits: Limits) -> Case:
+        given = None if limits.mass is None else mass
+
+        def ours(_: int, bits: mx.array) -> mx.array:
+            found = kernels.boundary(bits, given, limits)
+            return reference.kept(bits, given, limits) if found is None else found[1]
+
+        moved = bits.nbytes * (1 if given is None else 2)
+        return Case(
+            f"boundary of {name}",
+            f"{rows} rows of {vocab}",
+            moved,
+            bits,
+            ours,
+            lambda _, bits: reference.kept(bits, given, limits),
+            "apart",
+            "apart",
+        )
+
+    yield case("top_k", Limits(tokens, None))
+    yield case("top_p", Limits(None, share))
+    yield case("top_k and top_p", Limits(tokens, share))
 
 
 # --- the CPU ---

@@ -290,33 +290,44 @@ def check_latent_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning,
 
 
 def check_boundary(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Rows of every kind, of a length that is no multiple of a pack: what is kept must be the same to the last token.
+    """What is kept must be the same to the last token."""
+    cases = _limited_rows()
+    mx.eval([a for bits, mass, limits, _ in cases for a in (bits, mass, *limits) if a is not None])
+    found = [select.tokens_up_to(case[0], *select.boundary(launch, *case)) for case in cases]
+    wanted = [reference.kept(*case) for case in cases]
+    same = [mx.array_equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
+    return bool(mx.all(mx.stack(same)).item())
 
-    Distances that all differ, that are often equal, that are all equal; no limits, one token, no token, more than all.
+
+def _limited_rows() -> list[tuple[mx.array, mx.array | None, select.Limits, bool]]:
+    """Bits, mass, limits and whether the highest bit counts: rows that begin anywhere and hold more than a block does.
+
+    Distances that differ, that are often and mostly equal; and numbers in a row. Limits of no, one, some, all but one
+    and all tokens, and of more mass than there is.
     """
-    rows, n = 8, 1501
-    keys = mx.random.split(mx.random.key(16), 2)
+    rows, n = 8, 2501
+    keys = mx.random.split(mx.random.key(16), 3)
+    row, ids = mx.arange(rows)[:, None], mx.arange(n)
     distance = 4 * mx.abs(mx.random.normal((rows, n), key=keys[0]))
-    distance = mx.where(mx.arange(rows)[:, None] % 2 == 0, distance, mx.round(distance))
-    distance = mx.where(mx.arange(rows)[:, None] == 1, mx.round(distance / 4) * 4, distance)
-    distance = mx.where(mx.arange(rows)[:, None] == 3, 0.0, distance)
+    distance = mx.where(row % 2 == 0, distance, mx.round(distance))
+    distance = mx.where(row == 1, mx.round(distance / 4) * 4, distance)
+    distance = mx.where(row == 3, mx.where(ids < 1001, 20.0, 1.5), distance - distance.min(axis=-1, keepdims=True))
     weights = mx.exp(-distance)
     mass = (weights * (2**31 / weights.sum(axis=-1, keepdims=True)) + 0.5).astype(mx.uint32)
-    tokens = mx.array([40, 700, 1, 900, 2**31 - 1, 1500, 0, 1400], mx.int32)
-    target = mx.array([0.9, 0.95, 1e-9, 0.5, math.inf, 0.999, 0.3, math.inf]) * 2**31
-    limited = [select.Limits(tokens, None), select.Limits(None, target), select.Limits(tokens, target)]
-    bits = distance.view(mx.uint32)
-    cases = [(bits, mass if limits.mass is not None else None, limits) for limits in limited]
-    turned = (mx.random.randint(-(2**15), 2**15, (rows, n), key=keys[1]) * 2**16).view(mx.uint32)
-    cases.append((turned, None, limited[0]))
-    mx.eval([a for case in cases for a in case[:2] if a is not None], tokens, target)
-    found = [select.boundary(launch, *case, signed=case[0] is turned) for case in cases]
-    wanted = [reference.kept(*case, signed=case[0] is turned) for case in cases]
-    same = [
-        mx.array_equal(select.tokens_up_to(case[0], *ends), want)
-        for case, ends, want in zip(cases, found, wanted, strict=True)
+    tokens = mx.array([40, 1200, 1, 1500, 2**31 - 1, n - 1, 0, 2100], mx.int32)
+    target = mx.array([0.9, 0.95, 1e-9, 1.2, math.inf, 0.999, 0.3, math.inf]) * 2**31
+    bits, by_count = distance.view(mx.uint32), select.Limits(tokens, None)
+    shuffled = mx.stack([mx.random.permutation(n, key=key) for key in mx.random.split(keys[1], rows)]).astype(mx.uint32)
+    odd = mx.where(ids < 3, mx.array(2**32 - 1, mx.uint32), mx.array(2**31 - 1, mx.uint32))  # no tokens, and the last
+    shuffled = mx.where((row == 5) & (ids < 4), odd, shuffled)
+    turned = mx.random.randint(-(2**15), 2**15, (rows, n), key=keys[2]) * 2**16
+    return [
+        (bits, None, by_count, False),
+        (bits, mass, select.Limits(None, target), False),
+        (bits, mass, select.Limits(tokens, target), False),
+        (shuffled, None, by_count, False),
+        (turned.view(mx.uint32), None, by_count, True),
     ]
-    return bool(mx.all(mx.stack(same)).item())
 
 
 KindCheck = Callable[[Launcher, mx.Dtype, paged.Tuning, Slots], bool]

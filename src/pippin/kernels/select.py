@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from pippin.kernels.launch import Launch, Launcher, Source, nothing
+from pippin.kernels.launch import Launch, Launcher, Source, nothing, ready
 
 BOUNDARY = Source("boundary", "boundary", ("bits", "mass", "most", "target"), ("boundary", "last"), headers=("select",))
 
 _THREADS = 512
-_MOST_TOKENS = 1 << 24  # the kernel's counts and ids are good for more; nobody has tried
+_MOST_TOKENS = 1 << 24  # as many passes as the kernel makes at most suffice for
 
 
 class Limits(NamedTuple):
@@ -66,5 +66,10 @@ def _launch(rows: int, count: bool, mass: bool, signed: bool) -> Launch:
 
 def tokens_up_to(bits: mx.array, boundary: mx.array, last: mx.array) -> mx.array:
     """Which tokens lie up to a boundary, bool [S, n]: ``bits`` uint32 [S, n], ``boundary`` and ``last`` [S, 1]."""
-    ids = mx.arange(bits.shape[1], dtype=mx.int32)
+    ids = _ids(bits.shape[1])
     return (bits < boundary) | ((bits == boundary) & (ids <= last))
+
+
+@lru_cache(maxsize=16)
+def _ids(n: int) -> mx.array:
+    return ready(mx.arange(n, dtype=mx.int32))
