@@ -21,6 +21,7 @@ from tests.parity.reference import build_reference
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "deepseek_v3", "qwen3_next")
 BARE = ("llama", "qwen2", "qwen3", "mistral")
+LABELS = (7, 5, 100)
 LENGTHS = (1, 7, 30, 48)
 TOLERANCE = 2e-4
 
@@ -37,6 +38,10 @@ def vectors(core: EngineCore, rows: Sequence[Sequence[int]]) -> dict[str, Values
     for i, row in enumerate(rows):
         core.add(Submit(f"last{i}", list(row), len(row), SamplingParams(), 0, Pooling("last")))
         core.add(Submit(f"mean{i}", list(row), len(row), SamplingParams(), 0, Pooling("mean")))
+    return pooled(core)
+
+
+def pooled(core: EngineCore) -> dict[str, Values]:
     found = {}
     while core.has_work:
         step = core.step()
@@ -61,3 +66,16 @@ def test_vectors_are_transformers_hidden_states(tmp_path: Path, family: str, bar
             scale = float(np.abs(states).max())
             np.testing.assert_allclose(found[f"last{i}"], states[-1], atol=TOLERANCE * scale)
             np.testing.assert_allclose(found[f"mean{i}"], states.mean(axis=0), atol=TOLERANCE * scale)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
+def test_scores_are_transformers_log_probabilities_of_the_labels(tmp_path: Path, family: str) -> None:
+    """What /v1/rerank and /v1/score are made of, from logits in float64."""
+    reference = build_reference(tmp_path / family, family)
+    core = load_core(EngineConfig(model_path=str(reference.path), dtype="float32", chunked_prefill_size=16))
+    for i, row in enumerate(reference.tokens):
+        core.add(Submit(str(i), row, len(row), SamplingParams(), 0, Pooling("labels", LABELS)))
+    found = pooled(core)
+    for i, logits in enumerate(reference.logits[:, -1].astype(np.float64)):
+        expected = (logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())[list(LABELS)]
+        np.testing.assert_allclose(found[str(i)], expected, atol=TOLERANCE * reference.scale)
