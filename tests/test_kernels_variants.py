@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from pippin.errors import ModelError
-from pippin.kernels import PACKINGS, Packing, latent, paged, products, tuning
+from pippin.kernels import PACKINGS, Packing, latent, paged, products, select, tuning
 from pippin.kernels.build.shapes import Codes, Experts, ModelShape, read_config, shape_of_config
 from pippin.kernels.build.source import cuda_source
 from pippin.kernels.build.variants import variants
@@ -154,6 +154,17 @@ def test_latents_have_kernels_of_their_own(platform: str) -> None:
         cut = latent.cut_of(table.base, rows, 16, longest, table.cores)
         where = mx.zeros((rows, 2), mx.int32), mx.zeros(rows, mx.int32)
         latent.latent_decode(launch, q, turned, pools[0], pools[1], *where, Form(1, 1.0), cut)
+    assert launch.names <= names
+
+
+def test_limits_of_all_kinds_are_among_them() -> None:
+    names, _ = built(replace(SMALL, vocab=320))
+    launch, bits = Seen(), mx.zeros((5, 317), mx.uint32)
+    tokens, mass = mx.zeros((5, 1), mx.int32), mx.zeros((5, 1))
+    for limits in (select.Limits(tokens, None), select.Limits(None, mass), select.Limits(tokens, mass)):
+        select.boundary(launch, bits, None if limits.mass is None else bits, limits)
+    select.boundary(launch, bits, None, select.Limits(tokens, None), signed=True)
+    assert len(launch.names) == 4
     assert launch.names <= names
 
 
