@@ -161,6 +161,9 @@ def ballast(room: int) -> list[mx.array]:
     while held and freed < room:
         freed += held.pop().nbytes
     mx.clear_cache()
+    while freed - room >= BLOCKS[-1] and (block := _block(BLOCKS[-1])) is not None:  # a large one may have gone
+        held.append(block)
+        freed -= block.nbytes
     return held
 
 

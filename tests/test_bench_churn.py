@@ -113,3 +113,41 @@ def test_where_no_step_fails_nothing_is_shown(tmp_path: Path, monkeypatch: pytes
     assert shortage.shortage("tiny")["failures"] == [
         "no request was served in spite of steps that failed, so nothing is shown"
     ]
+
+
+class Device:
+    """So many bytes of memory, which blocks take and give back."""
+
+    def __init__(self, size: int) -> None:
+        self.free = size
+
+    def take(self, size: int) -> Block | None:
+        return Block(self, size) if self.free >= size else None
+
+
+class Block:
+    def __init__(self, device: Device, size: int) -> None:
+        self.device, self.nbytes = device, size
+        device.free -= size
+
+    def __del__(self) -> None:
+        self.device.free += self.nbytes
+
+
+@pytest.mark.parametrize("room", [0, 35 << 20, 175 << 20, 700 << 20])
+@pytest.mark.parametrize("size", [10 << 30, (10 << 30) + (300 << 20), (139 << 30) + (777 << 20)])
+def test_ballast_leaves_the_room_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, size: int, room: int) -> None:
+    device = Device(size)
+    monkeypatch.setattr(shortage, "_block", device.take)
+    monkeypatch.setattr(shortage, "device_bytes", lambda: size)
+    held = shortage.ballast(room)
+    assert room <= device.free < room + 2 * shortage.BLOCKS[-1]
+    held.clear()
+    assert device.free == size
+
+
+def test_where_memory_has_no_end_there_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortage, "_block", Device(1 << 50).take)
+    monkeypatch.setattr(shortage, "device_bytes", lambda: 10 << 30)
+    with pytest.raises(RuntimeError, match="do not fail here"):
+        shortage.ballast(0)
