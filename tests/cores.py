@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,21 @@ def submits(rows: Sequence[Sequence[int]], params: SamplingParams = GREEDY, name
 
 
 def greedy_by_mlx_lm(path: Path, row: Sequence[int], count: int) -> list[int]:
-    """mlx-lm's own loop and caches, over its model with our corrections, which ``tests/parity`` checks."""
+    """mlx-lm's own loop and caches, over its model with our corrections, which ``tests/parity`` checks.
+
+    Many tests ask the same of one checkpoint, so it is computed once.
+    """
+    files = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(path.iterdir()))
+    return list(_greedy_by_mlx_lm(path, files, tuple(row), count))
+
+
+@cache
+def _greedy_by_mlx_lm(
+    path: Path, _files: tuple[tuple[str, int], ...], row: tuple[int, ...], count: int
+) -> tuple[int, ...]:
     model = load_mlx_model(str(path), EngineConfig(dtype="float32")).model
     steps = generate_step(mx.array(list(row)), model, max_tokens=count)
-    return [int(token) for token, _ in steps]
+    return tuple(int(token) for token, _ in steps)
 
 
 def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
