@@ -182,7 +182,9 @@ def save_quantized(path: Path, out: Path, mode: str = "affine", group: int = 64,
 
 
 @pytest.mark.parametrize(
-    ("mode", "group", "bits"), [("affine", 64, 4), ("affine", 32, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
+    ("mode", "group", "bits"),
+    [("affine", 64, bits) for bits in (2, 3, 4, 5, 6)]
+    + [("affine", 32, 8), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)],
 )
 def test_prequantized_checkpoint_stays_packed(mode: str, group: int, bits: int, tmp_path: Path) -> None:
     plain = make_checkpoint(tmp_path / "plain", "qwen3", dtype=mx.bfloat16, **QUANTIZABLE)

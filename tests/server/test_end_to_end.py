@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,30 @@ def test_what_is_only_cached_is_not_in_use(real: Running) -> None:
         assert gauge("num_evictable_tokens") < gauge("num_cached_tokens")
         connection.close()
         until(lambda: real.client.live == () and gauge("num_used_tokens") == 0)
+
+
+def test_a_miss_says_why_in_meta_info_and_metrics(real: Running) -> None:
+    with real.http() as http:
+
+        def misses() -> dict[str, float]:
+            found = re.findall(r'^pippin:cache_misses_total{.*reason="(\w+)"} (\S+)', http.get("/metrics").text, re.M)
+            return {reason: float(number) for reason, number in found}
+
+        def miss_of(text: str) -> dict[str, Any] | None:
+            body = {"text": text, "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+            miss: dict[str, Any] | None = http.post("/generate", json=body).json()["meta_info"]["cache_miss"]
+            return miss
+
+        until(lambda: real.client.live == () and http.post("/flush_cache").status_code == 200)
+        before = misses()
+        assert miss_of("zebras at the zoo") == {"reason": "cold", "token": 0}
+        assert miss_of("zebras, and others") == {"reason": "diverged", "token": len("zebras")}
+        assert miss_of("zebras, and others") is None
+        until(lambda: real.client.live == () and http.post("/flush_cache").status_code == 200)
+        assert miss_of("zebras, and others") == {"reason": "evicted", "token": 0}
+        counted = misses()
+        told = {reason: number - before.get(reason, 0) for reason, number in counted.items()}
+        assert {reason: number for reason, number in told.items() if number} == {"cold": 1, "diverged": 1, "evicted": 1}
 
 
 def test_streamed_and_whole_answers_agree_with_their_logprobs(real: Running) -> None:
