@@ -529,6 +529,35 @@ def test_a_decode_step_looks_at_no_old_token() -> None:
     assert Tokens.read == 0
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_who_waits_for_room_is_not_matched_in_every_step(policy: str) -> None:
+    """A prompt of 100 thousand tokens at the head of the queue would cost each step milliseconds."""
+
+    class Tokens(list[int]):
+        read = 0
+
+        def __getitem__(self, key: Any) -> Any:
+            Tokens.read += len(range(*key.indices(len(self)))) if isinstance(key, slice) else 1
+            return super().__getitem__(key)
+
+    loop = Loop(num_pages=1900, chunk=1000, policy=policy)
+    first = loop.add([1] * 900, endless(1000))
+    waiting = [Request(f"w{i}", Tokens([1] * 890 + [2] * 1000), 1890, endless(9)) for i in range(3)]
+    loop.step()
+    for request in waiting:
+        loop.scheduler.add(request)
+    loop.step()
+    Tokens.read = 0
+    for _ in range(40):
+        loop.step()
+    assert Tokens.read == 0
+    loop.abort(first)
+    for request in waiting:
+        loop.device.stories[request.seq] = Story(list(request.tokens))
+    loop.run()
+    assert all(r.finish == Finish("length") for r in waiting)
+
+
 def test_scheduling_imports_no_mlx() -> None:
     import subprocess
     import sys

@@ -48,6 +48,7 @@ class Planner:
         self._bounds, self._suspects = bounds, suspects
         self._chunk, self._policy = chunk, policy
         self._lpm_turn = 0
+        self._blocked: tuple[Request, int, int] | None = None  # for whom there was no room, with which tree, prefix
 
     def plan(self) -> Batch | None:
         """The next step, or None if no one can run before a step in flight is read.
@@ -148,16 +149,27 @@ class Planner:
         ``whole``: only if no more tokens than that are left to compute.
         """
         self._runs.at = request
+        if self._is_blocked(request, claimed):
+            return False
         found = self._holdings.find(request)
         cached = len(found.slots)
         wanted = self._claim(request) - self._holdings.pages(cached)
         cut = whole is not None and request.length - cached > whole
         if wanted + claimed > self._holdings.room or cut or not self._windows_fit(request):
             self._holdings.give_back(found)
+            self._blocked = request, self._holdings.changes, cached
             return False
+        self._blocked = None
         request.entered = time.monotonic() if request.entered is None else request.entered
         self._runs.enter(request, found)
         return True
+
+    def _is_blocked(self, request: Request, claimed: int) -> bool:
+        """Whether it is as it was when the request found no room: looking for its prefix again would be for nothing."""
+        if self._blocked is None or self._blocked[:2] != (request, self._holdings.changes):
+            return False
+        wanted = self._claim(request) - self._holdings.pages(self._blocked[2])
+        return wanted + claimed > self._holdings.room
 
     def _windows_fit(self, request: Request) -> bool:
         """Whether a waiting request's window finds room beside those that run; alone it makes do with what there is."""

@@ -23,6 +23,8 @@ class Holdings:
         self._windows = radix.windows
         self._suspects = suspects
         self._saves: dict[Request, int] = {}  # snapshots that the Works being planned are to make
+        self._known: dict[Request, int] = {}  # of waiting requests, since the tree changed
+        self._known_at = 0
         self.cached_tokens = 0
         self.misses: Counter[str] = Counter()
 
@@ -128,9 +130,19 @@ class Holdings:
         limit = request.length - 1
         return min(limit, request.scored) if request.params.prompt_logprobs or request.pools_all else limit
 
+    @property
+    def changes(self) -> int:
+        """Goes up with whatever may change what a waiting request finds."""
+        return self._radix.changes
+
     def known(self, request: Request) -> int:
-        """How many of a waiting request's tokens are cached."""
-        return self._radix.peek(request.tokens, self.reusable(request), self._root(request))
+        """How many of a waiting request's tokens are cached; looked up again only after the tree has changed."""
+        if self._known_at != self.changes:
+            self._known.clear()
+            self._known_at = self.changes
+        if request not in self._known:
+            self._known[request] = self._radix.peek(request.tokens, self.reusable(request), self._root(request))
+        return self._known[request]
 
     def _root(self, request: Request) -> Node:
         """Where its prefixes begin: K and V of one adapter are no other's."""

@@ -82,6 +82,8 @@ class RadixCache:
         """Pages in the tree."""
         self.num_evictable = 0
         """Pages in the tree that no pin holds."""
+        self.changes = 0
+        """Goes up with whatever may change what a prompt finds here."""
         self.enabled = enabled
         self.snapshots = snapshots
         self.windows = windows
@@ -135,6 +137,7 @@ class RadixCache:
             node = child if same == len(child.tokens) else self._split(child, same)
         if node.end != end or node.snapshot or node.parent is None:
             return None
+        self.changes += 1
         return self.snapshots.add(node)
 
     def miss(self, tokens: Sequence[int], end: int, root: Node | None = None) -> CacheMiss | None:
@@ -231,6 +234,7 @@ class RadixCache:
 
     def reset(self) -> None:
         """Forgets all there is, held or not, without giving pages back: for when slots are not to be trusted."""
+        self.changes += 1
         self.snapshots.reset()
         self.root = Node()
         self._roots.clear()
@@ -321,6 +325,7 @@ class RadixCache:
 
     def _append(self, node: Node, tokens: array[int], slots: array[int]) -> Node:
         """Adds an edge below a pin and moves the pin to its end."""
+        self.changes += 1
         self.num_cached += len(slots) // self._page
         if node.refs == 1 and not (node.children or node.snapshot):  # held by this pin alone: a longer edge, not two
             node.gone.clear()
@@ -337,6 +342,7 @@ class RadixCache:
         size = min(num_pages * self._page, len(node.slots))
         keep = len(node.slots) - size
         pages = self._allocator.pages_of(node.slots[keep:])
+        self.changes += 1
         self.snapshots.drop(node.snapshot)
         assert node.parent is not None
         self._remember(node if keep else node.parent, node.tokens[keep : keep + _GONE])
