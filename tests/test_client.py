@@ -106,6 +106,26 @@ def test_whoever_goes_away_frees_the_engine_within_a_step(make: Make, leave: str
     finish(main())
 
 
+def test_a_transport_that_could_not_be_opened_reads_no_file_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is soon another file's."""
+
+    async def main() -> None:
+        transport = ProcessTransport(EngineConfig(model_path="fast"), "tests.fake_core:load")
+        files = []
+
+        def refuse(*_: object, **__: object) -> Any:
+            assert transport._sockets is not None
+            files.append(transport._sockets.events.fileno())
+            raise BlockingIOError
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+        with pytest.raises(BlockingIOError):
+            await transport.open(lambda event: None, lambda how: None)
+        assert [asyncio.get_running_loop().remove_reader(file) for file in files] == [False]
+
+    finish(main())
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_request_with_an_id_in_use_is_refused_and_the_other_goes_on(make: Make, n: int) -> None:
     """Whoever asks with the id of somebody's request must not end that one on his way out."""

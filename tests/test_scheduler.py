@@ -192,17 +192,19 @@ def test_vectors_hold_each_token_once_whatever_fails(options: dict[str, Any], se
     traffic.judge()
 
 
-def test_a_vector_that_is_begun_anew_counts_no_chunk_of_before() -> None:
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_vector_that_is_begun_anew_counts_no_chunk_of_before(good: int) -> None:
     """A chunk is in flight when the one before turns out to hold no numbers: it read what that one wrote."""
     loop = Loop(chunk=4)
-    request = loop.add([1] * 9, pooling=Pooling("mean"))
-    loop.step()
+    request = loop.add([1] * 17, pooling=Pooling("mean"))
+    for _ in range(1 + good):
+        loop.step()
     loop.step("nan")
     loop.step("nan")
     loop.run()
     assert request.finish == Finish("stop")
     assert request.pooled is not None
-    assert request.pooled.tolist() == vector(range(9)).tolist()
+    assert request.pooled.tolist() == vector(range(17)).tolist()
 
 
 def test_a_vector_counts_no_chunk_that_was_planned_and_taken_back() -> None:
