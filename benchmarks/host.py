@@ -1,4 +1,5 @@
-"""What a step costs the host where a GPU would run it: microseconds to build it, anew and compiled, and its launches.
+"""What a step costs the host where a GPU would run it: microseconds to plan it and to take in what it drew, to build it
+anew and compiled, and its launches.
 
 Nothing is computed. MLX runs on the CPU, kernels are launches that return zeros, and graphs are built and dropped, so
 figures are of Python and MLX's graph building alone: what queuing takes on a GPU comes on top, of either.
@@ -23,10 +24,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pippin import kernels
+from pippin.cache.radix import RadixCache
+from pippin.cache.slots import SlotAllocator
 from pippin.kernels.launch import Launch, Source
 from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner
-from pippin.types import Batch, Request, SamplingParams, Work
+from pippin.scheduler import Scheduler
+from pippin.types import Batch, Request, RowResult, SamplingParams, Work
 
 
 class Phantom:
@@ -170,11 +174,42 @@ def model_of(layers: int) -> nn.Module:
     return model
 
 
+def planning_microseconds(rows: int, waiting: int, policy: str, steps: int = 60) -> float:
+    """Median time of this thread to plan a step's decodes and to take in their tokens.
+
+    With ``waiting``, all are prompts of 24 thousand tokens, most of them cached, and so many find no room.
+    """
+    page, length = PAGE, 300 if not waiting else 20_000
+    allocator = SlotAllocator(2 + (rows * 40 if not waiting else 1600), page)
+    radix = RadixCache(allocator)
+    limits = {"max_running": 128, "chunk": 8192, "context_length": 100_000}
+    scheduler = Scheduler(allocator, radix, policy=policy, **limits)
+    params = SamplingParams(max_new_tokens=300, ignore_eos=True)
+    shared = [7 + i % 90 for i in range(length)]
+    for i in range(rows + waiting):
+        tokens = [*shared, *([i] * (4000 if waiting else 1))]
+        scheduler.add(Request(f"r{i}", tokens, len(tokens), params))
+    found = []
+    for _ in range(steps):
+        begun = time.thread_time()
+        batch = scheduler.schedule()
+        assert batch is not None
+        planned = time.thread_time() - begun
+        results = [RowResult(token=9 if work.samples else None) for work in batch.works]
+        begun = time.thread_time()
+        scheduler.finish(batch, results)
+        found.append(1e6 * (planned + time.thread_time() - begun))
+    return statistics.median(found[steps // 2 :])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    for rows, waiting, policy in ((1, 0, "fcfs"), (128, 0, "fcfs"), (4, 128, "fcfs"), (4, 128, "lpm")):
+        planned = round(planning_microseconds(rows, waiting, policy))
+        print(json.dumps({"planning": rows, "waiting": waiting, "policy": policy, "us": planned}), flush=True)
     model, vocab_size = model_of(options.layers), 512
     choice = choose_attention(model, "rows", vocab_size, fuse=True)
     with phantom_gpu() as phantom:
