@@ -94,13 +94,19 @@ class Churn:
             case 0:
                 params["regex"] = f"[a-{source.choice('cfmz')}]{{{source.randrange(1, 9)},40}}"
             case 1:
-                names = [f"name{source.randrange(10**6)}" for _ in range(source.randrange(1, 4))]
-                properties = {name: {"type": source.choice(["string", "integer", "boolean"])} for name in names}
-                params["json_schema"] = json.dumps(
-                    {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
-                )
+                self.with_schema(params)
             case 2:
                 params["ebnf"] = f'root ::= "{source.randrange(10**6)}" [a-z ]+'
+        return params
+
+    def with_schema(self, params: Json) -> Json:
+        """Adds a JSON schema that nobody had before."""
+        source = self.source
+        names = [f"name{source.randrange(10**6)}" for _ in range(source.randrange(1, 4))]
+        properties = {name: {"type": source.choice(["string", "integer", "boolean"])} for name in names}
+        params["json_schema"] = json.dumps(
+            {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+        )
         return params
 
     def generate(self) -> tuple[str, Json]:
@@ -258,8 +264,21 @@ class Churn:
         (engine,) = children(pid)
         return Sample(time.monotonic() - began, resident(pid), resident(engine), stats["memory_bytes"])
 
-    async def run(self, pid: int, seconds: float, each: float, clients: int) -> list[Sample]:
-        """So many clients for ``seconds`` or more, with a rest after ``each`` so many."""
+    async def compile(self, grammars: int) -> None:
+        """Asks for so many grammars that nobody has asked for: the engine keeps the latest 256, of some 100 kB each."""
+        for begin in range(0, grammars, 20):
+            bodies = [
+                {"input_ids": [5], "sampling_params": self.with_schema({"max_new_tokens": 1})}
+                for _ in range(begin, min(grammars, begin + 20))
+            ]
+            await asyncio.gather(*(self.ask("/generate", body) for body in bodies))
+
+    async def run(self, pid: int, seconds: float, each: float, clients: int, grammars: int = 0) -> list[Sample]:
+        """So many clients for ``seconds`` or more, with a rest after ``each`` so many.
+
+        Before, so many ``grammars`` are compiled, so that the cache of these is full where memory is to be flat.
+        """
+        await self.compile(grammars)
         for number in range(len(self.trunks) * 2):
             self.known[number] = await self.fixed(number)
         began, samples = time.monotonic(), list[Sample]()

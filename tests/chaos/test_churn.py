@@ -21,7 +21,7 @@ from tests.fake_core import PYTHONPATH
 
 SOAK = bool(os.environ.get("PIPPIN_SOAK"))
 SECONDS, EACH, CLIENTS = (1800.0, 30.0, 64) if SOAK else (9.0, 3.0, 32)
-POOL = 1000 if SOAK else 600
+POOL, GRAMMARS = (1000, 300) if SOAK else (600, 20)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -44,7 +44,7 @@ def test_no_slot_is_lost_and_memory_is_flat(monkeypatch: pytest.MonkeyPatch, tmp
     async def main(address: hostile.Address, pid: int) -> tuple[Churn, list[Sample]]:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
             churn = Churn(f"http://127.0.0.1:{address[1]}", http, random.Random(1))
-            return churn, await churn.run(pid, SECONDS, EACH, CLIENTS)
+            return churn, await churn.run(pid, SECONDS, EACH, CLIENTS, GRAMMARS)
 
     log = tmp_path / "log"
     with log.open("wb") as said, hostile.served(*options, log=said) as (address, pid):
