@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -198,6 +199,15 @@ def test_what_stands_behind_a_path_is_not_ignored(demo: Running, path: str, quer
         assert response.status_code == 400, response.text
         assert part in response.json()["error"]["message"]
         assert http.get(f"/v1/responses/{id}", params={"stream": "false"}).status_code == 200
+
+
+def test_a_packed_body_is_refused_in_words_that_help(demo: Running) -> None:
+    body = gzip.compress(json.dumps({"prompt": "a", "max_tokens": 1}).encode())
+    with demo.http() as http:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        response = http.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == 415
+    assert "without Content-Encoding, not gzip" in response.json()["error"]["message"]
 
 
 def test_only_what_runs_in_the_background_can_be_cancelled(ai: openai.OpenAI) -> None:

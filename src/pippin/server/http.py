@@ -44,11 +44,14 @@ class JsonResponse(Response):
 
 
 async def read_body(request: Request, kind: type[S]) -> S:
-    """The request's JSON as its struct, as long as ``guard`` lets it be. Raises RequestError (415: not JSON)."""
+    """The request's JSON as its struct, as long as ``guard`` lets it be. Raises RequestError (415: not plain JSON)."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # A web page can send anything but this type to a server of another origin without asking it first.
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise RequestError("send JSON, with the header `Content-Type: application/json`", status=415)
+    packed = request.headers.get("content-encoding", "identity")
+    if packed.lower() != "identity":
+        raise RequestError(f"send the body as it is, without Content-Encoding, not {packed}", status=415)
     body = await request.body()
     if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
         raise RequestError(f"the body holds more than {MOST_CONTAINERS} lists and objects", status=413)
