@@ -42,7 +42,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"prompt": [300]}, "prompt", "between 0 and 299"),
     (TEXT, {"prompt": [-1]}, "prompt", "between 0 and 299"),
     (TEXT, {"prompt": "a" * CONTEXT}, "prompt", str(CONTEXT)),
-    (TEXT, {"max_tokens": 0}, "max_tokens", "at least 1"),
+    (TEXT, {"max_tokens": -1}, "max_tokens", "at least 1"),
     (TEXT, {"max_tokens": 1.5}, "max_tokens", "int"),
     (TEXT, {"max_tokens": "many"}, "max_tokens", "int"),
     (TEXT, {"min_tokens": 3}, "min_tokens", "max_tokens"),
