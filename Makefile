@@ -72,7 +72,7 @@ sweep: sweep-models
 	HYPOTHESIS_PROFILE=sweep $(BIN)/python -m pytest --timeout 3600 $(TESTS)
 
 soak: dev
-	PIPPIN_SOAK=1 $(BIN)/python -m pytest -s --timeout 7200 $(or $(TESTS),tests/chaos tests/test_canary.py tests/test_disk.py tests/test_kvdisk.py)
+	PIPPIN_SOAK=1 $(BIN)/python -m pytest -s --timeout 7200 $(or $(TESTS),tests/chaos tests/test_canary.py tests/test_disk.py tests/test_kvdisk.py tests/test_kvdisk_windows.py tests/test_odd_configurations.py)
 
 docs: dev
 	$(BIN)/python scripts/cli_docs.py
