@@ -46,7 +46,7 @@ class Thinker(EngineClient):
         text = said if closed else ANSWER
         for token in text[: params.max_new_tokens]:
             await asyncio.sleep(0)
-            yield Output("", [token], num_cached=3)
+            yield Output("", [token], num_cached=3, waited=0.25)
         reason = Finish("length") if len(text) >= params.max_new_tokens else Finish("stop", EOS)
         yield Output("", [EOS] if reason.reason == "stop" else [], num_cached=3, finish=reason)
 
@@ -136,6 +136,17 @@ def test_usage_counts_what_was_written_for_the_model_too(thinker: Running) -> No
         usage = http.post("/v1/chat/completions", json=body).json()["usage"]
     assert usage["completion_tokens"] == len(b"I wo\n</think>\n\nForty-two. ") + 1
     assert usage["prompt_tokens_details"]["cached_tokens"] == 3
+
+
+def test_a_budget_of_one_token_loses_nothing_of_the_first_step(thinker: Running) -> None:
+    def queued() -> float:
+        with thinker.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("pippin:queue_time_seconds_sum"))
+
+    before = queued()
+    chat(thinker, thinking_budget=1)
+    assert queued() == pytest.approx(before + 0.25)
 
 
 def test_usage_tells_reasoning_apart(thinker: Running) -> None:

@@ -60,7 +60,7 @@ class Budgeted:
                 if not closing or (output.finish is not None and taken == output.tokens):
                     yield output
                     continue
-                yield Output(output.id, [*taken, *closing], num_cached=output.num_cached)
+                yield msgspec.structs.replace(output, tokens=[*taken, *closing], finish=None)
                 break
             else:
                 return
