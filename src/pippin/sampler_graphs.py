@@ -85,10 +85,10 @@ class SamplerGraphs:
             *((plan, SamplingInputs(edits=_no_edits(places, size))) for places in EDIT_PLACES),
         ]
         asked = [replace(plan, logprobs=True, tops=min(count, self._vocab_size)) for count in tops]
-        return [
+        return [  # what has most operations of its own first, for processes that share them
+            *((plan, SamplingInputs()) for plan in asked),
             *open_ways,
             *((plan, inputs._replace(allowed=mask)) for plan, inputs in open_ways),
-            *((plan, SamplingInputs()) for plan in asked),
         ]
 
     def _stage(self, run: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
