@@ -143,7 +143,7 @@ def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
             await client.close()
         assert different(found, undisturbed) == []
         firm, whole = (sum(of) for of in zip(*((a.firm, len(a.tokens)) for a in undisturbed), strict=True))
-        assert firm > 0.95 * whole
+        assert firm == whole or (SOAK and firm > 0.95 * whole), "without ties all is compared"
         assert {answer.reason for answer in found} <= {"length", "stop"}
         if number == signal.SIGKILL:
             assert client.stats.restarts == times
