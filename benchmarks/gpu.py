@@ -41,6 +41,8 @@ from pippin.messages import Submit
 from pippin.models.load import LoadedModel
 from pippin.types import SamplingParams
 
+DTYPE = mx.bfloat16
+
 _YARN = {
     "type": "yarn",
     "rope_type": "yarn",
@@ -137,7 +139,7 @@ def make_model(shape: str, codes: str = "") -> nn.Module:
         settings |= {"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 64}
     module = import_module(f"mlx_lm.models.{settings['model_type']}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
-    model.set_dtype(mx.float32 if shape == "tiny" else mx.bfloat16)
+    model.set_dtype(mx.float32 if shape == "tiny" else DTYPE)
     if codes == "mxfp4":
         nn.quantize(
             model, group_size=32, bits=4, mode="mxfp4", class_predicate=lambda _, m: isinstance(m, SwitchLinear)
@@ -155,7 +157,7 @@ def weight_bytes(model: nn.Module) -> int:
 def make_core(model: nn.Module, **options: Any) -> EngineCore:
     vocab = int(model.args.vocab_size)
     kind = str(model.args.model_type)
-    dtype = mx.float32 if vocab == 1000 else mx.bfloat16
+    dtype = next(v.dtype for name, v in tree_flatten(model.parameters()) if name.endswith("norm.weight"))
     context = options.pop("context_length", None) or 40960
     loaded = LoadedModel(model, {}, Path("random"), kind, dtype, None, (), vocab, context, weight_bytes(model))
     # Each case runs once before it is timed; the models beside this one are no other programs'.
