@@ -39,6 +39,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gpu, "prompts", lambda count, length, vocab, seed: prompts(count, max(8, length // 256), vocab, seed)
     )
+    make_core = gpu.make_core
+    few = {"chunked_prefill_size": 64, "max_total_tokens": 4096}  # what a step may take is measured by running one
+    monkeypatch.setattr(gpu, "make_core", lambda model, **options: make_core(model, **options | few))
     monkeypatch.setattr(gpu, "DTYPE", mx.float32)  # MLX's CPU multiplies by experts in float32 alone
 
 
