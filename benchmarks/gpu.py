@@ -130,13 +130,13 @@ COMMON: dict[str, Any] = {
 }
 
 
-def make_model(shape: str, codes: str = "") -> nn.Module:
+def make_model(shape: str, codes: str = "", vocab_size: int | None = None) -> nn.Module:
     """A random bfloat16 model of ``SHAPES``. ``codes`` quantizes it: to so many bits in groups of 64, or its experts
-    alone to mxfp4, as gpt-oss is published."""
+    alone to mxfp4, as gpt-oss is published; ``vocab_size`` is that of ``tiny``."""
     moe = "moe_intermediate_size" in SHAPES[shape]
     settings = {"model_type": "qwen3_moe" if moe else "qwen3", **COMMON, **SHAPES[shape]}
     if shape == "tiny":
-        settings |= {"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 64}
+        settings |= {"vocab_size": vocab_size or 1000, "num_key_value_heads": 2, "head_dim": 64}
     module = import_module(f"mlx_lm.models.{settings['model_type']}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
     model.set_dtype(mx.float32 if shape == "tiny" else DTYPE)

@@ -4,7 +4,9 @@
 
 Every answer has ``--tokens`` tokens, with a grammar or without: no grammar here ends before. ``free`` leaves the model
 much choice (strings); ``forced`` leaves little (records whose keys are given, so that tokens are forced ahead). Sides
-take turns; medians of ``--rounds``. ``--shape 8b`` takes random weights and a vocabulary of 151 936, on a GPU.
+take turns; medians of ``--rounds``. ``--shape 8b`` takes random weights and a vocabulary of 151 936, on a GPU;
+``--shape tiny --vocab 151936`` shows on a CPU what the host does for such a vocabulary. ``host_ms`` is processor time
+a step of the engine's thread, which on a CPU runs none of the model, and ``process_ms`` of all threads.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
@@ -45,14 +48,16 @@ def config_of(requests: int) -> EngineConfig:
     return EngineConfig(max_running_requests=requests, max_total_tokens=requests * 600)
 
 
-def shaped_core(shape: str, config: EngineConfig, directory: Path) -> EngineCore:
-    """Random weights in a real model's shape, and a vocabulary of its size, which is written to ``directory``."""
+def shaped_core(shape: str, config: EngineConfig, directory: Path, vocab_size: int | None = None) -> EngineCore:
+    """Random weights in a real model's shape, and a vocabulary of its size, which is written to ``directory``.
+
+    ``vocab_size`` gives a tiny one more tokens."""
     import mlx.core as mx
 
     from benchmarks.gpu import make_model, weight_bytes
     from pippin.models.load import LoadedModel
 
-    model = make_model(shape)
+    model = make_model(shape, vocab_size=vocab_size)
     vocab = int(model.args.vocab_size)
     (directory / "tokenizer.json").write_text(large_tokenizer(vocab), encoding="utf-8")
     dtype = mx.float32 if shape == "tiny" else mx.bfloat16
@@ -84,6 +89,14 @@ def large_tokenizer(vocab: int) -> str:
     return json.dumps(data)
 
 
+class Round(NamedTuple):
+    """What a round of requests showed: tokens a second, and processor time a step in milliseconds."""
+
+    rate: float
+    host_ms: float
+    process_ms: float
+
+
 class Load:
     """Rounds of requests that all come at once."""
 
@@ -93,8 +106,8 @@ class Load:
         self._tokens = tokens
         self._round = 0
 
-    def run(self, grammars: Sequence[Grammar | None]) -> float:
-        """Tokens a second; request i has grammar i modulo their number."""
+    def run(self, grammars: Sequence[Grammar | None]) -> Round:
+        """Request i has grammar i modulo their number."""
         self._round += 1
         source = random.Random(self._round)
         most = self._core.info.vocab_size
@@ -108,14 +121,17 @@ class Load:
                 grammar=grammars[i % len(grammars)],
             )
             self._core.add(Submit(f"{self._round}-{i}", prompt, len(prompt), params))
-        began, count, finished = time.perf_counter(), 0, 0
+        began, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
+        count, finished, steps = 0, 0, self._core.stats.steps
         for output in self._outputs():
             count += len(output.tokens)
             if output.finish is not None:
                 assert output.finish.reason == "length", output.finish
                 finished += 1
         assert (finished, count) == (self._requests, self._requests * self._tokens)
-        return count / (time.perf_counter() - began)
+        steps = self._core.stats.steps - steps
+        each = [1e3 * spent / steps for spent in (time.thread_time() - thread, time.process_time() - process)]
+        return Round(count / (time.perf_counter() - began), *each)
 
     def _outputs(self) -> Iterator[Output]:
         while self._core.has_work:
@@ -126,6 +142,7 @@ class Load:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="demo", help="demo, or one of benchmarks.gpu's: 0.6b, 8b")
+    parser.add_argument("--vocab", type=int, help="tokens of --shape tiny")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -135,7 +152,7 @@ def main() -> None:
         if options.shape == "demo":
             core = load_core(config_of(options.requests))
         else:
-            core = shaped_core(options.shape, config_of(options.requests), Path(folder))
+            core = shaped_core(options.shape, config_of(options.requests), Path(folder), options.vocab)
         load = Load(core, options.requests, options.tokens)
         sides: dict[str, list[Grammar | None]] = {
             "none": [None],
@@ -144,17 +161,19 @@ def main() -> None:
             "half mixed": [GRAMMARS["free"], None, GRAMMARS["forced"], None],
             "all mixed": [GRAMMARS["free"], GRAMMARS["forced"]],
         }
-        rates: dict[str, list[float]] = {name: [] for name in sides}
+        rounds: dict[str, list[Round]] = {name: [] for name in sides}
         for grammars in sides.values():
             load.run(grammars)  # to warm up
         forced = core.stats.forced_tokens
         for _ in range(options.rounds):
             for name, grammars in sides.items():
-                rates[name].append(load.run(grammars))
-    none = statistics.median(rates["none"])
-    for name, found in rates.items():
-        ratio = statistics.median(f / n for f, n in zip(found, rates["none"], strict=True))
-        row = {"side": name, "tokens_per_second": round(statistics.median(found), 1), "of_none": round(ratio, 3)}
+                rounds[name].append(load.run(grammars))
+    none = statistics.median(r.rate for r in rounds["none"])
+    for name, found in rounds.items():
+        ratio = statistics.median(f.rate / n.rate for f, n in zip(found, rounds["none"], strict=True))
+        rate, host, process = (statistics.median(values) for values in zip(*found, strict=True))
+        row = {"side": name, "tokens_per_second": round(rate, 1), "of_none": round(ratio, 3)}
+        row |= {"host_ms": round(host, 2), "process_ms": round(process, 2)}
         row |= {"shape": options.shape, "requests": options.requests, "tokens": options.tokens}
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         if options.json:

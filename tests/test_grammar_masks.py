@@ -21,6 +21,8 @@ from llguidance import LLTokenizer
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
 from pippin.grammar.vocabulary import vocabulary_of
+from pippin.mask_table import MaskTable
+from pippin.masks import RowMasks
 from pippin.sampler import SamplingInputs, SamplingPlan, allow, sample
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Grammar, Request, SamplingParams, Work
@@ -76,7 +78,7 @@ def mask_of(made: GrammarCompiler, matcher: GrammarMatcher, ends_at: int = 1) ->
     request = Request("r", [0] * ends_at, 1, SamplingParams(), matcher=matcher)
     masks, failures = made.fill([Work(request, 0, ends_at, True)]).result()
     assert not failures
-    return {int(i) for i in np.flatnonzero(np.unpackbits(masks[0].view(np.uint8), bitorder="little"))}
+    return {int(i) for i in np.flatnonzero(np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little"))}
 
 
 def spelled_as(tokenizer: Tokenizer, token: int) -> bytes:
@@ -147,7 +149,7 @@ def test_a_text_that_no_tokens_can_write_fails_its_request() -> None:
     matcher = matcher_of(made, Grammar("choice", json.dumps([unknown]), "guided_choice"))
     masks, failures = made.fill([Work(Request("r", [0], 1, SamplingParams(), matcher=matcher), 0, 1, True)]).result()
     assert failures[0].field == "guided_choice"
-    assert masks.all()
+    assert masks.bits.all()
 
 
 @given(data=st.data())
@@ -164,7 +166,7 @@ def test_only_what_the_mask_allows_is_drawn(data: st.DataObject) -> None:
     forbidden = data.draw(st.booleans())
     if forbidden:
         logits = mx.full((rows, n), -mx.inf)
-    greedy, inputs = allow(SamplingPlan(n), SamplingInputs(), bits, rows)
+    greedy, inputs = allow(SamplingPlan(n), SamplingInputs(), MaskTable(n).rows(RowMasks(range(len(bits)), bits), rows))
     assert greedy.masked
     drawn = np.asarray(sample(logits, greedy, inputs, mx.zeros((rows,), mx.int32)).tokens).tolist()
     for row, ids in enumerate(allowed):

@@ -114,6 +114,10 @@ scheduler <- kvdisk <- core
 config <- kvdisk <- memory
 config <- grammar <- constrained <- core
 scheduler <- constrained
+errors <- masks <- grammar
+masks <- flight
+masks <- mask_table <- runner
+uploads <- mask_table
 types <- text <- grammar <- sglang
 """
 
@@ -123,6 +127,7 @@ WITHOUT_MLX = (
     "cache.snapshots", "cache.windows",
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight", "exchange", "bounds", "limits", "planner", "runs",
+    "masks",
     "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip

@@ -215,7 +215,7 @@ def test_nobody_sorts_a_vocabulary(
     works = [work(params) for _ in range(3)]
     plan, inputs = sampling_inputs(works, vocab, compiled=compiled)
     if masked:
-        plan, inputs = allow(plan, inputs, np.full((3, -(-vocab // 32)), 2**32 - 1, np.uint32), 3)
+        plan, inputs = allow(plan, inputs, mx.full((3, -(-vocab // 32)), 2**32 - 1, mx.uint32))
     logits = mx.random.normal((3, vocab), key=mx.random.key(2))
     mx.eval(sample(logits, plan, inputs, mx.zeros(3, mx.int32)).tokens)
     prompt_logprobs(logits, mx.array([1, 2, 3]), 20)

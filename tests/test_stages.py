@@ -41,7 +41,7 @@ def marked(self: Any, tokens: Any, *_: Any) -> bool:
     return len(tokens) > 0 and tokens[0] == MARK
 
 
-def fields_of(self: Any, rows: int, matchers: dict[int, GrammarMatcher]) -> bool:
+def fields_of(self: Any, matchers: dict[int, GrammarMatcher]) -> bool:
     return any(matcher._field == "bad" for matcher in matchers.values())
 
 

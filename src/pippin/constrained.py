@@ -6,12 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-import numpy as np
-import numpy.typing as npt
-
 from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
+from pippin.masks import RowMasks
 from pippin.messages import Output, output_of
 from pippin.scheduler import Scheduler
 from pippin.types import Finish, Request, Token, Work, failed
@@ -120,17 +118,17 @@ class GrammarRequests:
         log.error("the grammar of request %s failed", request.id, exc_info=error)
         return Finish("error", None, f"the grammar of this request failed ({type(error).__name__})")
 
-    def masks(self, works: Sequence[Work], outputs: list[Output]) -> Callable[[], npt.NDArray[np.uint32]]:
+    def masks(self, works: Sequence[Work], outputs: list[Output]) -> Callable[[], RowMasks]:
         """What each work may draw, in a while. A request whose grammar can't go on fails then, alone."""
         assert self._compiler is not None
         made = self._compiler.fill(works)
 
-        def masks() -> npt.NDArray[np.uint32]:
-            bits, failures = made.result()
+        def masks() -> RowMasks:
+            found, failures = made.result()
             for row, error in failures.items():
                 request = works[row].request
                 self._scheduler.fail(request, failed(error))
                 outputs.append(output_of(request))
-            return bits
+            return found
 
         return masks

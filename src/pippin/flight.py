@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
+from pippin.masks import RowMasks
 from pippin.pooling import Vectors, read_vectors
 from pippin.sampler import Sampled, prompt_logprobs
 from pippin.types import Batch, RowResult, TokenLogprob, Work
 
-Masks = Callable[[Sequence[Work]], Callable[[], npt.NDArray[np.uint32]]]
-"""Begins, for works that sample, and then gives which tokens each may draw, as ``sampler.allow`` takes them."""
+Masks = Callable[[Sequence[Work]], Callable[[], RowMasks]]
+"""Begins, for works that sample, and then gives which tokens each may draw."""
 
 
 class Flight(Protocol):

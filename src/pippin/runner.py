@@ -27,6 +27,7 @@ from pippin.flight import (
 from pippin.graph import Compiler, StepGraphs
 from pippin.graph_inputs import StepShape
 from pippin.inputs import LEAST_INPUT, Step
+from pippin.mask_table import MaskTable
 from pippin.models.deferred import Fusions
 from pippin.models.lora import AdapterRows, adapter_rows
 from pippin.models.seam import NO_FUSIONS, Seam, active
@@ -74,6 +75,7 @@ class MlxModelRunner:
         self.pool = pool
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
+        self._masks = MaskTable(vocab_size)
         self._graph_rows = graph_rows
         self._extend_rows = extend_rows
         self._max_running = max_running
@@ -116,6 +118,7 @@ class MlxModelRunner:
         lengths = sorted({length for _, length in decodes})
         warm_attention(self.pool, [shape.rows for shape, at in decodes if at == length], lengths)
         tell(next(done), total)
+        self._masks.warm()
         with lent_windows(self.pool):
             for batch in batches:
                 self.launch(batch).read()
@@ -214,7 +217,7 @@ class MlxModelRunner:
         if masks is not None:
             made = masks(works)
             self._queue()
-            plan, inputs = allow(plan, inputs, made(), len(logits))
+            plan, inputs = allow(plan, inputs, self._masks.rows(made(), len(logits)))
         if sampler is not None:
             self._last_token, sampled = sampler.draw(logits, plan, inputs, tokens, self._last_token, rows)
         else:
@@ -337,6 +340,7 @@ class MlxModelRunner:
         shape = self.pool.shapes, self.pool.num_slots, self.pool.page_size, self.pool.layout
         self._unqueued = []
         self._queued = True
+        self._masks.reset()
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
         states, windows = self.pool.states, self.pool.windows

@@ -43,7 +43,6 @@ SMALLEST_TOP_P = 1e-9  # less would be 0 in float32, and keep nothing
 LARGEST_PARTITION = 1024  # above this top_k, bisecting is as fast as a partition and its sort
 PROBABILITY_1 = float(2**31)  # in the integers that top_p sums
 INTEGER_MAX = 2**31 - 1  # top_k: off
-EVERY = 2**32 - 1  # a word of a mask that allows all
 MINUS_INFINITY = 0xFF800000  # its bits
 UNLIKELY = -1e30  # logit of a token that is drawn if nothing else may be
 NO_BOUNDARY = 2**31 - 1  # bits above those of every float
@@ -185,13 +184,9 @@ def _random_inputs(
     )
 
 
-def allow(
-    plan: SamplingPlan, inputs: SamplingInputs, allowed: npt.NDArray[np.uint32], size: int
-) -> tuple[SamplingPlan, SamplingInputs]:
-    """The plan and arrays with masks, as ``SamplingInputs.allowed``; rows up to ``size`` beyond it draw anything."""
-    padding = np.full((size - len(allowed), allowed.shape[1]), EVERY, np.uint32)
-    bits = np.concatenate([allowed, padding]) if len(padding) else allowed
-    return replace(plan, masked=True), inputs._replace(allowed=mx.array(bits))
+def allow(plan: SamplingPlan, inputs: SamplingInputs, allowed: mx.array) -> tuple[SamplingPlan, SamplingInputs]:
+    """The plan and arrays with masks, as ``SamplingInputs.allowed``."""
+    return replace(plan, masked=True), inputs._replace(allowed=allowed)
 
 
 def power_of_two(n: int) -> int:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pippin.config import EngineConfig
@@ -18,6 +16,7 @@ from pippin.errors import RequestError
 from pippin.grammar.matcher import GrammarMatcher, Masks
 from pippin.grammar.source import WHITESPACE, JsonStyle, explained, llguidance_grammar
 from pippin.grammar.vocabulary import in_background, load_vocabulary
+from pippin.masks import RowMasks
 from pippin.messages import ModelInfo
 from pippin.types import Grammar, Token, Work
 
@@ -27,7 +26,6 @@ CACHED = 256  # grammars; a compiled one is some hundred kB
 _LIMITS = LLParserLimits(verbose_errors=False)  # llguidance's own: about a second at worst, mostly a few ms
 
 Key = tuple[str, str]
-Bits = npt.NDArray[np.uint32]
 
 
 class GrammarCompiler:
@@ -62,7 +60,7 @@ class GrammarCompiler:
         """
         return self._threads.submit(self._make, grammar, list(generated), self._eos_ids if ignore_eos else ())
 
-    def fill(self, works: Sequence[Work]) -> Future[tuple[Bits, dict[int, RequestError]]]:
+    def fill(self, works: Sequence[Work]) -> Future[tuple[RowMasks, dict[int, RequestError]]]:
         """``Masks.fill``, beside the caller, for works that sample: for those whose matchers decide what is drawn.
 
         Until it is done, no one else may use their matchers.
@@ -75,7 +73,7 @@ class GrammarCompiler:
             matcher = request.matcher
             if isinstance(matcher, GrammarMatcher) and request.finish is None and work.end == len(request.tokens):
                 waiting[row] = matcher
-        return self._filling.submit(self._masks.fill, len(works), waiting)
+        return self._filling.submit(self._masks.fill, waiting)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -10,6 +10,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from pippin.errors import RequestError
+from pippin.masks import EVERY, RowMasks, words
 from pippin.types import Token
 
 
@@ -53,27 +54,28 @@ class Masks:
         self._stride = max(self._words, words(known))
         self._last = np.uint32(2 ** ((vocab_size - 1) % 32 + 1) - 1)  # the bits of the last word that are tokens
         self._executor = LLExecutor()
+        self._bits = np.zeros((0, self._stride), np.int32)
 
-    def fill(
-        self, rows: int, matchers: Mapping[int, GrammarMatcher]
-    ) -> tuple[npt.NDArray[np.uint32], dict[int, RequestError]]:
-        """Masks uint32 [rows, ceil(vocab_size / 32)]; rows without a matcher may draw anything.
+    def fill(self, matchers: Mapping[int, GrammarMatcher]) -> tuple[RowMasks, dict[int, RequestError]]:
+        """The masks of rows, in memory that the next call writes anew.
 
-        Also which rows' matchers found nothing that could come next, and why; those may draw anything too.
+        Also which rows' matchers found nothing that could come next, and why; those may draw anything.
         """
-        bits = np.full((rows, self._stride), -1, np.int32)
-        if not matchers:
-            return bits.view(np.uint32)[:, : self._words], {}
-        fill_next_token_bitmask_par(self._executor, [(m._compiled, row) for row, m in matchers.items()], bits)
+        if len(matchers) > len(self._bits):
+            self._bits = np.zeros((len(matchers), self._stride), np.int32)
+        bits = self._bits[: len(matchers)]
         masks = bits.view(np.uint32)[:, : self._words]
+        if not matchers:
+            return RowMasks((), masks), {}
+        fill_next_token_bitmask_par(self._executor, [(m._compiled, i) for i, m in enumerate(matchers.values())], bits)
         masks[:, -1] &= self._last
         failed = {}
-        for row, matcher in matchers.items():
-            _bar(masks[row], matcher._barred)
-            if matcher._compiled.is_error() or not masks[row].any():
+        for mask, (row, matcher) in zip(masks, matchers.items(), strict=True):
+            _bar(mask, matcher._barred)
+            if matcher._compiled.is_error() or not mask.any():
                 failed[row] = matcher.failure()
-                masks[row] = 2**32 - 1
-        return masks, failed
+                mask[:] = EVERY
+        return RowMasks([*matchers], masks), failed
 
 
 def _bar(mask: npt.NDArray[np.uint32], tokens: Sequence[Token]) -> None:
@@ -81,11 +83,6 @@ def _bar(mask: npt.NDArray[np.uint32], tokens: Sequence[Token]) -> None:
         return
     kept = mask.copy()
     for token in tokens:
-        kept[token // 32] &= np.uint32(2**32 - 1 ^ 1 << token % 32)
+        kept[token // 32] &= np.uint32(EVERY ^ 1 << token % 32)
     if kept.any():
         mask[:] = kept
-
-
-def words(vocab_size: int) -> int:
-    """How many words a row of a mask has."""
-    return -(-vocab_size // 32)

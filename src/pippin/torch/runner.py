@@ -14,6 +14,7 @@ import torch
 
 from pippin.attention.padded import Padded
 from pippin.flight import InFlight, Masks, PromptRows, check_slots, prompt_rows, score_prompts, wait_for_masks
+from pippin.mask_table import MaskTable
 from pippin.penalties import TokenCounts
 from pippin.sampler import Sampled, allow, sample, sampling_inputs
 from pippin.torch.bridge import torch_to_mlx
@@ -36,6 +37,7 @@ class TorchModelRunner:
         self._vocab_size = vocab_size
         self._token_counts = TokenCounts()
         self._padded = Padded("padded", grouped=False)
+        self._masks = MaskTable(vocab_size)
         self._last_token = [0] * (max_running + 1)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -60,7 +62,7 @@ class TorchModelRunner:
         """Draws for rows of logits, one a work, and keeps the tokens by ``rows``, the requests' at launch."""
         plan, inputs = sampling_inputs(works, self._vocab_size, counts=self._token_counts)
         if masks is not None:
-            plan, inputs = allow(plan, inputs, masks(works)(), len(works))
+            plan, inputs = allow(plan, inputs, self._masks.rows(masks(works)(), len(works)))
         last_inputs = mx.array([self._token(w, w.end - 1) for w in works], dtype=mx.int32)
         sampled = sample(logits, plan, inputs, last_inputs)
         for row, token in zip(rows, np.asarray(sampled.tokens), strict=True):
@@ -77,6 +79,7 @@ class TorchModelRunner:
 
     def reset(self) -> None:
         """Starts over with an empty store."""
+        self._masks.reset()
         for keys, values in self.store.layers:
             keys.zero_()
             values.zero_()
