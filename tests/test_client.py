@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
@@ -274,6 +275,28 @@ def test_a_failed_start_raises_what_the_worker_raised(
     async def main() -> None:
         with pytest.raises(error, match=text):
             async with started(make(model)):
+                pass
+
+    finish(main())
+
+
+def test_why_a_child_ended_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine its last words are read later than its end is seen."""
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    drain, ended = ProcessTransport.drain, list[float]()
+
+    def late(transport: ProcessTransport) -> None:
+        process = transport._process
+        if process is not None and process.returncode is not None:
+            ended.append(time.monotonic())
+        if ended and ended[-1] > ended[0] + 0.4:
+            drain(transport)
+
+    monkeypatch.setattr(ProcessTransport, "drain", late)
+
+    async def main() -> None:
+        with pytest.raises(ModelError, match="no such model"):
+            async with started(spawned("broken-model")):
                 pass
 
     finish(main())

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +25,10 @@ from pippin.config import EngineConfig
 from pippin.errors import EngineError
 from pippin.messages import Command, Event, Fatal, Ready, Shutdown
 from pippin.recorder import Record
-from pippin.worker import CORE, Hello, Load, run
+from pippin.worker import CORE, SAID_WHY, Hello, Load, run
+
+LAST_WORDS = 5.0
+"""Seconds that a dead child's reason may take to arrive on a busy machine."""
 
 OnEvent = Callable[[Event], None]
 OnEnd = Callable[[str], None]
@@ -191,6 +195,7 @@ class ProcessTransport:
         self._watch: asyncio.Task[None] | None = None
         self._on_event: OnEvent = lambda event: None
         self._record: Record | None = None
+        self._heard_why = False
 
     @property
     def pid(self) -> int | None:
@@ -244,6 +249,7 @@ class ProcessTransport:
             event: Event = self._decoder.decode(message)
             if isinstance(event, Ready):
                 self._forget()
+            self._heard_why |= isinstance(event, Fatal)
             self._on_event(event)
 
     def _forget(self) -> None:
@@ -253,8 +259,13 @@ class ProcessTransport:
 
     async def _wait(self, process: asyncio.subprocess.Process, on_end: OnEnd) -> None:
         code = await process.wait()
-        await asyncio.sleep(0.05)  # its last words may still be between the kernel and our socket
-        self.drain()
+        # Its last words may still be between the kernel and our socket; where there are some, they are waited for.
+        until = time.monotonic() + (LAST_WORDS if code == SAID_WHY else 0.0)
+        while True:
+            await asyncio.sleep(0.05)
+            self.drain()
+            if self._heard_why or time.monotonic() >= until:
+                break
         on_end(describe_exit(code))
 
     def send(self, command: Command) -> None:

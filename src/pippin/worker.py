@@ -105,6 +105,9 @@ Send = Callable[[Event], None]
 Load = Callable[[Callable[[Progress], None]], Core]
 """Makes the engine, reporting progress on the way."""
 
+SAID_WHY = 70
+"""Exit status of a child that has sent Fatal (BSD's EX_SOFTWARE; Python itself ends with 1)."""
+
 CORE = "pippin.loading:load_core"
 """Where a child finds its engine: a callable of (EngineConfig, progress) -> Core."""
 
@@ -235,7 +238,7 @@ def main() -> int:
     commands.close(linger=0)
     events.close(linger=2000)
     context.term()
-    return 0 if ok else 1
+    return 0 if ok else SAID_WHY
 
 
 def die_with_parent(parent: int | None = None) -> None:
