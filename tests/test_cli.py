@@ -90,6 +90,8 @@ def test_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert run_command(["serve"]) == 0
     assert seen[2:] == [EngineConfig(), ServerConfig()]
+    assert run_command(["serve", "some/path", "--port", "1"]) == 0
+    assert seen[4:] == [EngineConfig(model_path="some/path"), ServerConfig(port=1)]
 
 
 def test_sampling_options_are_sampling_params() -> None:
@@ -108,7 +110,8 @@ def test_sampling_options_are_sampling_params() -> None:
         ("serve --port 99999", "--port: must be between 0 and 65535"),
         ("serve --chat-template nowhere.jinja", "--chat-template: nowhere.jinja"),
         ("serve --tensor-parallel 2", "--tensor-parallel"),
-        ("serve stray", "stray"),
+        ("serve some/path stray", "stray"),
+        ("serve some/path --model-path other/path", "--model-path: there is MODEL some/path too"),
         ("generate x --mem-fraction-static 2", "--mem-fraction-static"),
         ("chat --chat-template nowhere.jinja", "--chat-template: nowhere.jinja"),
         ("serv", "serve"),
@@ -128,6 +131,14 @@ def test_a_missing_model_is_one_line_and_status_1(command: list[str], tmp_path: 
     path = tmp_path / "nothing-here"
     path.mkdir()
     assert run_command([*command, "--model", str(path)]) == 1
+    assert str(path) in last_error(capsys)
+
+
+@pytest.mark.parametrize("command", ["chat", "check"])
+def test_a_model_needs_no_flag(command: str, tmp_path: Path, capsys: Lines) -> None:
+    path = tmp_path / "nothing-here"
+    path.mkdir()
+    assert run_command([command, str(path)]) == 1
     assert str(path) in last_error(capsys)
 
 

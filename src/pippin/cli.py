@@ -60,10 +60,14 @@ app.add_typer(bench)
 app.add_typer(kernels)
 
 
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="The same as --model-path.")]
+
+
 @app.command()
 @with_options
-def serve(engine: EngineConfig, server: ServerConfig) -> None:
+def serve(engine: EngineConfig, server: ServerConfig, model: Model = None) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and SGLang's."""
+    engine = _of_model(engine, model)
     from pippin.server.launch import plan, run
     from pippin.terminal import LoadingBar, budget, ready
 
@@ -89,6 +93,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
 def chat(
     engine: EngineConfig,
     sampling: SamplingOptions,
+    model: Model = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="File with a Jinja chat template.")] = None,
 ) -> None:
@@ -96,7 +101,7 @@ def chat(
     from pippin.terminal import Conversation
 
     params = _checked(sampling)
-    with _engine(engine, chat_template) as opened:
+    with _engine(_of_model(engine, model), chat_template) as opened:
         if sys.stdin.isatty():
             typer.echo(f"{opened.info.model_path} · /help for help", err=True)
         answered = Conversation(opened, params, system).run(sys.stdout)
@@ -184,11 +189,13 @@ def models(
 @with_options
 def check(
     engine: EngineConfig,
+    model: Model = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each stream, prompt and answer.")] = 4096,
     prove: Annotated[bool, typer.Option("--prove", help="Load it, and run what is said to fit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Estimate what a model takes of memory, and what fits, before it is loaded; --prove runs it."""
+    engine = _of_model(engine, model)
     prepare()
     leave_torch_out()
     import msgspec
@@ -230,6 +237,15 @@ def profile(
 def version() -> None:
     """Print Pippin's version."""
     typer.echo(__version__)
+
+
+def _of_model(engine: EngineConfig, model: str | None) -> EngineConfig:
+    """The configuration with the model that was named without a flag. Raises ConfigError for two models."""
+    if model is None:
+        return engine
+    if engine.model_path is not None:
+        raise ConfigError(f"there is MODEL {model} too; name one of them", "--model-path")
+    return dataclasses.replace(engine, model_path=model)
 
 
 def _checked(sampling: SamplingOptions) -> dict[str, Any]:
