@@ -169,7 +169,24 @@ def test_template_files(tmp_path: Path) -> None:
     assert read_template(str(tmp_path / "chat.jinja")) == CHATML
     assert read_template(str(tmp_path / "chat.json")) == CHATML
     assert ChatTemplate(fallback(), CHATML).render(HELLO).startswith("<|im_start|>user\nHello")
+    (tmp_path / "broken.jinja").write_text("{% if messages %}\n{{ messages[0] }}{% endfor %}")
+    with pytest.raises(ConfigError, match=r"broken.jinja is no Jinja template: line 2: .*endfor"):
+        read_template(str(tmp_path / "broken.jinja"))
     for name in ("bad.json", "missing.jinja"):
         with pytest.raises(ConfigError) as caught:
             read_template(str(tmp_path / name))
         assert caught.value.option == "--chat-template"
+
+
+MARKED = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}{% endfor %}"
+
+
+def test_a_broken_template_is_known_before_anybody_chats() -> None:
+    assert chat().fault() is None
+    assert chat(MARKED).fault() is None
+    assert chat(MARKED).render(HELLO) == "Hello"
+    assert ChatTemplate(fallback()).fault() is None
+    tokenizer = byte_level()
+    tokenizer.hf.chat_template = {"default": CHATML, "tool_use": "{{ messages"}
+    assert "line 1" in str(ChatTemplate(tokenizer).fault())
+    assert ChatTemplate(tokenizer, CHATML).fault() is None

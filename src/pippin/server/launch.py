@@ -165,6 +165,11 @@ class Serving:
             raise
         tokenizer = await (reading or self._tokenizer(info.tokenizer_path))
         chat = ChatTemplate(tokenizer, self._template)
+        if (fault := chat.fault()) is not None:
+            log.warning(
+                "chats will be refused, since the model's chat template is broken (%s); --chat-template replaces it",
+                fault,
+            )
         weights = Weights(self._engine, self._gate, self._check, self._text)
         self._gate.app = create_app(self._client, tokenizer, chat, self._config, self._provider, weights)
         return info

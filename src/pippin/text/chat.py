@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+
 from pippin.errors import ConfigError, RequestError
 from pippin.text.tokenizer import Tokenizer
 
@@ -98,8 +100,13 @@ class ChatTemplate:
         """All templates in use, joined; None if there is none."""
         if self._source is not None:
             return self._source
-        found = self._tokenizer.hf.chat_template
-        return "\n".join(found.values()) if isinstance(found, dict) else found
+        found = _sources(self._tokenizer.hf.chat_template)
+        return "\n".join(found) if found else None
+
+    def fault(self) -> str | None:
+        """Where a template in use is no Jinja, and why; None if all can be read."""
+        sources = [self._source] if self._source is not None else _sources(self._tokenizer.hf.chat_template)
+        return next((fault for fault in map(fault_of, sources) if fault), None)
 
     def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         if self._source is not None:
@@ -119,8 +126,30 @@ class ChatTemplate:
         return "developer" in self._template(tools)
 
 
+def _sources(templates: str | dict[str, str] | None) -> list[str]:
+    """A tokenizer's own, which may be several with a name each."""
+    return list(templates.values()) if isinstance(templates, dict) else [templates] if templates else []
+
+
+def fault_of(source: str) -> str | None:
+    """The line where a template is no Jinja, and why; None if it can be read. Nothing of it is run."""
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except TemplateSyntaxError as error:
+        if "generation" not in str(error.message):  # a tag of transformers' own, which marks an assistant's words
+            return f"line {error.lineno}: {error.message}"
+    return None
+
+
 def read_template(path: str) -> str:
     """The template in a file: Jinja text, or JSON with a ``chat_template`` field. Raises ConfigError."""
+    source = _read_source(path)
+    if (fault := fault_of(source)) is not None:
+        raise ConfigError(f"{path} is no Jinja template: {fault}", "--chat-template")
+    return source
+
+
+def _read_source(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
