@@ -14,6 +14,7 @@ import pytest
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
+from pippin.grammar.matcher import GrammarMatcher, Masks
 from pippin.loading import load_core
 from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
@@ -318,3 +319,30 @@ def test_an_answer_that_ends_under_a_queued_step_leaves_no_token_to_others(check
             tight.add(other)
         found = rest_of(tight, [first, *others])
         assert {other.id: found[other.id] for other in others} == expected
+
+
+def test_masks_are_begun_as_tokens_are_read_and_sent_once(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the draw only a request's first mask is left to make, and the device hears of each mask once."""
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    assert core._grammars._compiler is not None
+    maker, late = core._grammars._compiler._filler(), 0
+    real = Masks.fill
+
+    def fill(self: Masks, matchers: dict[int, GrammarMatcher]) -> Any:
+        nonlocal late
+        before = self.computed
+        found = real(self, matchers)
+        late += self.computed - before
+        return found
+
+    monkeypatch.setattr(Masks, "fill", fill)
+    runner._masks.reset()
+    sent, computed = runner._masks.sent, maker.computed
+    grammars = [Grammar("regex", r"[^a]{40,60}"), Grammar("regex", r"[^b]{40,60}"), None]
+    params = [SamplingParams(max_new_tokens=20, seed=i, grammar=grammars[i % 3]) for i in range(9)]
+    found = answers(core, [Submit(f"r{i}", [5, 6, i + 3], 3, p) for i, p in enumerate(params)])
+    assert {len(tokens) for tokens, _ in found.values()} == {20}
+    assert maker.computed - computed >= 6 * 20
+    assert late == 6
+    assert runner._masks.sent - sent <= 12

@@ -22,7 +22,7 @@ from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
 from pippin.grammar.vocabulary import vocabulary_of
 from pippin.mask_table import MaskTable
-from pippin.masks import RowMasks
+from pippin.masks import Bits, RowMasks
 from pippin.sampler import SamplingInputs, SamplingPlan, allow, sample
 from pippin.text.tokenizer import Tokenizer
 from pippin.types import Grammar, Request, SamplingParams, Work
@@ -78,7 +78,11 @@ def mask_of(made: GrammarCompiler, matcher: GrammarMatcher, ends_at: int = 1) ->
     request = Request("r", [0] * ends_at, 1, SamplingParams(), matcher=matcher)
     masks, failures = made.fill([Work(request, 0, ends_at, True)]).result()
     assert not failures
-    return {int(i) for i in np.flatnonzero(np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little"))}
+    return ids_of(masks.bits[0])
+
+
+def ids_of(mask: Bits) -> set[int]:
+    return {int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))}
 
 
 def spelled_as(tokenizer: Tokenizer, token: int) -> bytes:
@@ -176,3 +180,42 @@ def test_only_what_the_mask_allows_is_drawn(data: st.DataObject) -> None:
             assert drawn[row] == best
     if not forbidden:
         assert drawn[-1] == int(mx.argmax(logits[-1]))
+
+
+@given(data=st.data())
+def test_masks_that_were_begun_are_those_that_are_asked_for(data: st.DataObject) -> None:
+    """Whoever was moved ahead, whose mask was begun, who went on since, and who is asked about: each gets the mask that
+    a matcher which took its tokens one by one has, and no mask is made twice."""
+    _, made = compiler("byte_level")
+    patterns = ["[ab]{2,9}c", "(apple|app){1,4}", "[^a]{3,30}", "a[0-9]{5}"]
+    chosen = data.draw(st.lists(st.sampled_from(patterns), min_size=4, max_size=4))
+    pairs = [[matcher_of(made, Grammar("regex", pattern)) for _ in range(2)] for pattern in chosen]
+    maker = made._filler()
+    for _ in range(4):
+        live = [pair for pair in pairs if not pair[0].ended]
+        begun = data.draw(st.sets(st.sampled_from(range(len(live))))) if live else set()
+        drawn = [(pair, data.draw(st.sampled_from(sorted(mask_of(made, pair[1]))))) for pair in live]
+        made.take([(matcher, token) for (matcher, _), token in drawn])
+        for pair, token in drawn:
+            for matcher in pair:
+                matcher.take(token)
+        before = maker.computed
+        made.begin([live[i][0] for i in sorted(begun)])
+        made.wait()
+        advanced = set()
+        moved = data.draw(st.sets(st.sampled_from(range(len(live))))) if live else set()
+        for i in moved:
+            if forced := live[i][0].forced():
+                advanced.add(i)
+                for matcher in live[i]:
+                    matcher.take(forced[0])
+        going = [i for i, (matcher, _) in enumerate(live) if not matcher.ended]
+        asked = data.draw(st.permutations(going))[: data.draw(st.integers(0, len(going)))]
+        works = [Work(Request("r", [0], 1, SamplingParams(), matcher=live[i][0]), 0, 1, True) for i in asked]
+        found, _ = made.fill(works).result()
+        assert maker.computed - before == len(begun) + len(set(asked) - (begun - advanced))
+        masks = {row: mask.copy() for row, mask in zip(found.rows, found.bits, strict=True)}
+        for row, i in enumerate(asked):
+            fresh, _ = made.fill([works[row]]).result()
+            assert np.array_equal(masks[row], fresh.bits[0])
+            assert ids_of(masks[row]) == mask_of(made, live[i][1])

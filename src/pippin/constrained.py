@@ -83,6 +83,8 @@ class GrammarRequests:
         params = request.params
         if matcher is None or request.finish is not None or params.logprobs or params.prompt_logprobs:
             return None
+        if self._compiler is not None:
+            self._compiler.wait()
         try:
             tokens = matcher.forced()
         except Exception as error:
@@ -99,6 +101,21 @@ class GrammarRequests:
         if not tokens and request.finish is None:
             return None
         return output_of(request, tokens)
+
+    def follow_all(self, drawn: Sequence[tuple[Request, Token]]) -> dict[Request, Finish]:
+        """Takes the next token of each request into its grammar; returns how those end that do.
+
+        Of the others, masks are begun at once: whoever goes on meanwhile leaves matchers alone until ``force``.
+        """
+        compiler = self._compiler
+        moved = [(r.matcher, token) for r, token in drawn if isinstance(r.matcher, GrammarMatcher)]
+        if compiler is not None:
+            compiler.take(moved)
+        ends = {request: finish for request, token in drawn if (finish := self.follow(request, [token])) is not None}
+        if compiler is not None:
+            going = [r.matcher for r, _ in drawn if r not in ends]
+            compiler.begin([m for m in going if isinstance(m, GrammarMatcher)])
+        return ends
 
     def follow(self, request: Request, tokens: Sequence[Token]) -> Finish | None:
         """Takes a request's next tokens into its grammar; returns how it ends, if it does."""

@@ -41,7 +41,7 @@ from pippin.models.lora import Adapter, Adapters
 from pippin.profile.engine import Tell, open_profile
 from pippin.profile.steps import StepProfile, TimedRunner
 from pippin.scheduler import Scheduler
-from pippin.types import Batch, Finish, Pooling, Request, RowResult, SamplingParams, failed
+from pippin.types import Batch, Finish, Pooling, Request, RowResult, SamplingParams, Token, failed
 from pippin.watermarks import MemoryWatch
 
 log = logging.getLogger(__name__)
@@ -407,12 +407,17 @@ class EngineCore:
 
     def _outputs(self, batch: Batch, results: Sequence[RowResult]) -> list[Output]:
         """What the step added to each request that is still wanted."""
+        drawn: dict[Request, tuple[Token, RowResult]] = {}
         for work, result in zip(batch.works, results, strict=True):
             request, token = work.request, result.token if work.samples and result.finite else None
             if request.matcher is None or token is None:
                 continue
             if request.finish is None and work.end == len(request.tokens):
-                result.finish = self._grammars.follow(request, [token])
+                drawn[request] = token, result
+        if drawn:
+            ends = self._grammars.follow_all([(request, token) for request, (token, _) in drawn.items()])
+            for request, finish in ends.items():
+                drawn[request][1].finish = finish
         found = []
         for update in self._scheduler.finish(batch, results):
             request, result = update.request, update.result

@@ -47,6 +47,7 @@ class GrammarCompiler:
         self._eos_ids = tuple(id for id in eos_ids if id < vocab_size)
         self._style = style or JsonStyle()
         self._masks: Masks | None = None
+        self._begun: Future[None] | None = None
         self._compiled: OrderedDict[Key, Future[LLMatcher]] = OrderedDict()
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(THREADS, "grammar")
@@ -65,15 +66,35 @@ class GrammarCompiler:
 
         Until it is done, no one else may use their matchers.
         """
-        if self._masks is None:
-            self._masks = Masks(self._vocab_size, self._vocabulary.result().vocab_size)
         waiting = {}
         for row, work in enumerate(works):
             request = work.request
             matcher = request.matcher
             if isinstance(matcher, GrammarMatcher) and request.finish is None and work.end == len(request.tokens):
                 waiting[row] = matcher
-        return self._filling.submit(self._masks.fill, waiting)
+        return self._filling.submit(self._filler().fill, waiting)
+
+    def take(self, tokens: Sequence[tuple[GrammarMatcher, Token]]) -> None:
+        """Tells matchers what they will be given next, all in parallel: taking it is then no work."""
+        self.wait()
+        if len(tokens) > 1:
+            self._filler().take(tokens)
+
+    def begin(self, matchers: Sequence[GrammarMatcher]) -> None:
+        """Begins masks beside the caller, who calls ``wait`` before the matchers are used again."""
+        if matchers:
+            self._begun = self._filling.submit(self._filler().begin, matchers)
+
+    def wait(self) -> None:
+        """Until what was begun is done. An error in it is ``fill``'s, which makes what is missing."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.exception()
+
+    def _filler(self) -> Masks:
+        if self._masks is None:
+            self._masks = Masks(self._vocab_size, self._vocabulary.result().vocab_size)
+        return self._masks
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
