@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
+from pippin.errors import RequestError
 from pippin.grammar.compiler import GrammarCompiler
 from pippin.grammar.matcher import GrammarMatcher
 from pippin.grammar.vocabulary import vocabulary_of
@@ -219,3 +220,20 @@ def test_masks_that_were_begun_are_those_that_are_asked_for(data: st.DataObject)
             fresh, _ = made.fill([works[row]]).result()
             assert np.array_equal(masks[row], fresh.bits[0])
             assert ids_of(masks[row]) == mask_of(made, live[i][1])
+
+
+def test_a_matcher_that_was_moved_ahead_takes_that_token_once() -> None:
+    tokenizer, made = compiler("byte_level")
+    (letter,) = tokenizer.encode("a")
+    (other,) = tokenizer.encode("b")
+    pair = [matcher_of(made, Grammar("regex", "[ab]{3}")) for _ in range(2)]
+    made.take([(matcher, letter) for matcher in pair])
+    for matcher in pair:
+        for token in (letter, letter, other):
+            assert not matcher.ended
+            matcher.take(token)
+        assert mask_of(made, matcher) == {*tokenizer.eos_ids}
+    made.take([(matcher, letter) for matcher in pair])
+    for matcher in pair:
+        with pytest.raises(RequestError, match="can't go on"):
+            matcher.take(letter)
