@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from pippin.cache.slots import SlotAllocator
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError
 from pippin.loading import load_core
-from pippin.memory import set_wired_limit
+from pippin.memory import give_back, set_wired_limit
 from pippin.messages import Submit
 from pippin.scheduler import Scheduler
 from pippin.types import Request, RowResult, SamplingParams
@@ -276,3 +277,28 @@ def test_an_engine_leaves_what_another_has_claimed(tmp_path: Path, monkeypatch: 
     claimed = first.info.weight_bytes + first.info.pool_bytes + first.info.activation_bytes
     assert first.info.device_bytes - second.info.device_bytes == claimed
     assert alone.info.device_bytes == first.info.device_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc keeps freed pages")
+def test_freed_memory_is_given_back() -> None:
+    """What lies above it is in use: left to itself, glibc gives back nothing of what is below."""
+    before = footprint.process_bytes()
+    held = [bytes(4096) for _ in range(30_000)]
+    last = held.pop()
+    full = footprint.process_bytes()
+    del held
+    kept = footprint.process_bytes()
+    give_back()
+    assert full - before > 100 * 2**20
+    assert full - kept < 20 * 2**20, "nothing to give back: the test says nothing"
+    assert kept - footprint.process_bytes() > 80 * 2**20
+    assert len(last) == 4096
+
+
+def test_a_flush_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr("pippin.memory.trim", lambda: given.append(True))
+    core = load_core(EngineConfig(max_total_tokens=200, disable_memory_sharing=True))
+    before = len(given)
+    core.flush()
+    assert len(given) == before + 1

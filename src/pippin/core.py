@@ -251,7 +251,7 @@ class EngineCore:
             self._notices.append(output_of(request))
 
     def flush(self) -> None:
-        """Empties the prefix cache. Raises RequestError while requests run.
+        """Empties the prefix cache, and gives back memory that nobody uses. Raises RequestError while requests run.
 
         A step still in flight for requests that have ended is no obstacle: whatever takes its slots runs after it.
         """
@@ -260,6 +260,8 @@ class EngineCore:
                 "the cache can't be flushed while requests run; try again when they are done", status=409
             )
         self._scheduler.flush()
+        if self._memory is not None:
+            self._memory.shrink()
 
     def profile(self, command: StartProfile | StopProfile, tell: Tell) -> None:
         """Begins to record steps, or ends it; ``tell`` hears the answer, and spans as they come.

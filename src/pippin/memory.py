@@ -15,7 +15,7 @@ from pippin.cache.layout import CacheLayout, bytes_per_slot, is_within
 from pippin.cache.windows import least_pages
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
-from pippin.footprint import free_bytes, process_bytes
+from pippin.footprint import free_bytes, process_bytes, trim
 from pippin.kvdisk import copy_bytes
 from pippin.messages import ModelInfo
 from pippin.probe import Choice
@@ -303,7 +303,13 @@ def watch_memory(info: ModelInfo) -> MemoryWatch:
         return Reading(max(held, process_bytes() - mx.get_cache_memory()) if unified else held, free_bytes())
 
     marks = Watermarks.of(info.budget_bytes, info.device_bytes, machine_bytes())
-    return MemoryWatch(marks, read, mx.clear_cache)
+    return MemoryWatch(marks, read, give_back)
+
+
+def give_back() -> None:
+    """Gives the system what is freed and kept for reuse: by MLX, and by the C library."""
+    mx.clear_cache()
+    trim()
 
 
 def set_wired_limit(config: EngineConfig) -> None:
