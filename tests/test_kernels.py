@@ -380,7 +380,7 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
         "if (from > 0) BARRIER();",
         "",
     ),
-    "matrix: a row's last token": (extend_run(EXTENDS["128-matrix"]), "t >= seen[h] ||", "t > seen[h] ||"),
+    "matrix: a row's last token": (extend_run(EXTENDS["128-matrix"]), "t >= seen[h][c])", "t > seen[h][c])"),
     "matrix: tokens of a value swapped": (
         decode_run(CASES["128-matrix"]),
         "column * 2 + j % 2",
@@ -388,13 +388,18 @@ FAULTS: dict[str, tuple[Run, str, str]] = {
     ),
     "matrix: maximum of half a line": (
         decode_run(CASES["softcap-matrix"]),
-        "next = larger(next, shuffle_xor(next, 2));",
-        "",
+        "step < 32; step *= 2) next",
+        "step < 16; step *= 2) next",
     ),
     "matrix, fused: newest token read from the pool": (
         matrix_fused_run,
-        "if (t == stop - 1) {\n          keys",
-        "if (false) {\n          keys",
+        "if (smaller(base + token, end - 1) == stop - 1) {\n            keys",
+        "if (false) {\n            keys",
+    ),
+    "matrix: a value from before the window": (
+        decode_run(CASES["all-matrix"]),
+        "WINDOW > 0 ? larger(token, since) : token",
+        "token",
     ),
     "fused: nothing stored": (fused_run, "if (writes && part + n * LANES < KEY)", "if (false)"),
 }

@@ -31,7 +31,7 @@ INLINE unsigned two_of_nibbles(unsigned x) {
 // The same of 8 bits; without rounding.
 template <typename T, int KIND>
 INLINE unsigned two_of_codes(unsigned x) {
-  if (KIND == MXFP8) return two_of_bytes<T, FP8>(x);
+  if (KIND == MXFP8) return two_of_fp8<T>(x, false, places<T, FP8>(0u));
   if (!is_bfloat<T>()) return fma_two<T>(x | 0x64006400u, Nibble<T>::ONE, 0xe400e400u);  // 1024 + code - 1024
   // 7 bits fit beside 128: from 128 + (code & 127) goes 128, or nothing where the code has its highest bit.
   const unsigned minus = ((x >> 7 & 0x00010001u) ^ 0x00010001u) * 0xc300u;

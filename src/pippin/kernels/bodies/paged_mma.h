@@ -3,8 +3,20 @@
 // Block (x, y): row or tile of rows, KV head and tile of GT query heads in x; split y of the tokens. A warp takes every
 // WARPS-th run of 16 tokens. `line` and `column` are a lane's place in mma's fragments: lane = 4 * line + column.
   using namespace pippin;
-  constexpr int KEY = D / 8, VALUE = DV / 8, NK = (KEY + 3) / 4, NV = (VALUE + 7) / 8;
   constexpr int QUERIES = ROWS * GT, HALVES = QUERIES > 8 ? 2 : 1;
+#if PACKED
+  constexpr int EK = numbers_at_once(D, 4), EV = numbers_at_once(DV, 8);
+  typedef Piece<KIND, EK> Keys;
+  typedef Piece<KIND, EV> Values;
+  constexpr bool SUMS = KIND == INT8;  // numbers come as sums of two, which products add up
+#else
+  constexpr int EK = 8, EV = 8;
+  typedef Words Keys;
+  typedef Words Values;
+  constexpr bool SUMS = false;
+#endif
+  constexpr int KEY = D / EK, VALUE = DV / EV, NK = (KEY + 3) / 4, NV = (VALUE + 7) / 8;
+  constexpr bool WHOLE = PAGE % 16 == 0;  // a run is of one page
   const int tile = block_x % TILES, head = block_x / TILES % HKV, unit = block_x / (TILES * HKV);
   const int line = lane / 4, column = lane % 4;
 
@@ -21,7 +33,8 @@
     if (length > 0) begin = smaller(begin, WINDOW > 0 ? larger(0, length - WINDOW) : 0);
     stop = larger(stop, length);
   }
-  begin = smaller(begin, stop);
+  const int oldest = smaller(begin, stop);
+  begin = WHOLE ? oldest / 16 * 16 : oldest;
   const int per = (larger((stop - begin + blocks_y - 1) / blocks_y, LEAST) + 15) / 16 * 16;
   const int first = begin + block_y * per, end = smaller(stop, first + per);
 
@@ -37,166 +50,236 @@
   }
 #endif
 
-  Words query[HALVES][NK];
-  int seen[HALVES];  // length of the query's row, 0 for none
-  float acc[NV * 8][4], top[HALVES], total[HALVES];
+  unsigned query[HALVES][NK][EK / 2];  // pairs of numbers, in the keys' order
+  int seen[HALVES][2];  // lengths of the rows of queries 2 * column and the next, 0 for none
+  float acc[HALVES][NV][EV / 2][4], top[HALVES][2], total[HALVES][2];
   UNROLL
   for (int h = 0; h < HALVES; h++) {
     const int i = line + 8 * h, r = i / GT, g = tile * GT + i % GT;
     const bool mine = i < QUERIES && r < rows && g < G;
     const size_t place = (size_t(first_row + r) * HKV + head) * G + g;
-    seen[h] = mine ? lengths[first_row + r] : 0;
-    top[h] = NOTHING;
-    total[h] = 0.0f;
+    UNROLL
+    for (int c = 0; c < 2; c++) {
+      const int other = 2 * column + c + 8 * h;
+      const bool any = other < QUERIES && other / GT < rows && tile * GT + other % GT < G;
+      seen[h][c] = any ? lengths[first_row + other / GT] : 0;
+      top[h][c] = NOTHING;
+      total[h][c] = 0.0f;
+    }
     UNROLL
     for (int n = 0; n < NK; n++) {
-      query[h][n] = mine && n * 4 + column < KEY ? load_words(q, place * KEY + n * 4 + column) : no_words();
+      const bool any = mine && n * 4 + column < KEY;
+      UNROLL
+      for (int e = 0; e < EK / 8; e++) {
+        const Words x = any ? load_words(q, (place * KEY + n * 4 + column) * (EK / 8) + e) : no_words();
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+#if PACKED
+          query[h][n][e * 4 + i] = pair_of_codes<KIND>(x, i);
+#else
+          query[h][n][i] = x.w[i];
+#endif
+        }
+      }
     }
-  }
-  UNROLL
-  for (int n = 0; n < NV * 8; n++) {
     UNROLL
-    for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
+    for (int n = 0; n < NV; n++) {
+      UNROLL
+      for (int m = 0; m < EV / 2; m++) acc[h][n][m][0] = acc[h][n][m][1] = acc[h][n][m][2] = acc[h][n][m][3] = 0.0f;
+    }
   }
 
   const float scale = SOFTCAP ? params[0] / params[1] : params[0] * LOG2E;
-  int key_slots[2], value_slots[4];  // of the tokens that come next: looked up one round ahead
+  Keys keys[2][NK];  // of tokens `line` and line + 8
+  Values values[4][NV];  // of tokens 2 * column, the next, and both + 8
+#if PACKED
+  const DEVICE unsigned* key_codes = codes_at<KIND, D, EK>(k_pool, head, column);
+  const DEVICE unsigned* value_codes = codes_at<KIND, DV, EV>(v_pool, head, line);
+  const DEVICE unsigned* key_words = scales_at<KIND, HKV, D, EK>(k_pool, head, KIND == INT4 ? column : 0);
+  const DEVICE unsigned* value_words = scales_at<KIND, HKV, DV, EV>(v_pool, head, KIND == INT4 ? line : 0);
+  const Places at_bits = places<KT, KIND>(table_shape[1] < 0);
+  float key_scales[2], value_scales[2];  // of tokens `line` and line + 8
+#endif
+  int run = 0, key_slots[2], value_slots[4];  // of the tokens to load next: looked up a round before
   for (int base = first + warp * 16 - WARPS * 16; base < end; base += WARPS * 16) {
-    Words keys[2][NK], values[4][NV];
-#if PACKED
-    float key_scales[4], value_scales[4];  // of the tokens that the lane has logits and weights of
     if (base >= first) {
-      UNROLL
-      for (int i = 0; i < 4; i++) {
-        key_scales[i] = load_scale<KIND, HKV, D>(k_pool, value_slots[i], head) * scale;
-        value_scales[i] = load_scale<KIND, HKV, DV>(v_pool, value_slots[i], head) * Weight<KIND>::LIFT;
-      }
-    }
-#endif
-    if (base >= first) {
-    UNROLL
-    for (int j = 0; j < 2; j++) {
-      const int t = smaller(base + 8 * j + line, end - 1);
-      const size_t place = size_t(key_slots[j]) * HKV + head;
-      UNROLL
-      for (int n = 0; n < NK; n++) {
-        const int pack = n * 4 + column;
-#if PACKED
-        keys[j][n] = pack < KEY ? load_packed_words<KT, KIND, HKV, D>(k_pool, key_slots[j], head, pack) : no_words();
-#else
-#if FUSED
-        if (t == stop - 1) {
-          keys[j][n] = pack < KEY ? load_words(k, (size_t(first_row) * HKV + head) * KEY + pack) : no_words();
-          continue;
-        }
-#endif
-        keys[j][n] = pack < KEY ? load_words(k_pool, place * KEY + pack) : no_words();
-#endif
-      }
-    }
-    UNROLL
-    for (int j = 0; j < 4; j++) {
-      const int t = smaller(base + j / 2 * 8 + column * 2 + j % 2, end - 1);
-      const size_t place = size_t(value_slots[j]) * HKV + head;
-      UNROLL
-      for (int n = 0; n < NV; n++) {
-        const int pack = n * 8 + line;
-#if PACKED
-        values[j][n] =
-            pack < VALUE ? load_packed_words<KT, KIND, HKV, DV>(v_pool, value_slots[j], head, pack) : no_words();
-#else
-#if FUSED
-        if (t == stop - 1) {
-          values[j][n] = pack < VALUE ? load_words(v, (size_t(first_row) * HKV + head) * VALUE + pack) : no_words();
-          continue;
-        }
-#endif
-        values[j][n] = pack < VALUE ? load_words(v_pool, place * VALUE + pack) : no_words();
-#endif
-      }
-    }
-
-    }
-    if (base + WARPS * 16 < end) {
+      const int youngest = end - 1 - base, since = oldest - base;  // slots of other tokens may hold anything
       UNROLL
       for (int j = 0; j < 2; j++) {
-        const int t = smaller(base + WARPS * 16 + 8 * j + line, end - 1);
-        key_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+        const int token = 8 * j + line;
+        const int slot = WHOLE ? run + smaller(WINDOW > 0 ? larger(token, since) : token, youngest) : key_slots[j];
+#if PACKED
+        if (KIND != INT4) {
+          key_scales[j] = load_scale<KIND, HKV, D>(key_words, slot);
+          value_scales[j] = load_scale<KIND, HKV, DV>(value_words, slot);
+        }
+#endif
+        UNROLL
+        for (int n = 0; n < NK; n++) {
+          const int pack = n * 4 + column;
+          if (KEY % 4 != 0 && pack >= KEY) {
+            keys[j][n] = Keys{};
+            continue;
+          }
+#if PACKED
+          keys[j][n] = load_piece<KIND, HKV, D, EK>(key_codes, key_words, slot, n * 4);
+#else
+#if FUSED
+          if (smaller(base + token, end - 1) == stop - 1) {
+            keys[j][n] = load_words(k, (size_t(first_row) * HKV + head) * KEY + pack);
+            continue;
+          }
+#endif
+          keys[j][n] = load_words(k_pool, (size_t(slot) * HKV + head) * KEY + pack);
+#endif
+        }
       }
       UNROLL
       for (int j = 0; j < 4; j++) {
-        const int t = smaller(base + WARPS * 16 + j / 2 * 8 + column * 2 + j % 2, end - 1);
-        value_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+        const int token = j / 2 * 8 + column * 2 + j % 2;
+        const int slot = WHOLE ? run + smaller(WINDOW > 0 ? larger(token, since) : token, youngest) : value_slots[j];
+        UNROLL
+        for (int n = 0; n < NV; n++) {
+          const int pack = n * 8 + line;
+          if (VALUE % 8 != 0 && pack >= VALUE) {
+            values[j][n] = Values{};
+            continue;
+          }
+#if PACKED
+          values[j][n] = load_piece<KIND, HKV, DV, EV>(value_codes, value_words, slot, n * 8);
+#else
+#if FUSED
+          if (smaller(base + token, end - 1) == stop - 1) {
+            values[j][n] = load_words(v, (size_t(first_row) * HKV + head) * VALUE + pack);
+            continue;
+          }
+#endif
+          values[j][n] = load_words(v_pool, (size_t(slot) * HKV + head) * VALUE + pack);
+#endif
+        }
+      }
+    }
+    const int next_run = base + WARPS * 16;
+    if (next_run < end) {
+      if (WHOLE) {
+        run = table[pages + unsigned(next_run) / PAGE] * PAGE + unsigned(next_run) % PAGE;
+      } else {
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+          const int t = smaller(next_run + 8 * j + line, end - 1);
+          key_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+        }
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+          const int t = smaller(next_run + j / 2 * 8 + column * 2 + j % 2, end - 1);
+          value_slots[j] = table[pages + t / PAGE] * PAGE + t % PAGE;
+        }
       }
     }
     if (base < first) continue;
 
-    float s[2][4];
-    UNROLL
-    for (int j = 0; j < 2; j++) {
-      UNROLL
-      for (int i = 0; i < 4; i++) s[j][i] = 0.0f;
-      UNROLL
-      for (int n = 0; n < NK; n++) {
-        const Words a = query[0][n], b = HALVES > 1 ? query[HALVES - 1][n] : no_words(), key = keys[j][n];
-        mma<KT>(s[j], a.w[0], b.w[0], a.w[1], b.w[1], key.w[0], key.w[1]);
-        mma<KT>(s[j], a.w[2], b.w[2], a.w[3], b.w[3], key.w[2], key.w[3]);
-      }
-    }
+    // Tokens are the rows and queries the columns: 8 of these, so that up to 8 queries fill a product.
+    float s[HALVES][4], more[HALVES][4];
     UNROLL
     for (int h = 0; h < HALVES; h++) {
-      float next = top[h];
       UNROLL
-      for (int i = 0; i < 4; i++) {
-        const int t = base + i / 2 * 8 + column * 2 + i % 2;
-#if PACKED
-        float x = s[i / 2][h * 2 + i % 2] * key_scales[i];
-#else
-        float x = s[i / 2][h * 2 + i % 2] * scale;
-#endif
-        if (SOFTCAP) x = tanh_of(x) * params[1] * LOG2E;
-        if (t >= end || t >= seen[h] || (WINDOW > 0 && t < seen[h] - WINDOW)) x = NOTHING;
-        s[i / 2][h * 2 + i % 2] = x;
-        next = larger(next, x);
-      }
-      next = larger(next, shuffle_xor(next, 1));
-      next = larger(next, shuffle_xor(next, 2));
-      const float keep = exp2_of(top[h] - next);
-      top[h] = next;
-      total[h] *= keep;
+      for (int i = 0; i < 4; i++) s[h][i] = more[h][i] = 0.0f;
+    }
+    UNROLL
+    for (int n = 0; n < NK; n++) {
       UNROLL
-      for (int i = 0; i < 4; i++) {
-        const float x = s[i / 2][h * 2 + i % 2], p = x > NOTHING ? exp2_of(x - next) : 0.0f;
-        total[h] += p;
-#if PACKED
-        s[i / 2][h * 2 + i % 2] = p * value_scales[i];
-#else
-        s[i / 2][h * 2 + i % 2] = p;
-#endif
-      }
-      if (keep < 1.0f) {
+      for (int m = 0; m < EK / 2; m += 2) {
+        unsigned key[2][2], rest[2][2] = {{0, 0}, {0, 0}};
         UNROLL
-        for (int n = 0; n < NV * 8; n++) {
-          acc[n][h * 2] *= keep;
-          acc[n][h * 2 + 1] *= keep;
+        for (int i = 0; i < 4; i++) {
+          const int j = i / 2, e = m + i % 2;
+#if PACKED
+          key[j][i % 2] = key_pair<KT>(keys[j][n], e, at_bits, rest[j][i % 2]);
+#else
+          key[j][i % 2] = keys[j][n].w[e];
+#endif
+        }
+        UNROLL
+        for (int h = 0; h < HALVES; h++) {
+          const unsigned q0 = query[h][n][m], q1 = query[h][n][m + 1];
+          mma<KT>(s[h], key[0][0], key[1][0], key[0][1], key[1][1], q0, q1);
+          if (SUMS) mma<KT>(more[h], rest[0][0], rest[1][0], rest[0][1], rest[1][1], q0, q1);
         }
       }
     }
-    if (HALVES == 1) {
+    float by[2] = {scale, scale}, weigh[2] = {1.0f, 1.0f};
+#if PACKED
+    if (KIND != INT4) {
       UNROLL
-      for (int j = 0; j < 2; j++) s[j][2] = s[j][3] = 0.0f;
+      for (int j = 0; j < 2; j++) {
+        by[j] = key_scales[j] * scale;
+        weigh[j] = value_scales[j] * Weight<KIND>::LIFT;
+      }
     }
-    const unsigned p0 = two<KT>(s[0][0], s[0][1]), p1 = two<KT>(s[0][2], s[0][3]);
-    const unsigned p2 = two<KT>(s[1][0], s[1][1]), p3 = two<KT>(s[1][2], s[1][3]);
+#endif
+    unsigned weights[HALVES][2];
+    UNROLL
+    for (int h = 0; h < HALVES; h++) {
+      float keep[2], p[4];
+      UNROLL
+      for (int c = 0; c < 2; c++) {
+        float next = top[h][c], x[2];
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+          const int t = base + 8 * j + line;
+          x[j] = (SUMS ? s[h][2 * j + c] + more[h][2 * j + c] : s[h][2 * j + c]) * by[j];
+          if (SOFTCAP) x[j] = tanh_of(x[j]) * params[1] * LOG2E;
+          // Alone in a block, a row sees all up to `end`, and what queries that are none see doesn't matter.
+          if (t >= end || (ROWS > 1 && t >= seen[h][c]) || (WINDOW > 0 && t < seen[h][c] - WINDOW)) x[j] = NOTHING;
+          next = max_of(next, x[j]);
+        }
+        UNROLL
+        for (int step = 4; step < 32; step *= 2) next = max_of(next, shuffle_xor(next, step));
+        keep[c] = exp2_of(top[h][c] - next);
+        top[h][c] = next;
+        total[h][c] *= keep[c];
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+          float weight = exp2_of(x[j] - next);
+          if ((ROWS > 1 || WINDOW > 0) && x[j] <= NOTHING) weight = 0.0f;  // it may have seen nothing yet
+          total[h][c] += weight;
+          p[2 * j + c] = weight * weigh[j];
+        }
+      }
+      UNROLL
+      for (int j = 0; j < 2; j++) weights[h][j] = transpose(two<KT>(p[2 * j], p[2 * j + 1]));
+      if (keep[0] < 1.0f || keep[1] < 1.0f) {
+        UNROLL
+        for (int n = 0; n < NV; n++) {
+          UNROLL
+          for (int m = 0; m < EV / 2; m++) {
+            UNROLL
+            for (int i = 0; i < 4; i++) acc[h][n][m][i] *= keep[i % 2];
+          }
+        }
+      }
+    }
+    // Here numbers are the rows.
     UNROLL
     for (int n = 0; n < NV; n++) {
       UNROLL
-      for (int e = 0; e < 8; e++) {
-        const unsigned a = values[0][n].w[e / 2], b = values[1][n].w[e / 2];
-        const unsigned c = values[2][n].w[e / 2], d = values[3][n].w[e / 2];
-        const unsigned early = e % 2 ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16);
-        const unsigned late = e % 2 ? (c >> 16) | (d & 0xffff0000u) : (c & 0xffffu) | (d << 16);
-        mma<KT>(acc[n * 8 + e], p0, p1, p2, p3, early, late);
+      for (int m = 0; m < EV / 2; m++) {
+        unsigned value[2][2], rest[2][2] = {{0, 0}, {0, 0}};
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+          const int j = i / 2, e = i % 2;
+#if PACKED
+          value[j][e] = value_pair<KT>(values[2 * j][n], values[2 * j + 1][n], 2 * m + e, at_bits, rest[j][e]);
+#else
+          value[j][e] = halves(values[2 * j][n].w[m], values[2 * j + 1][n].w[m], e);
+#endif
+        }
+        UNROLL
+        for (int h = 0; h < HALVES; h++) {
+          const unsigned w0 = weights[h][0], w1 = weights[h][1];
+          mma<KT>(acc[h][n][m], value[0][0], value[0][1], value[1][0], value[1][1], w0, w1);
+          if (SUMS) mma<KT>(acc[h][n][m], rest[0][0], rest[0][1], rest[1][0], rest[1][1], w0, w1);
+        }
       }
     }
   }
@@ -207,28 +290,35 @@
   SHARED(float, accs, WARPS * AT_ONCE * DV);
   UNROLL
   for (int h = 0; h < HALVES; h++) {
-    total[h] += shuffle_xor(total[h], 1);
-    total[h] += shuffle_xor(total[h], 2);
-    if (column == 0) {
-      tops[warp * 16 + line + 8 * h] = top[h];
-      totals[warp * 16 + line + 8 * h] = total[h];
+    UNROLL
+    for (int c = 0; c < 2; c++) {
+      UNROLL
+      for (int step = 4; step < 32; step *= 2) total[h][c] += shuffle_xor(total[h][c], step);
+      if (line == 0) {
+        tops[warp * 16 + 8 * h + 2 * column + c] = top[h][c];
+        totals[warp * 16 + 8 * h + 2 * column + c] = total[h][c];
+      }
     }
   }
   for (int from = 0; from < QUERIES; from += AT_ONCE) {
     if (from > 0) BARRIER();
     UNROLL
     for (int h = 0; h < HALVES; h++) {
-      const int i = line + 8 * h - from;
-      if (i < 0 || i >= AT_ONCE) continue;
       UNROLL
-      for (int n = 0; n < NV * 8; n++) {
+      for (int c = 0; c < 2; c++) {
+        const int i = 2 * column + c + 8 * h - from;
+        if (i < 0 || i >= AT_ONCE) continue;
         UNROLL
-        for (int e = 0; e < 2; e++) {
-          const int at = (n / 8 * 8 + column * 2 + e) * 8 + n % 8;
+        for (int n = 0; n < NV; n++) {
+          UNROLL
+          for (int e = 0; e < EV; e++) {
+            const int at = (n * 8 + line) * EV + e;
+            float x = acc[h][n][e / 2][e % 2 * 2 + c];
 #if PACKED
-          acc[n][h * 2 + e] *= 1.0f / Weight<KIND>::LIFT;
+            x *= 1.0f / Weight<KIND>::LIFT;
 #endif
-          if (at < DV) accs[(warp * AT_ONCE + i) * DV + at] = acc[n][h * 2 + e];
+            if (at < DV) accs[(warp * AT_ONCE + i) * DV + at] = x;
+          }
         }
       }
     }

@@ -20,6 +20,7 @@ INLINE float rsqrt_of(float x) { return rsqrtf(x); }
 INLINE float sin_of(float x) { return __sinf(x); }
 INLINE float cos_of(float x) { return __cosf(x); }
 INLINE float floor_of(float x) { return floorf(x); }
+INLINE float max_of(float a, float b) { return fmaxf(a, b); }
 INLINE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 INLINE float float_of(unsigned bits) { return __uint_as_float(bits); }
 INLINE unsigned bits_of(float x) { return __float_as_uint(x); }
@@ -42,6 +43,13 @@ __device__ __forceinline__ void mma<__half>(
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// 8 rows of 8 16-bit numbers become columns: lane 4 * line + column has those of row `line` at 2 * column and the next.
+INLINE unsigned transpose(unsigned x) {
+  unsigned y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // Two numbers as the 16-bit halves of a word, the first in the lower half.
 template <typename T>
 INLINE unsigned two(float low, float high) {
@@ -57,6 +65,9 @@ INLINE unsigned two(float low, float high) {
 
 // Bytes 0 and 1 of a word (2 and 3 if `later`), each the lower one of a half.
 INLINE unsigned spread_bytes(unsigned w, int later) { return __byte_perm(w, 0u, later ? 0x4342u : 0x4140u); }
+
+// The lower halves of two words, or their upper ones: a's comes first.
+INLINE unsigned halves(unsigned a, unsigned b, int upper) { return __byte_perm(a, b, upper ? 0x7632u : 0x5410u); }
 
 // a * b + c of both 16-bit halves of a word.
 template <typename T>

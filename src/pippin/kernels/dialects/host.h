@@ -72,6 +72,7 @@ INLINE float exp2_of(float x) { return exp2f(x); }
 INLINE float rsqrt_of(float x) { return 1.0f / sqrtf(x); }
 INLINE float sin_of(float x) { return sinf(x); }
 INLINE float floor_of(float x) { return floorf(x); }
+INLINE float max_of(float a, float b) { return a > b ? a : b; }
 INLINE float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 INLINE float cos_of(float x) { return cosf(x); }
 
@@ -151,6 +152,19 @@ INLINE unsigned two(float low, float high) {
 INLINE unsigned spread_bytes(unsigned w, int later) {
   w >>= later ? 16 : 0;
   return (w & 0xffu) | (w & 0xff00u) << 8;
+}
+
+INLINE unsigned halves(unsigned a, unsigned b, int upper) {
+  return upper ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+}
+
+INLINE unsigned transpose(unsigned x) {
+  fibers[self].words[0] = x;
+  shuffle_xor(0.0f, 0);
+  const int line = self % 32 / 4, from = self - self % 32 + self % 4 * 8 + line / 2;
+  const unsigned y = halves(fibers[from].words[0], fibers[from + 4].words[0], line % 2);
+  shuffle_xor(0.0f, 0);
+  return y;
 }
 
 template <typename T>
