@@ -52,7 +52,8 @@ def decoded(case: Case, packing: Packing, launch: Launcher) -> tuple[mx.array, m
 
 
 CASES = {
-    name: {**DIMS, **FEATURES}[name] for name in ("80", "128", "192-128", "256-f32", "8", "metal", "all", "page-16", "page-3")
+    name: {**DIMS, **FEATURES}[name]
+    for name in ("80", "128", "192-128", "256-f32", "8", "metal", "all", "page-16", "page-3")
 }
 CASES |= {f"{name}-matrix": through_matrices(case) for name, case in CASES.items() if name not in ("metal", "page-3")}
 

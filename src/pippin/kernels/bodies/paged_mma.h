@@ -1,5 +1,5 @@
 // Decode and extend for 16-bit types where the dialect has mma(): up to 16 queries (rows of one sequence times query heads
-// of one KV head) meet 16 tokens in one matrix product, so that K and V are read once and hardly any arithmetic is left.
+// of one KV head) meet 16 tokens, 8 in a matrix product, so that K and V are read once and little arithmetic is left.
 // Block (x, y): row or tile of rows, KV head and tile of GT query heads in x; split y of the tokens. A warp takes every
 // WARPS-th run of 16 tokens. `line` and `column` are a lane's place in mma's fragments: lane = 4 * line + column.
   using namespace pippin;
