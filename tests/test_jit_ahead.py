@@ -46,7 +46,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def begun(code: str = "pass", dtype: mx.Dtype = mx.bfloat16) -> tuple[JitAhead, Started]:
     started = Started(code)
-    return JitAhead(90, 96, dtype, started), started
+    return JitAhead(90, 96, dtype, start=started), started
 
 
 def test_it_is_done_once(folder: Path) -> None:
@@ -73,6 +73,20 @@ def test_who_takes_too_long_is_ended(folder: Path) -> None:
     ahead, started = begun("import time; time.sleep(600)")
     ahead.wait(0.1)
     assert all(process.poll() not in (None, 0) for process in started.processes)
+
+
+def test_none_is_left_behind_where_loading_fails(folder: Path) -> None:
+    started = Started("import time; time.sleep(600)")
+    with pytest.raises(ValueError, match="too large"), JitAhead(90, 96, mx.float16, start=started):
+        raise ValueError("too large")
+    assert len(started.processes) == 4
+    assert all(process.poll() not in (None, 0) for process in started.processes)
+
+
+def test_who_compiles_no_steps_needs_none(folder: Path) -> None:
+    started = Started()
+    JitAhead(90, 96, mx.float16, False, started)
+    assert not started.arguments
 
 
 @pytest.mark.parametrize("backend", [None, "metal"])

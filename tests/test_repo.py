@@ -77,6 +77,7 @@ inputs <- attention <- graph
 inputs <- graph_inputs
 kernels <- graph_inputs
 kernels <- uploads <- penalties
+uploads <- inputs
 sampler_graphs <- jit_ahead <- loading
 worker <- jit_ahead
 kernels <- sampler

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pippin.cache.state import OpenStates
 from pippin.cache.windows import WindowTable
 from pippin.types import Work
+from pippin.uploads import upload
 
 Ints = npt.NDArray[np.int32]
 
@@ -68,7 +69,7 @@ class Group:
             return self.starts + 1
         owners = np.repeat(np.arange(self.count, dtype=np.int32), self.counts)
         within = np.concatenate([np.arange(1, n + 1, dtype=np.int32) for n in self.counts])
-        return self.starts[mx.array(owners)] + mx.array(within)
+        return self.starts[upload(owners)] + upload(within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +165,11 @@ def row_step(
     windowed = None
     if windows is not None:
         groups = _groups(ordered, page_size, several, _Tails(windows))
-        windowed = Places(mx.array(windows.slots(lines[4])), tuple(groups))
+        windowed = Places(upload(windows.slots(lines[4])), tuple(groups))
     return Step(
         tokens=_with_unseen(lines[0], lines[1] * lines[2], last_token)[:, None],
-        positions=mx.array(lines[3]),
-        write_slots=mx.array(lines[4]),
+        positions=upload(lines[3]),
+        write_slots=upload(lines[4]),
         groups=tuple(_groups(ordered, page_size, several)),
         lasts=tuple(lasts[i] for i in range(len(works))),
         decodes=all(w.decodes for w in works),
@@ -197,11 +198,11 @@ def padded_step(
     if windows is not None:
         written, real = np.zeros(shape, np.int32), slots > 0
         written[real] = windows.slots(slots[real])
-        windowed = Places(mx.array(written), (_group(works, 0, rows, page_size, _Tails(windows, whole=True)),))
+        windowed = Places(upload(written), (_group(works, 0, rows, page_size, _Tails(windows, whole=True)),))
     return Step(
         tokens=_with_unseen(tokens, unseen, last_token),
-        positions=mx.array(np.array([w.start for w in works], np.int32)),
-        write_slots=mx.array(slots),
+        positions=upload(np.array([w.start for w in works], np.int32)),
+        write_slots=upload(slots),
         groups=(_group(works, 0, rows, page_size),),
         lasts=tuple(i * rows + w.end - w.start - 1 for i, w in enumerate(works)),
         windowed=windowed,
@@ -301,9 +302,9 @@ def _group(
         rows=rows,
         context=context,
         ragged=any(c != context for c in contexts),
-        slots=mx.array(table) if page_size is None else None,
-        starts=mx.array(np.array([w.start - begin for w, begin in zip(works, begins, strict=True)], np.int32)),
-        pages=mx.array(table) if page_size is not None else None,
+        slots=upload(table) if page_size is None else None,
+        starts=upload(np.array([w.start - begin for w, begin in zip(works, begins, strict=True)], np.int32)),
+        pages=upload(table) if page_size is not None else None,
     )
 
 
@@ -323,6 +324,6 @@ def _slots_of(work: Work) -> Ints:
 def _with_unseen(tokens: Ints, rows: Ints, last_token: mx.array) -> mx.array:
     """``tokens``, with ``last_token[rows]`` wherever ``rows`` is not 0 (row 0 is scratch)."""
     if not rows.any():
-        return mx.array(tokens)
-    where = mx.array(rows)
-    return mx.where(where > 0, last_token[where], mx.array(tokens))
+        return upload(tokens)
+    where = upload(rows)
+    return mx.where(where > 0, last_token[where], upload(tokens))

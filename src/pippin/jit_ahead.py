@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 from pippin.backend import prepare
 
@@ -60,14 +61,17 @@ def start_process(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 class JitAhead:
     """Compiles what drawing from logits [S, width] of ``dtype`` launches; ``vocab_size`` as in ``SamplingPlan``.
 
-    Where it can't be, or need not be, nothing is started, and the engine compiles for itself.
+    Where it can't be, or need not be, nothing is started, and the engine compiles for itself. ``wanted``: steps are
+    compiled at all. Whoever leaves the block leaves no process behind.
     """
 
-    def __init__(self, vocab_size: int, width: int, dtype: mx.Dtype, start: Start = start_process) -> None:
+    def __init__(
+        self, vocab_size: int, width: int, dtype: mx.Dtype, wanted: bool = True, start: Start = start_process
+    ) -> None:
         self._note = store.cache_folder() / f"jit-{_digest(vocab_size, width, dtype)}.json"
         self._processes: list[subprocess.Popen[bytes]] = []
         count = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
-        if kernels.backend() != "cuda" or count < 2 or self._is_kept():
+        if not wanted or kernels.backend() != "cuda" or count < 2 or self._is_kept():
             return
         log.info("MLX compiles the ways to draw in %d processes, once on this machine", count)
         kind = next(name for name, known in _DTYPES.items() if known == dtype)
@@ -75,6 +79,12 @@ class JitAhead:
         with suppress(OSError):
             for part in range(count):
                 self._processes.append(start([*whole, f"{part}/{count}"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait(0.0)
 
     def wait(self, seconds: float = PATIENCE) -> None:
         """Until all have ended; those that take longer are ended."""

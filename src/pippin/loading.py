@@ -100,8 +100,6 @@ def build_runner(
     """Makes what runs a loaded model's steps; raises as ``load_core`` does."""
     tell(Progress("probe", 0, 2))
     vocabulary = read_vocabulary(Path(config.tokenizer_path or loaded.path), loaded.vocab_size)
-    warm = not config.skip_server_warmup and not config.disable_graph
-    ahead = JitAhead(vocabulary.size, loaded.vocab_size, loaded.dtype) if warm else None
     if not on_gpu():
         turn_weights(loaded.model)
     choice = choose_attention(loaded.model, config.attention_backend, loaded.vocab_size)
@@ -110,6 +108,20 @@ def build_runner(
     config = config.with_pages(PAGE if kernels.backend() and not choice.layout.states else 1)
     log.info("attention backend %s: %s", choice.backend.name, choice.reason)
     tell(Progress("probe", 1, 2))
+    compiled = not (config.skip_server_warmup or config.disable_graph or choice.layout.states)
+    with JitAhead(vocabulary.size, loaded.vocab_size, loaded.dtype, compiled) as ahead:
+        return _build_runner(loaded, config, choice, vocabulary, ahead, tell)
+
+
+def _build_runner(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    choice: Choice,
+    vocabulary: Vocabulary,
+    ahead: JitAhead,
+    tell: Callable[[Progress], None],
+) -> tuple[MlxModelRunner, ModelInfo]:
+    """``build_runner`` once attention is chosen."""
     sizes = limit_rows(config, choice, limits(config), loaded.weight_bytes)
     activations = measure_activations(
         loaded.model,
@@ -138,8 +150,7 @@ def build_runner(
     limit_buffers(plan)
     set_wired_limit(config)
     tell(Progress("probe", 2, 2))
-    if ahead is not None:
-        ahead.wait()  # and so give their memory back
+    ahead.wait()  # its processes give their memory back
     pool = choice.pool(plan.slots + config.page_size, config.page_size, _window_table(plan, config.page_size))
     runner = MlxModelRunner(
         loaded.model,
@@ -153,7 +164,6 @@ def build_runner(
     )
     if not config.skip_server_warmup:
         runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))
-    if ahead is not None:
         ahead.note()
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
 

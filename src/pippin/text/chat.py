@@ -136,7 +136,9 @@ def fault_of(source: str) -> str | None:
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
     except TemplateSyntaxError as error:
-        if "generation" not in str(error.message):  # a tag of transformers' own, which marks an assistant's words
+        if "unknown tag 'generation'" not in str(
+            error.message
+        ):  # a tag of transformers' own, which marks an assistant's words
             return f"line {error.lineno}: {error.message}"
     return None
 
