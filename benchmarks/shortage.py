@@ -2,17 +2,26 @@
 
     python -m benchmarks.shortage [--shape 0.6b] [--json results.jsonl]
 
-On a GPU ballast fills what is free but for a part of what the largest step needs, and what fails are the device's own
-allocations: MLX's limits free its cache and refuse nothing, on CUDA. A CPU's memory is the machine's, which is not to
-be filled: there launches of more than a part of the largest step's tokens raise what MLX would.
+On a GPU ballast fills what is free but for a part of what the largest step took when it was measured, less and less
+until steps fail in two rows; what fails are the device's own allocations. The ballast stands for another program's
+memory, so neither MLX's memory limit counts it, above which steps are queued piece by piece and take little, nor the
+engine's watch, which would begin one request at a time. A CPU's memory is the machine's, which is not to be filled:
+there launches of more than a part of the largest step's tokens raise what MLX would.
 
-One JSON line says what was seen. Exit status 1 unless steps failed and requests were served all the same, all others
-ended with a 503 that says why, and with memory again all are served in steps as large as ever, and no slot is lost.
+One JSON line says what was seen, after one for each row on standard error. Exit status 1 unless steps failed and
+requests were served all the same, all others ended with a 503 that says why, and with memory again all are served in
+steps as large as ever, and no slot is lost.
+
+MLX's allocator on CUDA asks cudaMallocAsync for what is computed on the device, and raises if that is refused: there is
+no second way to managed memory (0.32). What the host lays out or has looked at is managed, though, and stays so in
+MLX's cache of free buffers: so the cache is emptied before ballast is laid, and nobody looks at ballast. Managed
+ballast would show in a row: ``free`` would not fall as ``active`` grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import sys
@@ -41,23 +50,27 @@ from pippin.memory import device_bytes, on_gpu
 from pippin.messages import Submit
 from pippin.types import Batch, SamplingParams
 
-BLOCKS = tuple(size << 20 for size in (4096, 512, 64, 16))
+BLOCKS = tuple(size << 20 for size in (1024, 256, 64, 16, 4, 1))
 """Bytes of a piece of ballast, large ones first."""
 
 NEW = 16
 """Tokens of an answer."""
 
-SHARES = (0.5, 0.25, 0.1)
+SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.0)
 """Of what the largest step needs, what is left to it."""
+
+ENOUGH = 2
+"""Rows in which steps failed and requests were served."""
 
 
 class ShortRunner:
-    """A runner whose device has memory for steps of so many tokens."""
+    """A runner whose device has memory for steps of so many tokens. ``largest`` is the most that was asked for."""
 
-    def __init__(self, runner: ModelRunner, tokens: int) -> None:
-        self.runner, self.tokens = runner, tokens
+    def __init__(self, runner: ModelRunner, tokens: int = sys.maxsize) -> None:
+        self.runner, self.tokens, self.largest = runner, tokens, 0
 
     def launch(self, batch: Batch) -> Flight:
+        self.largest = max(self.largest, batch.num_tokens)
         if batch.num_tokens > self.tokens:
             raise RuntimeError("[malloc] Unable to allocate 34359738368 bytes.")
         return self.runner.launch(batch)
@@ -148,23 +161,43 @@ class Shortage:
         return mx.get_peak_memory() - before
 
 
+def memory_now() -> dict[str, int]:
+    """Bytes: what MLX holds, keeps free and is limited to, and what the device has free, where it says so."""
+    mx.synchronize()
+    found = {"active": mx.get_active_memory(), "cache": mx.get_cache_memory(), "limit": mx.get_memory_limit()}
+    free = mx.device_info().get("free_memory")
+    return found | ({"free": free} if isinstance(free, int) else {})
+
+
 def ballast(room: int) -> list[mx.array]:
-    """Fills the device, and then leaves ``room`` bytes of it or a little more. Raises RuntimeError if nothing fails."""
-    mx.clear_cache()
-    held: list[mx.array] = []
+    """Fills the device until it refuses, and then leaves ``room`` bytes of it or a little more.
+
+    Raises RuntimeError, having taken no more than the device has, if nothing is refused.
+    """
+    _settle()
+    held, total, most = list[mx.array](), 0, device_bytes()
     for size in BLOCKS:
-        while (block := _block(size)) is not None:
+        while total + size <= most and (block := _block(size)) is not None:
             held.append(block)
-            if sum(b.nbytes for b in held) > 2 * device_bytes():
-                raise RuntimeError("twice the device's memory could be had: allocations do not fail here")
+            total += size
+    if total + BLOCKS[-1] > most:
+        raise RuntimeError("as much as the device has could be had: allocations do not fail here")
     freed = 0
     while held and freed < room:
         freed += held.pop().nbytes
-    mx.clear_cache()
-    while freed - room >= BLOCKS[-1] and (block := _block(BLOCKS[-1])) is not None:  # a large one may have gone
-        held.append(block)
-        freed -= block.nbytes
+    _settle()
+    for size in BLOCKS:  # a large one may have gone
+        while freed - room >= size and (block := _block(size)) is not None:
+            held.append(block)
+            freed -= size
     return held
+
+
+def _settle() -> None:
+    """What is freed goes back to the device: also what waited for work that is done now."""
+    mx.synchronize()
+    mx.clear_cache()
+    mx.synchronize()
 
 
 def _block(size: int) -> mx.array | None:
@@ -180,22 +213,35 @@ def _block(size: int) -> mx.array | None:
 
 
 @contextmanager
-def short_of(core: EngineCore, share: float, need: int, tokens: int) -> Iterator[None]:
+def short_of(core: EngineCore, share: float, need: int, tokens: int) -> Iterator[ShortRunner]:
     """Leaves ``share`` of the ``need`` bytes, or of the ``tokens`` of the largest step where memory is not real."""
-    if on_gpu():
-        held = ballast(int(need * share))
-        try:
-            yield
-        finally:
-            del held
-            mx.clear_cache()
-        return
     runner = core._runner
-    core._runner = ShortRunner(runner, max(LEAST_TOKENS, int(tokens * share)))
+    core._runner = short = ShortRunner(runner, sys.maxsize if on_gpu() else max(LEAST_TOKENS, int(tokens * share)))
+    held: list[mx.array] = []
+    try:
+        held += ballast(int(need * share)) if on_gpu() else []
+        with others_memory(core, sum(block.nbytes for block in held)):
+            yield short
+    finally:
+        core._runner = runner
+        held.clear()
+        _settle()
+
+
+@contextmanager
+def others_memory(core: EngineCore, taken: int) -> Iterator[None]:
+    """``taken`` bytes of MLX's arrays count as another program's: for its limit, and for the engine's watch."""
+    watch, limit = core._memory, mx.get_memory_limit()
+    mx.set_memory_limit(limit + taken)
+    read = watch._read if watch is not None else None
+    if watch is not None and read is not None:
+        watch._read = lambda: (now := read())._replace(held=now.held - taken)
     try:
         yield
     finally:
-        core._runner = runner
+        mx.set_memory_limit(limit)
+        if watch is not None and read is not None:
+            watch._read = read
 
 
 def starved(core: EngineCore, scale: Scale) -> dict[str, Any]:
@@ -203,30 +249,52 @@ def starved(core: EngineCore, scale: Scale) -> dict[str, Any]:
     rounds = Shortage(core, scale)
     rounds.round()
     before, need = rounds.round(), rounds.need()
-    rows, failures = list[dict[str, Any]](), list[str]()
+    facts = {"need": need, "simulated": not on_gpu(), "device_bytes": device_bytes(), "undisturbed": memory_now()}
+    print(json.dumps(facts), file=sys.stderr, flush=True)
+    rows, failures, shown = list[dict[str, Any]](), list[str](), 0
     for share in SHARES:
-        began = time.monotonic()
         try:
-            with counting_failures() as failed, short_of(core, share, need, scale.chunk):
-                served = rounds.round()
+            row, wrong = _row(rounds, share, need, before)
         except Exception as error:  # the device is lost: a server would begin another process
             failures.append(f"left {share}: the engine ended: {type(error).__name__}: {error}")
             break
-        rows.append(
-            {
-                "left": share,
-                "failed_steps": dict(failed.raised),
-                "least_rows": served.rows,
-                "least_tokens": served.tokens,
-                "ends": dict(served.ends),
-                "same_answers": sum(served.answers.get(id) == tokens for id, tokens in before.answers.items()),
-                "seconds": round(time.monotonic() - began, 2),
-            }
-        )
-        failures += [f"left {share}: {what}" for what in _wrong(served, scale.requests) + _recovered(rounds)]
-    if not any(row["failed_steps"] and row["ends"].get("length") for row in rows):
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+        failures += [f"left {share}: {what}" for what in wrong + _recovered(rounds)]
+        shown += bool(row["failed_steps"] and row["ends"].get("length"))
+        if shown >= ENOUGH:
+            break
+    if not shown:
         failures.append("no request was served in spite of steps that failed, so nothing is shown")
-    return {"need": need, "simulated": not on_gpu(), **asdict(scale), "rows": rows, "failures": failures}
+    return facts | asdict(scale) | {"rows": rows, "failures": failures}
+
+
+def _row(rounds: Shortage, share: float, need: int, before: Served) -> tuple[dict[str, Any], list[str]]:
+    """What was seen with ``share`` of the ``need`` left, and what of it is wrong."""
+    core, began, free = rounds.core, time.monotonic(), memory_now().get("free")
+    with counting_failures() as failed, short_of(core, share, need, rounds.scale.chunk) as short:
+        memory = memory_now()
+        mx.reset_peak_memory()
+        served = rounds.round()
+        took = mx.get_peak_memory() - memory["active"]
+        after = memory_now()
+    row = {
+        "left": share,
+        "room": int(need * share),
+        "free_before_ballast": free,
+        "with_ballast": memory,
+        "after_steps": after,
+        "steps_took": took,
+        "failed_steps": dict(failed.raised),
+        "largest_step": short.largest,
+        "least_rows": served.rows,
+        "least_tokens": served.tokens,
+        "level": core.stats.memory_level,
+        "ends": dict(served.ends),
+        "same_answers": sum(served.answers.get(id) == tokens for id, tokens in before.answers.items()),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    return row, _wrong(served, rounds.scale.requests)
 
 
 def _wrong(served: Served, requests: int) -> list[str]:
@@ -266,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="0.6b", help="of benchmarks.gpu: tiny, 0.6b, 8b")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     return told(shortage(options.shape), options.shape, options.json)
 
 

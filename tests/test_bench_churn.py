@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from benchmarks import churn, shortage
@@ -106,6 +107,8 @@ def test_a_shortage_is_served_in_smaller_steps_and_told_as_it_was(
         assert row["ends"] == {"length": report["requests"]}
         assert row["same_answers"] == report["requests"]
         assert row["least_tokens"] < report["chunk"]
+        assert row["largest_step"] > report["chunk"] * row["left"]
+    assert len(report["rows"]) == shortage.ENOUGH
 
 
 def test_where_no_step_fails_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +142,7 @@ class Block:
 def test_ballast_leaves_the_room_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, size: int, room: int) -> None:
     device = Device(size)
     monkeypatch.setattr(shortage, "_block", device.take)
-    monkeypatch.setattr(shortage, "device_bytes", lambda: size)
+    monkeypatch.setattr(shortage, "device_bytes", lambda: size + (500 << 20))  # a process takes some
     held = shortage.ballast(room)
     assert room <= device.free < room + 2 * shortage.BLOCKS[-1]
     held.clear()
@@ -147,7 +150,34 @@ def test_ballast_leaves_the_room_that_is_asked_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_where_memory_has_no_end_there_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shortage, "_block", Device(1 << 50).take)
+    """And no more is taken than the device has: of managed memory that could hang it."""
+    device = Device(1 << 50)
+    least = device.free
+
+    def take(size: int) -> Block | None:
+        nonlocal least
+        block = device.take(size)
+        least = min(least, device.free)
+        return block
+
+    monkeypatch.setattr(shortage, "_block", take)
     monkeypatch.setattr(shortage, "device_bytes", lambda: 10 << 30)
     with pytest.raises(RuntimeError, match="do not fail here"):
         shortage.ballast(0)
+    assert least >= (1 << 50) - (10 << 30)
+
+
+def test_ballast_counts_as_another_programs(idle_core: EngineCore) -> None:
+    """Neither the engine's watch nor MLX's limit sees it: both would make steps smaller before any of them fails."""
+    watch, limit, taken = idle_core._memory, mx.get_active_memory() + (8 << 30), 1 << 30
+    assert watch is not None
+    before = mx.set_memory_limit(limit)
+    try:
+        held, read = watch._read().held, watch._read
+        with shortage.others_memory(idle_core, taken):
+            assert watch._read().held < held - taken // 2
+            assert shortage.memory_now()["limit"] == limit + taken
+        assert watch._read is read
+        assert shortage.memory_now()["limit"] == limit
+    finally:
+        mx.set_memory_limit(before)
