@@ -30,7 +30,7 @@ from pippin.config import EngineConfig
 from pippin.errors import EngineError
 from pippin.flight import Masks
 from pippin.messages import ModelInfo
-from pippin.types import Batch, RowResult
+from pippin.types import Batch, RowResult, Work
 from tests.fake_core import expected, fake_info
 
 
@@ -51,6 +51,9 @@ class FakeFlight:
 
     def draw(self, masks: Masks) -> None:
         """Nothing waits for masks here."""
+
+    def drawn(self) -> list[tuple[Work, int]]:
+        raise AssertionError("nothing is looked ahead at here")
 
     def read(self) -> list[RowResult]:
         self._log.append("read")

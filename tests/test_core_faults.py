@@ -12,7 +12,7 @@ import pytest
 from pippin.flight import InFlight, Masks
 from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
-from pippin.types import Batch
+from pippin.types import Batch, Work
 from pippin.worker import add
 from tests.checkpoints import make_checkpoint
 from tests.cores import GREEDY, collect, drain, greedy_by_mlx_lm, make_core, prompts, run, submits
@@ -58,6 +58,9 @@ class FlakyFlight:
 
     def draw(self, masks: Masks) -> None:
         self._flight.draw(masks)
+
+    def drawn(self) -> list[tuple[Work, int]]:
+        return self._flight.drawn()
 
     def read(self) -> list[Any]:
         if "read" in self._fail:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pippin.runner import MlxModelRunner
 from pippin.types import Finish, Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.compiling import play_gpu, traces_of
+from tests.test_core_faults import FlakyRunner
 from tests.tokenizers_for_tests import byte_level
 
 EOS = byte_level().eos_ids[0]
@@ -301,6 +303,50 @@ def test_steps_with_grammars_overlap_as_all_do(core: EngineCore) -> None:
     steps, overlapped = core.stats.steps - before.steps, core.stats.overlapped_steps - before.overlapped_steps
     assert steps <= 44
     assert overlapped >= steps - 2
+
+
+def test_what_was_drawn_is_followed_while_the_next_step_is_queued(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps overlap, whoever waits for a step finds its tokens taken and masks begun, by a thread beside it."""
+    mixed = [
+        Submit(f"r{i}", [5, 6, i + 3], 3, SamplingParams(max_new_tokens=12, seed=i, grammar=grammar))
+        for i, grammar in enumerate([GRAMMARS[2], None] * 2)
+    ]
+    taken: dict[str, int] = {}
+    real = Masks.take
+
+    def take(self: Masks, tokens: Sequence[tuple[GrammarMatcher, int]]) -> None:
+        left = sum(m._ahead != token for m, token in tokens)
+        taken[threading.current_thread().name] = taken.get(threading.current_thread().name, 0) + left
+        real(self, tokens)
+
+    monkeypatch.setattr(Masks, "take", take)
+    answers(core, mixed)
+    assert {name.rpartition("_")[0] for name, count in taken.items() if count} == {"masks"}
+    assert sum(taken.values()) >= 2 * 12
+
+
+def test_steps_that_fail_when_they_are_read_are_drawn_again(checkpoint: Path, core: EngineCore) -> None:
+    """Grammars have taken what they drew, and go back."""
+    submits = submits_for(random.Random(9), 10)
+    expected = answers(core, submits)
+    again = make_core(checkpoint)
+    flaky = FlakyRunner(again._runner)  # type: ignore[arg-type]
+    again._runner = flaky
+    for submit in submits:
+        again.add(submit)
+    tokens: dict[str, list[int]] = {submit.id: [] for submit in submits}
+    turn = 0
+    while again.has_work:
+        turn += 1
+        if turn % 9 == 6:
+            flaky.fail.add("read")
+        step = again.step()
+        for output in step.outputs if step else ():
+            tokens[output.id] += output.tokens
+    assert flaky.resets >= 4
+    assert tokens == {id: found for id, (found, _) in expected.items()}
 
 
 def test_an_answer_that_ends_under_a_queued_step_leaves_no_token_to_others(checkpoint: Path, core: EngineCore) -> None:

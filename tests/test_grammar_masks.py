@@ -222,6 +222,39 @@ def test_masks_that_were_begun_are_those_that_are_asked_for(data: st.DataObject)
             assert ids_of(masks[row]) == mask_of(made, live[i][1])
 
 
+@given(data=st.data())
+def test_what_was_looked_ahead_at_and_not_taken_is_taken_back(data: st.DataObject) -> None:
+    """Steps fail after their tokens were read: what they drew is then drawn again, perhaps otherwise."""
+    _, made = compiler("byte_level")
+    patterns = ["[ab]{2,9}c", "(apple|app){1,4}", "[^a]{3,30}", "a[0-9]{5}", "ab?"]
+    chosen = data.draw(st.lists(st.sampled_from(patterns), min_size=1, max_size=3))
+    pairs = [[matcher_of(made, Grammar("regex", pattern)) for _ in range(2)] for pattern in chosen]
+    maker = made._filler()
+    for _ in range(6):
+        live = [pair for pair in pairs if not pair[1].ended]
+        allowed = [sorted(mask_of(made, plain)) for _, plain in live]
+        looked = [(matcher, data.draw(st.sampled_from(ids))) for (matcher, _), ids in zip(live, allowed, strict=True)]
+        made.follow(lambda looked=looked: looked)  # type: ignore[misc]
+        drawn = []
+        for (pair, ids), (_, seen) in zip(zip(live, allowed, strict=True), looked, strict=True):
+            drawn.append((pair, data.draw(st.sampled_from([seen, seen, None, data.draw(st.sampled_from(ids))]))))
+        made.take([(pair[0], token) for pair, token in drawn if token is not None])
+        for pair, token in drawn:
+            if token is not None:
+                pair[0].take(token)
+                pair[1].take(token)
+        before = maker.computed
+        going = [(pair, token) for pair, token in drawn if not pair[0].ended]
+        works = [Work(Request("r", [0], 1, SamplingParams(), matcher=pair[0]), 0, 1, True) for pair, _ in going]
+        masks, _ = made.fill(works).result()
+        remaining = [ids_of(mask) for mask in masks.bits.copy()]
+        seen_by = dict(looked)
+        assert maker.computed - before == sum(token != seen_by[pair[0]] for pair, token in going)
+        for (pair, _), left in zip(going, remaining, strict=True):
+            assert left == mask_of(made, pair[1])
+            assert pair[0].forced() == pair[1].forced()
+
+
 def test_a_matcher_that_was_moved_ahead_takes_that_token_once() -> None:
     tokenizer, made = compiler("byte_level")
     (letter,) = tokenizer.encode("a")

@@ -51,6 +51,9 @@ class EmptyFlight:
     def draw(self, masks: Any) -> None:
         """Nothing waits for masks."""
 
+    def drawn(self) -> list[tuple[Work, int]]:
+        return [(work, 1) for work in self.batch.works]
+
     def read(self) -> list[RowResult]:
         return [RowResult(1) for _ in self.batch.works]
 

@@ -102,10 +102,24 @@ class GrammarRequests:
             return None
         return output_of(request, tokens)
 
+    def look_ahead(self, works: Sequence[Work], drawn: Callable[[], Sequence[tuple[Work, Token]]]) -> None:
+        """Has what a queued step draws taken into grammars as soon as it is there, while the caller goes on queueing.
+
+        ``drawn`` waits for it. ``follow_all`` comes next, with what is to be kept of it.
+        """
+        matchers = {
+            w.request: w.request.matcher
+            for w in works
+            if isinstance(w.request.matcher, GrammarMatcher) and w.samples and w.request.finish is None
+            if w.end == len(w.request.tokens)  # nothing was forced in place of what it draws
+        }
+        if matchers and self._compiler is not None:
+            self._compiler.follow(lambda: [(matchers[w.request], t) for w, t in drawn() if w.request in matchers])
+
     def follow_all(self, drawn: Sequence[tuple[Request, Token]]) -> dict[Request, Finish]:
         """Takes the next token of each request into its grammar; returns how those end that do.
 
-        Of the others, masks are begun at once: whoever goes on meanwhile leaves matchers alone until ``force``.
+        Of the others, masks are begun if ``look_ahead`` has not: whoever goes on leaves matchers alone until ``force``.
         """
         compiler = self._compiler
         moved = [(r.matcher, token) for r, token in drawn if isinstance(r.matcher, GrammarMatcher)]

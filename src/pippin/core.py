@@ -325,8 +325,8 @@ class EngineCore:
             self._overlapped += previous is not None and launched is not None
             if previous is not None:
                 self._finish(previous, outputs)
-            if self._in_flight is not None:
-                self._draw(self._in_flight, outputs)
+            if self._in_flight is not None and self._draw(self._in_flight, outputs):
+                self._grammars.look_ahead(self._in_flight.batch.works, self._in_flight.drawn)
         else:
             previous, self._in_flight = launched, launched
             if launched is not None and self._draw(launched, outputs):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 from pippin.masks import RowMasks
 from pippin.pooling import Vectors, read_vectors
 from pippin.sampler import Sampled, prompt_logprobs
-from pippin.types import Batch, RowResult, TokenLogprob, Work
+from pippin.types import Batch, RowResult, Token, TokenLogprob, Work
 
 Masks = Callable[[Sequence[Work]], Callable[[], RowMasks]]
 """Begins, for works that sample, and then gives which tokens each may draw."""
@@ -29,6 +30,10 @@ class Flight(Protocol):
 
         ``masks`` needs the step before to have been read, and works while the device runs this one.
         """
+        ...
+
+    def drawn(self) -> list[tuple[Work, Token]]:
+        """Waits for the draws; of works that sample, and whose logits were numbers, what came. From any thread."""
         ...
 
     def read(self) -> list[RowResult]:
@@ -70,10 +75,18 @@ class InFlight:
     prompt_values: tuple[mx.array, mx.array | None, mx.array | None] | None
     draws: Callable[[Masks], Sampled] | None = None
     vectors: Vectors | None = None
+    _lock: Lock = field(default_factory=Lock)
+    _tokens: tuple[list[Token], list[bool]] | None = None
 
     def draw(self, masks: Masks) -> None:
         if self.draws is not None:
             self.sampled, self.draws = self.draws(masks), None
+
+    def drawn(self) -> list[tuple[Work, Token]]:
+        if self.sampled is None:
+            return []
+        sampling = [w for w in self.works if w.samples]
+        return [(w, token) for w, token, good in zip(sampling, *self._read_tokens(self.sampled), strict=False) if good]
 
     def read(self) -> list[RowResult]:
         results = [RowResult() for _ in self.works]
@@ -91,8 +104,7 @@ class InFlight:
         return [results[at[id(work)]] for work in self.batch.works]
 
     def _read_samples(self, sampled: Sampled, works: Sequence[int], results: list[RowResult]) -> None:
-        tokens = _list(sampled.tokens)
-        finite = _list(sampled.finite)
+        tokens, finite = self._read_tokens(sampled)
         logprobs = _list(sampled.logprob) if sampled.logprob is not None else None
         tops = _tops(sampled.top_ids, sampled.top_logprobs)
         for row, i in enumerate(works):
@@ -102,6 +114,13 @@ class InFlight:
             if logprobs is not None and params.logprobs:
                 top = tops[row][: params.top_logprobs] if tops else []
                 results[i].logprob = TokenLogprob(tokens[row], logprobs[row], top)
+
+    def _read_tokens(self, sampled: Sampled) -> tuple[list[Token], list[bool]]:
+        """One thread at a time may have an array moved to where the host reads it."""
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = _list(sampled.tokens), _list(sampled.finite)
+            return self._tokens
 
     def _read_prompts(
         self, values: tuple[mx.array, mx.array | None, mx.array | None], results: list[RowResult]

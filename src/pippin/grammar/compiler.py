@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -72,17 +72,30 @@ class GrammarCompiler:
             matcher = request.matcher
             if isinstance(matcher, GrammarMatcher) and request.finish is None and work.end == len(request.tokens):
                 waiting[row] = matcher
-        return self._filling.submit(self._filler().fill, waiting)
+        self.wait()
+        filler = self._filler()
+        if filler.ready([*waiting.values()]):
+            done: Future[tuple[RowMasks, dict[int, RequestError]]] = Future()
+            done.set_result(filler.fill(waiting))
+            return done
+        return self._filling.submit(filler.fill, waiting)
+
+    def follow(self, drawn: Callable[[], Sequence[tuple[GrammarMatcher, Token]]]) -> None:
+        """Takes what ``drawn`` waits for, and begins masks, beside the caller, who calls ``wait`` before the matchers
+        are used again. What they are then not given to ``take`` is taken back; an error comes up again there.
+        """
+        filler = self._filler()
+        self._begun = self._filling.submit(lambda: filler.follow(drawn()))
 
     def take(self, tokens: Sequence[tuple[GrammarMatcher, Token]]) -> None:
         """Tells matchers what they will be given next, all in parallel: taking it is then no work."""
         self.wait()
-        if len(tokens) > 1:
+        if tokens:
             self._filler().take(tokens)
 
     def begin(self, matchers: Sequence[GrammarMatcher]) -> None:
-        """Begins masks beside the caller, who calls ``wait`` before the matchers are used again."""
-        if matchers:
+        """Begins masks that are missing beside the caller, who calls ``wait`` before the matchers are used again."""
+        if matchers and not self._filler().ready(matchers):
             self._begun = self._filling.submit(self._filler().begin, matchers)
 
     def wait(self) -> None:

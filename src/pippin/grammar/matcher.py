@@ -17,30 +17,45 @@ from pippin.types import Token
 class GrammarMatcher:
     """A ``types.Matcher`` for one answer. ``barred`` tokens may not come while anything else may.
 
-    ``compiled`` is the grammar at its beginning, to be used by nobody else; ``field`` is named in errors. ``taken``
-    counts tokens: with the same count, the mask is the same.
+    ``compiled`` is the grammar at its beginning, to be used by nobody else; ``field`` is named in errors. ``moves``
+    counts steps on and back: with the same count, the mask is the same.
     """
 
-    __slots__ = ("_ahead", "_barred", "_compiled", "_field", "taken")
+    __slots__ = ("_ahead", "_barred", "_compiled", "_field", "_forced", "moves")
 
     def __init__(self, compiled: LLMatcher, barred: Sequence[Token] = (), field: str = "grammar") -> None:
         self._compiled = compiled
         self._barred = tuple(barred)
         self._field = field
         self._ahead: Token | None = None
-        self.taken = 0
+        self._forced: tuple[int, list[Token]] | None = None
+        self.moves = 0
 
     @property
     def ended(self) -> bool:
+        self.settle()
         return self._compiled.is_stopped()
 
     def take(self, token: Token) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead != token and not self._compiled.consume_token(token):
-            raise self.failure()
-        self.taken += 1
+        if self._ahead == token:
+            self._ahead = None
+        else:
+            self.settle()
+            if not self._compiled.consume_token(token):
+                raise self.failure()
+            self.moves += 1
+
+    def settle(self) -> None:
+        """Goes back from a token that was taken ahead and then not given to ``take``: its step failed, say."""
+        if self._ahead is not None:
+            self._compiled.rollback(1)
+            self._ahead = None
+            self.moves += 1
 
     def forced(self) -> list[Token]:
+        self.settle()
+        if self._forced is not None and self._forced[0] == self.moves:
+            return self._forced[1]
         return self._compiled.compute_ff_tokens()
 
     def failure(self) -> RequestError:
@@ -67,24 +82,48 @@ class Masks:
         self.computed = 0
 
     def take(self, tokens: Sequence[tuple[GrammarMatcher, Token]]) -> None:
-        """Moves matchers on, all at once, by what each of them is given to ``take`` next."""
-        moved = self._executor.consume_token_par([(m._compiled, token) for m, token in tokens])
-        for (matcher, token), good in zip(tokens, moved, strict=True):
+        """Moves matchers on, all at once, by what each of them is given to ``take`` next; some may have been moved."""
+        left = [(m, token) for m, token in tokens if m._ahead != token]
+        for matcher, _ in left:
+            matcher.settle()
+        if not left:
+            return
+        moved = self._executor.consume_token_par([(m._compiled, token) for m, token in left])
+        for (matcher, token), good in zip(left, moved, strict=True):
             matcher._ahead = token if good else None
+            matcher.moves += 1
+
+    def follow(self, tokens: Sequence[tuple[GrammarMatcher, Token]]) -> None:
+        """Takes what was drawn, and begins what those that go on will be asked for."""
+        self.take(tokens)
+        self.begin([m for m, token in tokens if m._ahead == token and not m._compiled.is_stopped()])
 
     def begin(self, matchers: Sequence[GrammarMatcher]) -> None:
-        """Makes masks that ``fill`` is likely to be asked for."""
-        self._made = {}
-        self._make(matchers)
+        """Makes masks that ``fill`` is likely to be asked for, and finds what is forced."""
+        self._make(self._missing(matchers))
+        for matcher in matchers:
+            if matcher._forced is None or matcher._forced[0] != matcher.moves:
+                matcher._forced = matcher.moves, matcher._compiled.compute_ff_tokens()
+
+    def ready(self, matchers: Sequence[GrammarMatcher]) -> bool:
+        """Whether the masks of all of these are made, for where they are by what ``take`` was given."""
+        for matcher in matchers:
+            matcher.settle()
+        return not self._missing(matchers)
+
+    def _missing(self, matchers: Sequence[GrammarMatcher]) -> list[GrammarMatcher]:
+        """Which of these have no mask yet; masks of any others are forgotten."""
+        made = self._made
+        self._made = {m: made[m] for m in matchers if m in made and made[m][1] == m.moves}
+        return [m for m in matchers if m not in self._made]
 
     def fill(self, matchers: Mapping[int, GrammarMatcher]) -> tuple[RowMasks, dict[int, RequestError]]:
         """The masks of rows, in memory that the next call writes anew.
 
         Also which rows' matchers found nothing that could come next, and why; those may draw anything.
         """
-        begun = self._made
-        self._made = {m: begun[m] for m in matchers.values() if m in begun and begun[m][1] == m.taken}
-        self._make([m for m in matchers.values() if m not in self._made])
+        if not self.ready([*matchers.values()]):
+            self._make(self._missing([*matchers.values()]))
         lines = [self._made[m][0] for m in matchers.values()]
         bits = self._bits.view(np.uint32)[:, : self._words]
         masks = bits[: len(lines)] if lines == [*range(len(lines))] else bits[lines]
@@ -111,7 +150,7 @@ class Masks:
             mask = self._bits[line].view(np.uint32)[: self._words]
             mask[-1] &= self._last
             _bar(mask, matcher._barred)
-            self._made[matcher] = line, matcher.taken
+            self._made[matcher] = line, matcher.moves
 
 
 def _bar(mask: npt.NDArray[np.uint32], tokens: Sequence[Token]) -> None:

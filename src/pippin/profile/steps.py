@@ -17,7 +17,7 @@ from pippin.profile.files import STAGES, Stage
 from pippin.profile.gpu import Tracer
 from pippin.profile.marks import BUILT, DRAW, DRAWN, FINISHED, LAPS, OTHER, READ, RESET, STEP, Label
 from pippin.profile.timeline import Lap, no_lap
-from pippin.types import Batch, Request, RowResult
+from pippin.types import Batch, Request, RowResult, Token, Work
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Flight(Protocol):
     def batch(self) -> Batch: ...
 
     def draw(self, masks: Any) -> None: ...
+
+    def drawn(self) -> list[tuple[Work, Token]]: ...
 
     def read(self) -> list[RowResult]: ...
 
@@ -249,6 +251,9 @@ class TimedFlight:
         self._profile.note((DRAW, self._profile.now()))
         self._flight.draw(masks)
         self._profile.note((DRAWN, self._step, self._profile.now()))
+
+    def drawn(self) -> list[tuple[Work, Token]]:
+        return self._flight.drawn()
 
     def read(self) -> list[RowResult]:
         start = self._profile.now()
