@@ -36,6 +36,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
+from pippin.garbage import loaded_left_alone
 from pippin.loading import build_core
 from pippin.messages import Submit
 from pippin.models.load import LoadedModel
@@ -274,23 +275,26 @@ def measure(
             core = make_core_for(model, streams, graph_rows, cases)
             sides.append(Ours(core))
     vocab = int(model.args.vocab_size) if model is not None else int(SHAPES[shape].get("vocab_size", 1000))
-    for count in streams if "decode" in cases else ():
-        for side in sides:
-            mx.reset_peak_memory()
-            _, rate = median_of(rounds, lambda i, s=side, c=count: s.run(prompts(c, 256, vocab, 7 + i), 101))  # type: ignore[misc]
-            yield what | {"side": side.name, "streams": count, "decode": rate, "peak_gb": mx.get_peak_memory() / 1e9}
-    for side in sides if "prefill" in cases else ():
-        seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(16, 512, vocab, 90 + i), 2))  # type: ignore[misc]
-        yield what | {"side": side.name, "prefill": 16 * 512 / seconds}
-    for side in sides if "long" in cases else ():
-        seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(1, 16384, vocab, 50 + i), 2))  # type: ignore[misc]
-        yield what | {"side": side.name, "prompt_16k": 16384 / seconds}
-    for side in sides if "many-long" in cases else ():
-        _, rate = side.run(prompts(32, 8192, vocab, 60), 65)
-        yield what | {"side": side.name, "streams": 32, "context": 8192, "decode": rate}
+    with loaded_left_alone():  # as in the engine's own process
+        for count in streams if "decode" in cases else ():
+            for side in sides:
+                mx.reset_peak_memory()
+                _, rate = median_of(rounds, lambda i, s=side, c=count: s.run(prompts(c, 256, vocab, 7 + i), 101))  # type: ignore[misc]
+                peak = mx.get_peak_memory() / 1e9
+                yield what | {"side": side.name, "streams": count, "decode": rate, "peak_gb": peak}
+        for side in sides if "prefill" in cases else ():
+            seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(16, 512, vocab, 90 + i), 2))  # type: ignore[misc]
+            yield what | {"side": side.name, "prefill": 16 * 512 / seconds}
+        for side in sides if "long" in cases else ():
+            seconds, _ = median_of(rounds, lambda i, s=side: s.run(prompts(1, 16384, vocab, 50 + i), 2))  # type: ignore[misc]
+            yield what | {"side": side.name, "prompt_16k": 16384 / seconds}
+        for side in sides if "many-long" in cases else ():
+            _, rate = side.run(prompts(32, 8192, vocab, 60), 65)
+            yield what | {"side": side.name, "streams": 32, "context": 8192, "decode": rate}
     if "waits" in cases and core is not None and model is not None:
         core = build_core_again(core, model)
-        yield what | {"side": "pippin"} | waits(core, vocab, rounds)
+        with loaded_left_alone():
+            yield what | {"side": "pippin"} | waits(core, vocab, rounds)
 
 
 def deep(model: nn.Module, kv_dtypes: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:

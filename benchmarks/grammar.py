@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from pippin.config import EngineConfig
 from pippin.core import EngineCore
+from pippin.garbage import leave_loaded_alone
 from pippin.loading import build_core, load_core
 from pippin.messages import Output, Submit
 from pippin.types import Grammar, SamplingParams
@@ -164,6 +165,7 @@ def main() -> None:
         rounds: dict[str, list[Round]] = {name: [] for name in sides}
         for grammars in sides.values():
             load.run(grammars)  # to warm up
+        leave_loaded_alone()  # as the engine's own process does
         forced = core.stats.forced_tokens
         for _ in range(options.rounds):
             for name, grammars in sides.items():
