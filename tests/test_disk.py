@@ -94,17 +94,17 @@ def test_a_file_gives_what_was_put_in_or_is_refused(shapes: list[tuple[Any, int,
     arrays = [source.integers(0, 200, (BLOCK, heads, dim)).astype(dtype) for dtype, heads, dim in shapes]
     tokens = tokens_of(1, 1)
     whole = b"".join(encode(b"k" * 32, tokens, arrays))
-    for a, b in zip(decode(whole, b"k" * 32, tokens), arrays, strict=True):
+    for a, b in zip(decode(io.BytesIO(whole), b"k" * 32, tokens), arrays, strict=True):
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
     at = data.draw(st.integers(0, len(whole) - 1))
     flipped = bytes([*whole[:at], whole[at] ^ data.draw(st.integers(1, 255)), *whole[at + 1 :]])
     for broken in (flipped, whole[:at], whole + b"x"):
         with pytest.raises(ValueError, match=r"checksum|not a file"):
-            decode(broken, b"k" * 32, tokens)
+            decode(io.BytesIO(broken), b"k" * 32, tokens)
     for key, other in ((b"l" * 32, tokens), (b"k" * 32, [*tokens[:-1], -1])):
         with pytest.raises(ValueError, match="another prefix"):
-            decode(whole, key, other)
+            decode(io.BytesIO(whole), key, other)
 
 
 def test_a_broken_file_is_dropped_and_counted(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def cold(checkpoint: Path) -> EngineCore:
 
 def make(checkpoint: Path, directory: Path | None, **options: Any) -> EngineCore:
     given: dict[str, Any] = {"max_total_tokens": 1500, "kv_canary": "raise", "kv_disk": directory and str(directory)}
+    given["kv_disk_restore"] = "always"  # these models compute in no time
     return load_core(EngineConfig(model_path=str(checkpoint), **given | options))
 
 
@@ -76,7 +77,7 @@ def drain(core: EngineCore, most: int = 10**9, found: dict[str, Output] | None =
 
 
 def files_of(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*/*.kv"))
+    return sorted(directory.glob("*/*.kv2"))
 
 
 @pytest.mark.parametrize("options", [{}, {"page_size": 16, "chunked_prefill_size": 48}, {"dtype": "bfloat16"}], ids=str)
@@ -190,9 +191,9 @@ class SlowReads:
         self._read = self.files.read
         self.files.read = self.read  # type: ignore[method-assign]
 
-    def read(self, key: bytes, tokens: Sequence[int]) -> list[Rows] | None:
+    def read(self, key: bytes, tokens: Sequence[int], into: Rows | None = None) -> list[Rows] | None:
         self.go.wait(60)
-        return self._read(key, tokens)
+        return self._read(key, tokens, into)
 
 
 @pytest.fixture
@@ -284,7 +285,7 @@ def test_a_device_that_fails_to_take_a_block(
     """The request computes its prompt, and the next one finds its prefix as ever."""
     assert warm._disk is not None
     with monkeypatch.context() as patched, caplog.at_level(logging.CRITICAL):
-        patched.setattr(type(warm._runner), "write_slots", lambda *_: 1 / 0)
+        patched.setattr(type(warm._runner), "write_landed", lambda *_: 1 / 0)
         assert answer(warm, prompt(1, 200)).tokens == answer(cold, prompt(1, 200)).tokens
     warm.flush()
     assert answer(warm, prompt(1, 200)).num_cached == 3 * BLOCK

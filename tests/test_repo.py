@@ -112,6 +112,8 @@ runner <- torch
 backend <- environment
 sglang <- server
 scheduler <- kvdisk <- core
+types <- restore_choice <- kvdisk
+kernels <- landing <- runner
 config <- kvdisk <- memory
 config <- grammar <- constrained <- core
 scheduler <- constrained
@@ -129,7 +131,7 @@ WITHOUT_MLX = (
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight", "exchange", "bounds", "limits", "planner", "runs",
     "masks",
-    "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk",
+    "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk", "restore_choice",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip
 

@@ -86,6 +86,11 @@ class EngineConfig:
         None, "Directory that keeps the K and V of prefixes beyond memory and restarts; servers may share one."
     )
     kv_disk_gb: float = option(20.0, "Most that --kv-disk may take, in GiB; the longest unused goes first.")
+    kv_disk_restore: str = option(
+        "auto",
+        "auto: a prefix on disk is computed where the engine has seen that this is faster. always: it is read.",
+        choices=("auto", "always"),
+    )
     max_mamba_cache_size: int | None = option(
         None, "Most snapshots of recurrent state kept for reuse (hybrid models); 0 keeps none. From memory if left out."
     )

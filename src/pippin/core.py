@@ -361,6 +361,8 @@ class EngineCore:
     def _launch(self, batch: Batch, outputs: list[Output]) -> Flight | None:
         self._steps += 1
         self._note([work.request.id for work in batch.works])
+        if self._disk is not None:
+            self._disk.choice.launched(batch)
         try:
             return self._runner.launch(batch)
         except Exception as error:
@@ -376,6 +378,8 @@ class EngineCore:
             log.exception("a step of %d requests failed", len(flight.batch.works))
             kind = kind_of(error)
         else:
+            if self._disk is not None:
+                self._disk.choice.finished(flight.batch)
             profile = self._profile
             outputs += (
                 self._outputs(flight.batch, results)

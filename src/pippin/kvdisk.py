@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from pippin.cache.canary import KVCanary
 from pippin.cache.digest import digest_of
@@ -31,14 +32,16 @@ from pippin.cache.windows import WindowPages
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError
 from pippin.messages import ModelInfo
+from pippin.restore_choice import RestoreChoice
 from pippin.scheduler import Scheduler
 from pippin.types import Request, Token
 
 log = logging.getLogger(__name__)
 
-_AHEAD = 4  # blocks of a request that are read before those before them are in the pool
-_READERS = 2
-_RESTORING = 4  # requests that read at a time
+_AHEAD = 8  # blocks of a request that are read before those before them are in the pool
+_READERS = 4
+_RESTORING = 2  # requests that read at a time
+_PLACES = _RESTORING * _AHEAD + _READERS  # an aborted request's block may still be read
 _TURN_BYTES = 64 << 20  # copied to and from the pool between two steps, each
 _WRITING_BYTES = 256 << 20  # copied out of the pool and not written yet
 _JOBS = 256  # ended requests that wait to be written
@@ -50,7 +53,7 @@ _PAUSE = 60.0
 def copy_bytes(slot_bytes: int) -> int:
     """The most that blocks on their way take beside the pool, where a token has ``slot_bytes``."""
     turn, writing = _blocks_of(slot_bytes * BLOCK)
-    reading = _RESTORING * _AHEAD + 2 * turn  # in host memory, and then joined and on the device
+    reading = _PLACES + 2 * turn  # in memory that the device can read, and then twice in its own
     return (writing + turn + reading) * slot_bytes * BLOCK
 
 
@@ -76,9 +79,33 @@ class Device(Protocol):
         """Queues the writing of such rows, before the next step."""
         ...
 
+    def landing(self, count: int) -> npt.NDArray[np.uint8]:
+        """Memory that it can read, uint8 [count, bytes]: places for so many files of layers that see everything."""
+        ...
 
-Block = list[list[Rows]]
-"""A block's arrays by file: of layers that see everything, and of windowed ones where they are needed."""
+    def write_landed(self, slots: Sequence[int], places: Sequence[int], skip: int = 0) -> None:
+        """``write_slots`` of what files left in ``places``, but for their first ``skip`` tokens."""
+        ...
+
+
+class Place:
+    """A place of a landing, free again when nobody refers to this."""
+
+    __slots__ = ("_free", "index")
+
+    def __init__(self, free: list[int]) -> None:
+        self._free, self.index = free, free.pop()
+
+    def __del__(self) -> None:
+        self._free.append(self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What was read: where layers that see everything are, and the arrays of windowed ones where they are needed."""
+
+    place: Place
+    windowed: list[Rows] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +120,10 @@ class _Restore:
     at: int
     first: int
     reads: deque[Future[Block | None]] = field(default_factory=deque)
-    since: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    since: float = 0.0
+    tokens: int = 0
+    """That it has put into the pool."""
 
     @property
     def end(self) -> int:
@@ -159,7 +189,8 @@ def open_tier(
     if windows is not None:
         facts = [*facts, f"layers that see {windows.table.reach} apart"]
     blocks, root = WindowBlocks(windows) if windows is not None else None, root_key([digest, *facts])
-    return DiskTier(files, root, scheduler, device, block_bytes=block, canary=canary, windows=blocks)
+    choice = RestoreChoice(always=config.kv_disk_restore == "always")
+    return DiskTier(files, root, scheduler, device, block_bytes=block, canary=canary, windows=blocks, choice=choice)
 
 
 class DiskTier:
@@ -178,7 +209,9 @@ class DiskTier:
         block_bytes: int,
         canary: KVCanary | None = None,
         windows: WindowBlocks | None = None,
+        choice: RestoreChoice | None = None,
     ) -> None:
+        self.choice = choice or RestoreChoice()
         self.hit_tokens = 0
         """Tokens that were read and put into the pool."""
         self._files = files
@@ -195,6 +228,8 @@ class DiskTier:
         self._queued: set[bytes] = set()
         self._ready: list[Request] = []
         self._reads: WeakValueDictionary[tuple[bytes, ...], Future[Block | None]] = WeakValueDictionary()
+        self._landing = device.landing(_PLACES)
+        self._free = [*range(_PLACES)]
         self._readers = ThreadPoolExecutor(_READERS, "kv-disk-read")
         self._writer = ThreadPoolExecutor(1, "kv-disk-write")
         self._paused = 0.0
@@ -213,7 +248,12 @@ class DiskTier:
     def stats(self) -> dict[str, Any]:
         """Its fields of ``Stats``."""
         counts = self._files.counts
+        restored, computed = self.choice.rates()
         return {
+            "kv_disk_computed_prefixes": self.choice.computed_prefixes,
+            "kv_disk_computed_tokens": self.choice.computed_tokens,
+            "kv_disk_restore_rate": restored,
+            "kv_disk_compute_rate": computed,
             "kv_disk_restoring": self.num_restoring,
             "kv_disk_hit_tokens": self.hit_tokens,
             "kv_disk_bytes": counts.bytes,
@@ -235,17 +275,31 @@ class DiskTier:
         if known // BLOCK == count or time.monotonic() < self._paused:
             return False
         slots, keys = holdings.cached_slots(tokens, count * BLOCK), block_keys(self._root, tokens, count)
-        restore = _Restore(request, keys, len(slots) // BLOCK, count * BLOCK)
-        if self._windows is not None:
-            del keys[self._windows.end(keys, slots, self._files.has) :]
-            if restore.end <= known:
-                return False
-            restore.at, restore.first = self._windows.ready(slots, restore.end), self._windows.first(restore.end)
-        elif not self._files.has(keys[restore.at]):
+        begin = len(slots) // BLOCK
+        self._cut(keys, slots, begin)
+        if len(keys) * BLOCK <= known:
             return False
+        end = self.choice.end(known, len(keys) * BLOCK)
+        if end <= known:
+            return False
+        tried = keys[: end // BLOCK]
+        self._cut(tried, slots, begin)
+        keys = tried if len(tried) * BLOCK > known else keys  # windows may be nowhere but at its end
+        restore = _Restore(request, keys, begin, len(keys) * BLOCK)
+        if self._windows is not None:
+            restore.at, restore.first = self._windows.ready(slots, restore.end), self._windows.first(restore.end)
         self._scheduler.check(request)
         self._restoring[request.id] = restore
         return True
+
+    def _cut(self, keys: list[bytes], slots: array[int], begin: int) -> None:
+        """Leaves the blocks that can be restored, where those before ``begin`` are in memory."""
+        if self._windows is not None:
+            del keys[self._windows.end(keys, slots[: len(keys) * BLOCK], self._files.has) :]
+            return
+        while begin < len(keys) and self._files.has(keys[begin]):
+            begin += 1
+        del keys[begin:]
 
     def abort(self, id: str) -> Request | None:
         """Gives a request up; None if it isn't here."""
@@ -294,6 +348,8 @@ class DiskTier:
             pending.append(self._writes[0])  # type: ignore[arg-type]
         if pending:
             wait(pending, seconds, FIRST_COMPLETED)
+        elif self._restoring and not self._ready:
+            time.sleep(seconds)  # for a place
 
     def reset(self) -> None:
         """The pool has been emptied, and nothing of it is to be trusted: requests go on without what they wait for."""
@@ -321,6 +377,8 @@ class DiskTier:
             left -= taken
             if not goes_on:
                 del self._restoring[restore.request.id]
+                if restore.began is not None:
+                    self.choice.restored(restore.tokens, time.monotonic() - restore.began)
                 self._writer.submit(self._files.touch, [k for i in range(restore.at) for k in restore.files(i)])
                 self._ready.append(restore.request)
 
@@ -328,30 +386,32 @@ class DiskTier:
         """Goes on after what others have put into the tree meanwhile, and reads on."""
         slots = self._scheduler.holdings.cached_slots(restore.request.tokens, restore.end)
         known = len(slots) // BLOCK if self._windows is None else self._windows.ready(slots, restore.end)
+        if restore.began is None or restore.at < known:
+            restore.since = time.monotonic()
+            restore.began = restore.began or restore.since
         while restore.at < known:
             restore.at += 1
             if restore.reads:
                 restore.reads.popleft()
-        if not restore.reads:
-            restore.since = time.monotonic()
         tokens = restore.request.tokens
         for at in range(restore.at + len(restore.reads), min(restore.at + _AHEAD, len(restore.keys))):
             keys = restore.files(at)
             read = self._reads.get(keys)
             if read is None:
-                read = self._readers.submit(self._read, keys, tokens[at * BLOCK : (at + 1) * BLOCK])
+                if not self._free:
+                    break
+                place = Place(self._free)
+                read = self._readers.submit(self._read, keys, tokens[at * BLOCK : (at + 1) * BLOCK], place)
                 self._reads[keys] = read
+                del place  # the read has it
             restore.reads.append(read)
 
-    def _read(self, keys: tuple[bytes, ...], tokens: list[Token]) -> Block | None:
+    def _read(self, keys: tuple[bytes, ...], tokens: list[Token], place: Place) -> Block | None:
         """Runs in a reader's thread."""
-        block: Block = []
-        for key in keys:
-            part = self._files.read(key, tokens)
-            if part is None:
-                return None
-            block.append(part)
-        return block
+        if self._files.read(keys[0], tokens, self._landing[place.index]) is None:
+            return None
+        windowed = self._files.read(keys[1], tokens) if len(keys) > 1 else None
+        return None if len(keys) > 1 and windowed is None else Block(place, windowed)
 
     def _take(self, restore: _Restore, most: int) -> tuple[int, bool]:
         """Up to ``most`` blocks into the pool: how many, and whether there are more to wait for."""
@@ -364,7 +424,9 @@ class DiskTier:
         if blocks:
             restore.since = time.monotonic()
             goes_on = self._put(restore, blocks) and goes_on and restore.at < len(restore.keys)
-        elif goes_on and not restore.reads[0].done() and time.monotonic() - restore.since > PATIENCE:
+        elif (
+            goes_on and not (restore.reads and restore.reads[0].done()) and time.monotonic() - restore.since > PATIENCE
+        ):
             log.warning("kv disk: a block was not read within %.0f s; nothing is read for a minute", PATIENCE)
             self._paused, goes_on = time.monotonic() + _PAUSE, False
         return len(blocks), goes_on
@@ -379,20 +441,21 @@ class DiskTier:
             self._files.drop("no_room")
             return False
         if known < end:
-            rows = [np.concatenate(parts)[known - begin :] for parts in zip(*(b[0] for b in blocks), strict=True)]
-            self._device.write_slots(slots[known:], rows)
+            places = [block.place.index for block in blocks]
+            self._device.write_landed(slots[known:], places, known - begin)
             if self._canary is not None:
                 self._canary.restored(tokens, known, slots[known:])
         if self._windows is not None and not self._put_windows(self._windows, restore, blocks, slots):
             self._files.drop("no_room")
             return False
         self.hit_tokens += end - known
+        restore.tokens += end - known
         restore.at += len(blocks)
         return True
 
     def _put_windows(self, windows: WindowBlocks, restore: _Restore, blocks: list[Block], slots: array[int]) -> bool:
         """Writes what windowed layers need of blocks, whose tokens end with ``slots``; False if there is no room."""
-        last = [block[1] for block in blocks if len(block) > 1]
+        last = [block.windowed for block in blocks if block.windowed is not None]
         begin = max(restore.first, len(slots) - len(last) * BLOCK)
         if begin >= len(slots):
             return True

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.attention import AttentionBackend
+from pippin.cache.disk import BLOCK
 from pippin.cache.pool import KVPool
 from pippin.flight import (
     InFlight,
@@ -27,6 +28,7 @@ from pippin.flight import (
 from pippin.graph import Compiler, StepGraphs
 from pippin.graph_inputs import StepShape
 from pippin.inputs import LEAST_INPUT, Step
+from pippin.landing import Landing
 from pippin.mask_table import MaskTable
 from pippin.models.deferred import Fusions
 from pippin.models.lora import AdapterRows, adapter_rows
@@ -82,6 +84,7 @@ class MlxModelRunner:
         self._compiler = Compiler()
         self._warmed = 0
         self._unqueued: list[mx.array] = []
+        self._landing: Landing | None = None
         self._queued = True
         self.lap: Lap = no_lap
         self.graphs = self._make_graphs()
@@ -316,15 +319,36 @@ class MlxModelRunner:
     ) -> None:
         """Queues writes of what ``read_slots`` gave into ``slots``, behind all steps so far and before the next."""
         layers = self.pool.stored(windowed)
+        dtypes = [k.dtype for k, v in map(self.pool.layer, layers) for _ in range(2)]
+        self._write_slots(slots, [mx.array(r).view(d) for r, d in zip(rows, dtypes, strict=True)], windowed)
+
+    def landing(self, count: int) -> npt.NDArray[np.uint8]:
+        """Memory that the device reads, [count, bytes]: for so many blocks of the layers that see everything.
+
+        They lie there as ``read_slots`` gives them, one array after the other.
+        """
+        arrays = [array for layer in self.pool.stored(windowed=False) for array in self.pool.layer(layer)]
+        self._landing = Landing(count, BLOCK, [(array.shape[1:], array.dtype) for array in arrays])
+        return self._landing.memory
+
+    def write_landed(self, slots: Sequence[int], places: Sequence[int], skip: int = 0) -> None:
+        """``write_slots`` of what lies in ``places``, but for the first ``skip`` tokens; they are free afterwards."""
+        assert self._landing is not None
+        blocks, rows = self._landing.rows(places, skip)
+        if rows:
+            mx.async_eval(blocks)  # type: ignore[no-untyped-call]
+        self._write_slots(slots, rows)
+        mx.eval(blocks)
+
+    def _write_slots(self, slots: Sequence[int], rows: Sequence[mx.array], windowed: bool = False) -> None:
+        layers = self.pool.stored(windowed)
         if not layers:
             return
         check_range(slots, self.pool.slots_of(layers[0]), "K and V were restored")
-        dtypes = [k.dtype for k, v in map(self.pool.layer, layers) for _ in range(2)]
-        arrays = [mx.array(r).view(dtype) for r, dtype in zip(rows, dtypes, strict=True)]
         if not self.pool.in_place:
             self._queue()
             mx.synchronize()
-        done = self.pool.write_slots(slots, arrays, self._last_token, windowed)
+        done = self.pool.write_slots(slots, rows, self._last_token, windowed)
         if self.pool.in_place:
             self._hang_on([token[:1] for token in done])
             mx.async_eval(self._last_token)  # type: ignore[no-untyped-call]

@@ -25,13 +25,16 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from pippin.errors import ConfigError
 from pippin.types import Token
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+"""2: the checksum is XXH3's, of 128 bits; it was BLAKE2b's, which took longer than all else."""
+
 BLOCK = 64
 """Tokens of a file; a multiple of every page size that divides it."""
 
@@ -39,6 +42,7 @@ LEAST_BLOCKS = 64
 """Fewest files that there must be room for: what is left free for other servers is counted in parts of the whole."""
 
 MAGIC = b"pippinkv"
+_SUFFIX, _OUTDATED = ".kv2", (".kv",)  # by format
 _DIGEST = 16
 _SLACK = 32  # a server looks at the directory again after writing 1/32 of the bound; 2/32 are left free
 _PAUSE = 30.0  # seconds without writing after the disk refused
@@ -71,34 +75,57 @@ def block_keys(root: bytes, tokens: Sequence[Token], count: int) -> list[bytes]:
     return keys
 
 
-def encode(key: bytes, tokens: Sequence[Token], arrays: Sequence[Rows]) -> list[bytes]:
-    """A file's parts, in order."""
+def encode(key: bytes, tokens: Sequence[Token], arrays: Sequence[Rows]) -> list[bytes | memoryview]:
+    """A file's parts, in order; they share the arrays' memory where that is contiguous."""
     shapes = [(str(a.dtype), a.shape) for a in arrays]
     header = msgspec.json.encode(Header(FORMAT, key.hex(), [*tokens], shapes))
-    parts = [MAGIC, len(header).to_bytes(4, "little"), header, *(a.tobytes() for a in arrays)]
-    digest = blake2b(digest_size=_DIGEST)
+    head = MAGIC + len(header).to_bytes(4, "little") + header
+    parts: list[bytes | memoryview] = [head, *(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for a in arrays)]
+    digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(part)
     return [*parts, digest.digest()]
 
 
-def decode(data: bytes, key: bytes, tokens: Sequence[Token]) -> list[Rows]:
-    """The arrays of a file. Raises ValueError if it isn't the whole file of these tokens."""
-    if len(data) < len(MAGIC) + 4 + _DIGEST or not data.startswith(MAGIC):
+def decode(file: BinaryIO, key: bytes, tokens: Sequence[Token], into: Rows | None = None) -> list[Rows]:
+    """The arrays of a file, in memory of their own or ``into`` uint8 [bytes].
+
+    Raises ValueError if it isn't the whole file of these tokens, or of another size; ``into`` is spoilt then.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(len(MAGIC) + 4)
+    length = int.from_bytes(head[len(MAGIC) :], "little")
+    left = size - len(head) - length - _DIGEST
+    if not head.startswith(MAGIC) or left < 0:
         raise ValueError("it is not a file of ours, or cut off")
-    if blake2b(memoryview(data)[:-_DIGEST], digest_size=_DIGEST).digest() != data[-_DIGEST:]:
+    header = file.read(length)
+    if into is not None and into.nbytes != left:
+        raise ValueError(f"it is of another size, {left} bytes in place of {into.nbytes}")
+    data = np.empty(left, np.uint8) if into is None else into
+    _fill(file, data.data)
+    digest = xxhash.xxh3_128(head + header)
+    digest.update(data.data)
+    if digest.digest() != file.read(_DIGEST):
         raise ValueError("its checksum is wrong")
-    at = len(MAGIC) + 4
-    end = at + int.from_bytes(data[len(MAGIC) : at], "little")
-    header = msgspec.json.decode(data[at:end], type=Header)
-    if (header.format, header.key, header.tokens) != (FORMAT, key.hex(), [*tokens]):
+    said = msgspec.json.decode(header, type=Header)
+    if (said.format, said.key, said.tokens) != (FORMAT, key.hex(), [*tokens]):
         raise ValueError("it is of another prefix")
-    arrays = []
-    for dtype, shape in header.arrays:
+    arrays, at = [], 0
+    for dtype, shape in said.arrays:
         count = int(np.prod(shape))
-        arrays.append(np.frombuffer(data, dtype, count, end).reshape(shape))
-        end += count * np.dtype(dtype).itemsize
+        arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape))
+        at += count * np.dtype(dtype).itemsize
     return arrays
+
+
+def _fill(file: BinaryIO, memory: memoryview) -> None:
+    """Reads so many bytes: one call may give less."""
+    while memory:
+        count = file.readinto(memory)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError("it is cut off: not a file of ours any more")
+        memory = memory[count:]
 
 
 @dataclass(slots=True)
@@ -144,7 +171,7 @@ class BlockFiles:
 
     def path(self, key: bytes) -> Path:
         name = key.hex()
-        return self.directory / name[:2] / f"{name}.kv"
+        return self.directory / name[:2] / f"{name}{_SUFFIX}"
 
     def known(self, key: bytes) -> bool:
         """Whether it was there when last heard of."""
@@ -159,11 +186,15 @@ class BlockFiles:
         """Whether it is there."""
         return self.known(key) or self.path(key).exists()
 
-    def read(self, key: bytes, tokens: Sequence[Token]) -> list[Rows] | None:
-        """The arrays of a block, None if there is none; one that is broken is removed."""
+    def read(self, key: bytes, tokens: Sequence[Token], into: Rows | None = None) -> list[Rows] | None:
+        """The arrays of a block, ``into`` uint8 [bytes] if that is given; None if there is none.
+
+        One that is broken is removed.
+        """
         try:
-            data = self.path(key).read_bytes()
-            arrays = decode(data, key, tokens)
+            with self.path(key).open("rb", buffering=0) as file:
+                arrays = decode(file, key, tokens, into)
+                size = file.tell()
         except FileNotFoundError:
             self._forget(key)
             return None
@@ -173,7 +204,7 @@ class BlockFiles:
             return None
         with self._mutex:
             self.counts.read_blocks += 1
-            self.counts.read_bytes += len(data)
+            self.counts.read_bytes += size
         return arrays
 
     def write(self, key: bytes, tokens: Sequence[Token], arrays: Sequence[Rows]) -> None:
@@ -184,7 +215,7 @@ class BlockFiles:
             self.drop("full")
             return
         parts = encode(key, tokens, arrays)
-        size = sum(map(len, parts))
+        size = sum(map(len, parts))  # of memory views too: they are of bytes
         if self._unscanned + size > self.most // _SLACK:
             self.scan()
         try:
@@ -235,7 +266,7 @@ class BlockFiles:
         with self._mutex:
             self.counts.drops[why] += 1
 
-    def _store(self, path: Path, parts: Sequence[bytes]) -> None:
+    def _store(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
         """A lock on the new file says that its writer lives."""
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with self._mutex:
@@ -278,7 +309,10 @@ class BlockFiles:
                 with suppress(OSError, ValueError):
                     if entry.suffix == ".tmp":
                         _remove_orphan(entry)
-                    elif entry.suffix == ".kv" and len(bytes.fromhex(entry.stem)) == 32:
+                    elif entry.suffix in _OUTDATED:
+                        entry.unlink()
+                        self.drop("outdated")
+                    elif entry.suffix == _SUFFIX and len(bytes.fromhex(entry.stem)) == 32:
                         facts = entry.stat()
                         yield facts.st_mtime_ns, facts.st_size, entry
 

@@ -142,6 +142,8 @@ def gauges(stats: Stats) -> list[tuple[str, str, float]]:
         ("num_evictable_tokens", "Of these, those that no running request holds.", stats.slots_evictable),
         ("num_free_tokens", "KV slots that are free.", stats.slots_free),
         ("kv_disk_bytes", "Bytes of K and V on disk, by the last look.", stats.kv_disk_bytes),
+        ("kv_disk_restore_rate", "Tokens a second that lately came from disk.", stats.kv_disk_restore_rate),
+        ("kv_disk_compute_rate", "Tokens a second of prompts that were lately computed.", stats.kv_disk_compute_rate),
         ("kv_disk_restoring_reqs", "Requests that wait for K and V from disk.", stats.kv_disk_restoring),
         (
             "window_slots",
@@ -182,6 +184,12 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ("engine_restarts", "Times that the engine's process was restarted.", stats.restarts),
         ("num_resumed_reqs", "Requests that went on in another engine process.", stats.resumed),
         ("kv_disk_hit_tokens", "Tokens whose K and V came from disk.", stats.kv_disk_hit_tokens),
+        (
+            "kv_disk_computed_prefixes",
+            "Prefixes on disk that were computed, since that is faster.",
+            stats.kv_disk_computed_prefixes,
+        ),
+        ("kv_disk_computed_tokens", "Tokens of such prefixes.", stats.kv_disk_computed_tokens),
         ("kv_disk_read_bytes", "Bytes of K and V read from disk.", stats.kv_disk_read_bytes),
         ("kv_disk_written_bytes", "Bytes of K and V written to disk.", stats.kv_disk_written_bytes),
         ("num_retracted_reqs", "Requests that gave their slots back and started over.", stats.retractions),

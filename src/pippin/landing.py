@@ -1,0 +1,74 @@
+"""Memory that files are read into and that the device reads: nothing is copied in between.
+
+On a GPU with memory of its own MLX's host memory is managed: pages that a kernel reads move to the GPU, and back when
+the next file is read into them, some at a time behind a fault. So the driver is told that these pages stay with the
+host, and that the GPU reads them there, over the bus.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from pippin import kernels
+
+log = logging.getLogger(__name__)
+
+Part = tuple[tuple[int, ...], mx.Dtype]
+"""Shape of what a token has in one array of a file, and its dtype."""
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_PREFERRED_LOCATION, _ACCESSED_BY, _HOST = 3, 5, -1  # of cuMemAdvise
+
+
+class Landing:
+    """``count`` places of a file's ``parts`` each, of ``tokens`` tokens. ``memory`` uint8 [count, bytes] is theirs."""
+
+    def __init__(self, count: int, tokens: int, parts: Sequence[Part]) -> None:
+        self._tokens = tokens
+        self._parts = parts
+        self._item = min((dtype.size for _, dtype in parts), default=1)
+        sizes = [tokens * prod(shape) * dtype.size // self._item for shape, dtype in parts]
+        self._ends = np.cumsum([0, *sizes]).tolist()
+        self._blocks = mx.array(np.zeros((count, max(1, self._ends[-1])), _BITS[self._item]))
+        memory: npt.NDArray[np.generic] = np.asarray(self._blocks)
+        self.memory = memory.view(np.uint8)[:, : self._ends[-1] * self._item]
+        self.stays = kernels.backend() == "cuda" and _keep_with_host(memory)
+        """Whether a GPU with memory of its own reads it where it is."""
+
+    def rows(self, places: Sequence[int], skip: int = 0) -> tuple[mx.array, list[mx.array]]:
+        """Lazy: a copy of ``places``, which are free when it has been evaluated, and each part's rows in their order
+        without the first ``skip``: [tokens, …]."""
+        if [*places] == [*range(places[0], places[0] + len(places))] and kernels.backend() is None:
+            blocks = self._blocks[places[0] : places[0] + len(places)]
+        else:
+            blocks = self._blocks[mx.array([*places], dtype=mx.int32)]
+        rows = []
+        for (shape, dtype), begin, end in zip(self._parts, self._ends[:-1], self._ends[1:], strict=True):
+            *outer, last = shape
+            part = blocks[:, begin:end].reshape(-1, *outer, last * dtype.size // self._item)[skip:]
+            rows.append(part.view(dtype))
+        return blocks, rows
+
+
+def _keep_with_host(memory: npt.NDArray[np.generic], open_library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> bool:
+    """Advises CUDA's driver on managed ``memory``; whether it took the advice."""
+    device = ctypes.c_int()
+    try:
+        driver = open_library("libcuda.so.1")
+        told = driver.cuCtxGetDevice(ctypes.byref(device))
+        advise, start = driver.cuMemAdvise, memory.ctypes.data
+        advise.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+        for advice, whom in ((_PREFERRED_LOCATION, _HOST), (_ACCESSED_BY, device.value)):
+            told = told or advise(start, memory.nbytes, advice, whom)
+    except (OSError, AttributeError) as error:
+        told = error
+    if told:
+        log.info("kv disk: pages that files are read into may move between host and GPU (%s)", told)
+    return not told
