@@ -1,7 +1,7 @@
 # Each chore is one command, and sets up what it needs. CI calls the same ones.
 #
 #   make serve [MODEL=… PORT=… ARGS="…"]   an OpenAI-compatible server, of the shipped model if MODEL is left out
-#   make test                             linters, types, tests; no torch
+#   make test [JOBS=2 TESTS=…]            linters, types, tests (all of them by so many processes); no torch
 #   make parity                           logits against transformers (installs torch)
 #   make clients                          client libraries in an environment of their own, against the shipped model
 #   make agents                           coding agents and clients of npm, with the settings of docs/clients.md
@@ -18,6 +18,7 @@ MODEL ?=
 PORT ?= 30000
 ARGS ?=
 TESTS ?=
+JOBS ?= 2
 BIN := .venv/bin
 export PYTHON
 
@@ -45,7 +46,7 @@ format: dev
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(or $(TESTS),-n $(JOBS) --dist loadfile)
 
 parity:
 	@scripts/setup.sh parity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -155,7 +156,8 @@ def test_the_command_serves_beside_mlx_lm(checkpoint: Path, tmp_path: Path) -> N
     command += ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "2", "--gsp-prompts-per-group", "2"]
     command += ["--gsp-system-prompt-len", "30", "--gsp-question-len", "4", "--gsp-output-len", "5"]
     command += ["--vs", "mlx-lm", "--run-name", "mine", "--result-filename", str(out), "--rounds", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    wide = {**os.environ, "COLUMNS": "400"}  # the title holds a path
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=wide)
     assert done.returncode == 0, done.stderr
     ours, theirs = read([out])
     assert [json.loads(line)["side"] for line in done.stdout.splitlines()] == ["pippin", "mlx-lm"]

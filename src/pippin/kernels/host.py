@@ -31,6 +31,7 @@ _TYPES = {
     mx.uint32: "unsigned",
     mx.uint8: "unsigned char",
 }
+FOLDER_VARIABLE = "PIPPIN_HOST_KERNELS"
 _FLAGS = ("-std=c++14", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 
 
@@ -41,6 +42,12 @@ class KernelFault(PippinError):
 def compiler() -> str | None:
     """Path of g++, or None."""
     return shutil.which("g++")
+
+
+def libraries() -> Path:
+    """Where compiled kernels are kept; processes may share it, since each library appears there whole."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"pippin-host-kernels-{os.getuid()}"
 
 
 def host_launcher(schedule: int = 0, seed: int = 0, edit: Callable[[str], str] | None = None) -> Launcher:
@@ -115,7 +122,7 @@ def _library(source: str) -> ctypes.CDLL:
     gxx = compiler()
     if gxx is None:
         raise KernelFault("running a kernel on the host needs g++, which is not installed")
-    folder = Path(tempfile.gettempdir()) / f"pippin-host-kernels-{os.getuid()}"
+    folder = libraries()
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / f"{hashlib.sha256(' '.join((*_FLAGS, source)).encode()).hexdigest()[:24]}.so"
     if not target.exists():
