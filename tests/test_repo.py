@@ -86,6 +86,7 @@ demo <- text
 config <- worker <- transport <- carried <- supervisor <- client <- completion <- server <- cli <- launch_server
 types <- messages <- worker
 recorder <- worker
+footprint <- rest <- worker
 messages <- journal
 config <- preflight
 backend <- preflight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import queue
 import shutil
@@ -77,9 +78,9 @@ class ThreadTransport:
             ended.set()
             on_end("the engine's thread ended")
 
-        def receive(wait: bool) -> Command | None:
+        def receive(seconds: float) -> Command | None:
             try:
-                return commands.get(wait)
+                return commands.get(seconds > 0, seconds if seconds < math.inf else None)
             except queue.Empty:
                 return None
 

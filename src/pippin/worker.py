@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import pkgutil
 import select
@@ -55,6 +56,7 @@ from pippin.messages import (
     UnloadAdapter,
 )
 from pippin.recorder import Recorder
+from pippin.rest import Rest
 from pippin.types import Finish
 
 log = logging.getLogger(__name__)
@@ -98,8 +100,8 @@ class Core(Protocol):
         """End threads; what waits to be written is. Called once, after the last step, whatever ended it."""
 
 
-Receive = Callable[[bool], Command | None]
-"""The next command; None if there is none yet and the argument, ``wait``, is False."""
+Receive = Callable[[float], Command | None]
+"""The next command; None if there is none within so many seconds: 0 looks and doesn't wait, infinity waits for ever."""
 
 Send = Callable[[Event], None]
 Load = Callable[[Callable[[Progress], None]], Core]
@@ -143,10 +145,11 @@ def run(load: Load, receive: Receive, send: Send, recorder: Recorder | None = No
     return True
 
 
-def serve(core: Core, receive: Receive, send: Send, recorder: Recorder | None = None) -> None:
+def serve(core: Core, receive: Receive, send: Send, recorder: Recorder | None = None, rest: Rest | None = None) -> None:
     """Obey commands and step while there is work; sleep in ``receive`` while there is none."""
+    rest = rest or Rest()
     while True:
-        while (command := receive(not core.has_work)) is not None:
+        while (command := receive(rest.patience(core.has_work))) is not None:
             if isinstance(command, Shutdown):
                 return
             if isinstance(command, StartProfile | StopProfile):
@@ -161,7 +164,7 @@ def serve(core: Core, receive: Receive, send: Send, recorder: Recorder | None = 
                 send(event)
             if recorder is not None and isinstance(command, Submit):
                 recorder.take_in()
-        if (output := core.step()) is not None:
+        if core.has_work and (output := core.step()) is not None:
             send(output)
 
 
@@ -217,9 +220,11 @@ def main() -> int:
         socket.connect(address)
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Command)
 
-    def receive(wait: bool) -> Command | None:
+    def receive(seconds: float) -> Command | None:
+        if 0 < seconds < math.inf and not commands.poll(math.ceil(1000 * seconds)):
+            return None
         try:
-            message = commands.recv(0 if wait else zmq.NOBLOCK)
+            message = commands.recv(zmq.NOBLOCK if seconds < math.inf else 0)
         except zmq.Again:
             return None
         command: Command = decoder.decode(message)
