@@ -38,10 +38,10 @@ from pippin.types import Request, Token
 
 log = logging.getLogger(__name__)
 
-_AHEAD = 8  # blocks of a request that are read before those before them are in the pool
+_AHEAD = 16  # blocks of a request that are read before those before them are in the pool
 _READERS = 4
 _RESTORING = 2  # requests that read at a time
-_PLACES = _RESTORING * _AHEAD + _READERS  # an aborted request's block may still be read
+_PLACES = 24  # for blocks that are read and not in the pool yet, of all requests
 _TURN_BYTES = 64 << 20  # copied to and from the pool between two steps, each
 _WRITING_BYTES = 256 << 20  # copied out of the pool and not written yet
 _JOBS = 256  # ended requests that wait to be written

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 Part = tuple[tuple[int, ...], mx.Dtype]
 """Shape of what a token has in one array of a file, and its dtype."""
 
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+_WORD = 8  # bytes that are copied at once: over the bus few small reads are slow
 _PREFERRED_LOCATION, _ACCESSED_BY, _HOST = 3, 5, -1  # of cuMemAdvise
 
 
@@ -36,23 +37,26 @@ class Landing:
         self._item = min((dtype.size for _, dtype in parts), default=1)
         sizes = [tokens * prod(shape) * dtype.size // self._item for shape, dtype in parts]
         self._ends = np.cumsum([0, *sizes]).tolist()
-        self._blocks = mx.array(np.zeros((count, max(1, self._ends[-1])), _BITS[self._item]))
+        nbytes = self._ends[-1] * self._item
+        self._blocks = mx.array(np.zeros((count, max(1, -(-nbytes // _WORD))), np.uint64))
         memory: npt.NDArray[np.generic] = np.asarray(self._blocks)
-        self.memory = memory.view(np.uint8)[:, : self._ends[-1] * self._item]
+        self.memory = memory.view(np.uint8)[:, :nbytes]
         self.stays = kernels.backend() == "cuda" and _keep_with_host(memory)
         """Whether a GPU with memory of its own reads it where it is."""
 
     def rows(self, places: Sequence[int], skip: int = 0) -> tuple[mx.array, list[mx.array]]:
-        """Lazy: a copy of ``places``, which are free when it has been evaluated, and each part's rows in their order
-        without the first ``skip``: [tokens, …]."""
+        """Lazy: what lies in ``places``, and each part's rows in their order without the first ``skip``: [tokens, …].
+
+        On a GPU the former is a copy, and places are free when it has been evaluated; on a CPU when rows have been.
+        """
         if [*places] == [*range(places[0], places[0] + len(places))] and kernels.backend() is None:
             blocks = self._blocks[places[0] : places[0] + len(places)]
         else:
             blocks = self._blocks[mx.array([*places], dtype=mx.int32)]
-        rows = []
+        rows, items = [], blocks.view(_BITS[self._item])
         for (shape, dtype), begin, end in zip(self._parts, self._ends[:-1], self._ends[1:], strict=True):
             *outer, last = shape
-            part = blocks[:, begin:end].reshape(-1, *outer, last * dtype.size // self._item)[skip:]
+            part = items[:, begin:end].reshape(-1, *outer, last * dtype.size // self._item)[skip:]
             rows.append(part.view(dtype))
         return blocks, rows
 

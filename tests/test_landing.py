@@ -1,0 +1,87 @@
+"""Places that files are read into: the device sees what lies there, and CUDA's driver is told where they stay."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pippin.landing import Landing, _keep_with_host
+
+TOKENS = 4
+PARTS = [((2, 3), mx.bfloat16), ((5,), mx.float32), ((1, 2), mx.float16)]
+
+
+def bits_of(array: mx.array) -> bytes:
+    return np.asarray(mx.contiguous(array).view(mx.uint8)).tobytes()
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=3), st.lists(st.integers(0, 5), min_size=1, unique=True), st.data())
+def test_rows_are_what_lies_in_the_places(parts: Sequence[Any], places: list[int], data: st.DataObject) -> None:
+    landing = Landing(6, TOKENS, parts)
+    assert landing.memory.shape == (6, sum(TOKENS * int(np.prod(s)) * d.size for s, d in parts))
+    landing.memory[:] = np.random.default_rng(3).integers(0, 60, landing.memory.shape)
+    skip = data.draw(st.integers(0, TOKENS * len(places) - 1))
+    copy, rows = landing.rows(places, skip)
+    mx.eval(copy, rows)
+    assert len(rows) == len(parts)
+    begin = 0
+    for (shape, dtype), found in zip(parts, rows, strict=True):
+        each = int(np.prod(shape)) * dtype.size
+        end = begin + TOKENS * each
+        expected = landing.memory[places, begin:end].reshape(-1, each)[skip:]
+        assert found.shape == (len(expected), *shape)
+        assert found.dtype == dtype
+        assert bits_of(found) == expected.tobytes()
+        begin = end
+
+
+def test_places_are_free_once_their_copy_is_there() -> None:
+    landing = Landing(2, TOKENS, PARTS)
+    landing.memory[:] = 1
+    copy, rows = landing.rows([1, 0])
+    mx.eval(copy)
+    landing.memory[:] = 2
+    assert {byte for row in rows for byte in bits_of(row)} == {1}
+
+
+class Driver:
+    """libcuda.so.1 as far as it is asked, ``told`` what it is told."""
+
+    def __init__(self, answer: int) -> None:
+        self.told: list[tuple[int, ...]] = []
+        driver = self
+
+        class Advise:
+            argtypes: Sequence[Any] = ()
+
+            def __call__(self, *told: int) -> int:
+                driver.told.append(told)
+                return answer
+
+        self.cuMemAdvise = Advise()
+
+    def cuCtxGetDevice(self, device: Any) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = 3
+        return 0
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_pages_stay_with_the_host_and_the_gpu_reads_them_there(answer: int) -> None:
+    memory, driver = np.zeros((2, 5), np.uint64), Driver(answer)
+    assert _keep_with_host(memory, lambda name: driver if name == "libcuda.so.1" else None) == (not answer)  # type: ignore[arg-type, return-value]
+    where = (memory.ctypes.data, 80)
+    assert driver.told == [(*where, 3, -1), (*where, 5, 3)][: 1 if answer else 2]
+
+
+def test_without_a_driver_pages_go_where_they_like() -> None:
+    def missing(name: str) -> ctypes.CDLL:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert not _keep_with_host(np.zeros(4), missing)
