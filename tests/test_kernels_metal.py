@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from pippin.kernels import fused, latent, paged, select
+from pippin.kernels import drawing, fused, latent, paged, select
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, small_inputs
 from pippin.kernels.packing import PACKINGS, PackedPool, Pool
@@ -26,15 +26,17 @@ METAL = """
 #define device
 #define constant static
 #define thread
-#define threadgroup static
+#define threadgroup
 #define kernel
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 struct half { half() = default; explicit half(float); operator float() const; uint16_t b; };
 struct bfloat { bfloat() = default; explicit bfloat(float); operator float() const; uint16_t b; };
 struct uint3 { uint x, y, z; };
 namespace metal {
 namespace fast { float exp2(float); float sin(float); float cos(float); }
+namespace precise { float log(float); }
 float rsqrt(float);
 float floor(float);
 float fma(float, float, float);
@@ -54,6 +56,7 @@ TYPES = {
     mx.bfloat16: "bfloat16_t",
     mx.int32: "int",
     mx.uint32: "uint",
+    mx.uint8: "uchar",
 }
 ATTRIBUTES = {
     "thread_index_in_simdgroup": "uint",
@@ -124,6 +127,8 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
         for splits in (1, 2):
             part = latent.Cut(8, 2, 1, splits)
             latent.latent_decode(record, q, turned, latents, keys, *where, Form(1, 0.1), part)
+        drawing.draw(record, mx.zeros((3, 320), dtype=dtype), 300, drawing.Filters())
+        drawing.top_logprobs(record, mx.zeros((3, 320), dtype=dtype), 300, mx.zeros(3, dtype=mx.int32), 5)
     bits, tokens, mass = mx.zeros((3, 8), mx.uint32), mx.zeros(3, mx.int32), mx.zeros(3)
     select.boundary(record, bits, bits, select.Limits(tokens, mass))
     for packing in PACKINGS:
@@ -150,6 +155,8 @@ def test_every_variant_is_here() -> None:
         "kv_gather",
         "paged_reduce",
         "boundary",
+        "draw",
+        "top_logprobs",
         *rows,
         *decodes,
         *(f"latent_decode{s}" for s in suffixes),

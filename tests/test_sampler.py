@@ -15,13 +15,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from pippin.kernels.reference import gumbel
 from pippin.penalties import TokenCounts, edit_logits, logit_edits
 from pippin.sampler import (
     GREEDY_BELOW,
     Sampled,
     SamplingPlan,
     allow,
-    gumbel,
     kept_tokens,
     noise_keys,
     prompt_logprobs,

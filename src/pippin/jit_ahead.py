@@ -30,6 +30,7 @@ import mlx.core as mx
 from pippin import kernels
 from pippin.graph import Compiler
 from pippin.kernels.build import store
+from pippin.kernels.launch import dialect_digest
 from pippin.sampler_graphs import SamplerGraphs
 from pippin.worker import die_with_parent
 
@@ -123,7 +124,7 @@ def _digest(vocab_size: int, width: int, dtype: mx.Dtype) -> str:
     sources = [
         (here / name).read_text(encoding="utf-8") for name in ("sampler.py", "sampler_graphs.py", "penalties.py")
     ]
-    facts = [str(vocab_size), str(width), str(dtype), version("mlx"), store.chip(), *sources]
+    facts = [str(vocab_size), str(width), str(dtype), version("mlx"), store.chip(), dialect_digest("cuda"), *sources]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

@@ -13,8 +13,11 @@ Filters need no sort. With d = (max logit - logit) / temperature >= 0, whose flo
 the kept set is {d < boundary} and the first few of {d == boundary}; the boundary is found by bisecting 31 bits
 with one masked sum each, or, where every filtered row has a modest top_k, by a partition. Probabilities are
 summed as integers (multiples of 2**-31), so that no order of summation, batch or path can change a decision.
-The likeliest tokens that logprobs report are found by the same bisection where MLX's partition would sort. On a GPU
-one launch of a kernel takes the place of either bisection (``kernels.boundary``).
+The likeliest tokens that logprobs report are found by the same bisection where MLX's partition would sort.
+
+On a GPU one launch of a kernel of ours draws, from the logits as the model gave them, whatever the rows ask for, and
+another finds log probabilities (``kernels.draw``, ``kernels.top_logprobs``); the noise is the same. What follows here
+is for where they don't run; there, a launch takes the place of either bisection (``kernels.boundary``).
 
 16 rows of 152 000 logits on one x86-64 core take MLX 171 ms to sort, 75 ms to bisect for top_p, 20 ms for top_k, and
 16 ms to partition (``python -m benchmarks.sampling``).
@@ -33,6 +36,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin import kernels
+from pippin.kernels.drawing import Filters
+from pippin.kernels.reference import gumbel
 from pippin.kernels.select import Limits, tokens_up_to
 from pippin.penalties import LogitEdits, TokenCounts, edit_logits, logit_edits
 from pippin.types import Work
@@ -229,15 +234,41 @@ def sample(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs, input_t
     """
     if plan.vocab_size > logits.shape[-1]:
         raise ValueError(f"a vocabulary of {plan.vocab_size} ids, but logits of {logits.shape[-1]}")
-    raw = existing(logits, plan.vocab_size)
-    edited = raw if inputs.edits is None else edit_logits(raw, inputs.edits, input_tokens)
-    if inputs.allowed is not None:
-        edited = mask_logits(edited, inputs.allowed)
-    sampled = Sampled(choose(edited, plan, inputs), mx.isfinite(raw.max(axis=-1)))
+    scores = None
+    if inputs.edits is not None:
+        scores = edit_logits(existing(logits, plan.vocab_size), inputs.edits, input_tokens)
+    sampled = Sampled(*draw(logits, scores, plan, inputs))
     if not plan.logprobs:
         return sampled
-    logprob, ids, logprobs = token_logprobs(raw, sampled.tokens, plan.tops)
+    logprob, ids, logprobs = token_logprobs(logits, plan.vocab_size, sampled.tokens, plan.tops)
     return sampled._replace(logprob=logprob, top_ids=ids, top_logprobs=logprobs)
+
+
+def draw(
+    logits: mx.array, scores: mx.array | None, plan: SamplingPlan, inputs: SamplingInputs
+) -> tuple[mx.array, mx.array]:
+    """``Sampled.tokens`` and ``Sampled.finite`` of logits [S, V]; ``scores`` float32 [S, n] are those after edits.
+
+    On a GPU one launch of a kernel does it all, whatever the row asks for.
+    """
+    n = plan.vocab_size
+    if kernels.draws(logits, n):
+        asked = Filters(*inputs[:5], inputs.allowed)
+        if scores is None:
+            return kernels.draw(logits, n, asked)
+        return kernels.draw(scores, n, asked)[0], kernels.draw(logits, n, Filters())[1]
+    return plain_draw(logits, scores, plan, inputs)
+
+
+def plain_draw(
+    logits: mx.array, scores: mx.array | None, plan: SamplingPlan, inputs: SamplingInputs
+) -> tuple[mx.array, mx.array]:
+    """The same where no kernel does."""
+    raw = existing(logits, plan.vocab_size)
+    edited = raw if scores is None else scores
+    if inputs.allowed is not None:
+        edited = mask_logits(edited, inputs.allowed)
+    return choose(edited, plan, inputs), mx.isfinite(raw.max(axis=-1))
 
 
 def existing(logits: mx.array, vocab_size: int) -> mx.array:
@@ -273,14 +304,27 @@ def prompt_logprobs(
     A target that is no id of the vocabulary has NaN.
     """
     vocab_size = vocab_size or logits.shape[-1]
-    raw = logits[:, :vocab_size].astype(mx.float32)
     known = (targets >= 0) & (targets < vocab_size)
-    logprob, ids, values = token_logprobs(raw, mx.where(known, targets, 0), min(tops, vocab_size))
+    targets = mx.where(known, targets, 0)
+    logprob, ids, values = token_logprobs(logits, vocab_size, targets, min(tops, vocab_size))
     return mx.where(known, logprob, mx.nan), ids, values
 
 
-def token_logprobs(raw: mx.array, tokens: mx.array, tops: int) -> tuple[mx.array, mx.array | None, mx.array | None]:
-    """Log probabilities of one token a row and of the ``tops`` likeliest: raw float32 [R, n], tokens int [R]."""
+def token_logprobs(
+    logits: mx.array, vocab_size: int, tokens: mx.array, tops: int
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Log probabilities of one token a row and of the ``tops`` likeliest: logits [R, V], tokens int [R]."""
+    if kernels.draws(logits, vocab_size) and tops <= kernels.MOST_TOPS:
+        found = kernels.top_logprobs(logits, vocab_size, tokens, tops)
+        return found if tops else (found[0], None, None)
+    return plain_logprobs(logits, vocab_size, tokens, tops)
+
+
+def plain_logprobs(
+    logits: mx.array, vocab_size: int, tokens: mx.array, tops: int
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """The same where no kernel does."""
+    raw = existing(logits, vocab_size)
     norm = mx.logsumexp(raw, axis=-1, keepdims=True)
     logprob = (mx.take_along_axis(raw, tokens[:, None], axis=-1) - norm)[:, 0]
     if not tops:
@@ -333,17 +377,6 @@ def _draw(logits: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.ar
     if inputs.log_min_p is not None:
         scores = mx.where(-distance >= inputs.log_min_p[:, None], scores, -math.inf)
     return mx.argmax(scores, axis=-1)
-
-
-def gumbel(keys: mx.array, n: int) -> mx.array:
-    """Standard Gumbel noise, float32 [S, n], of keys uint32 [S, 2]: -log(E) of exponential E = -log(1 - u).
-
-    u comes in steps of 2**-32 near 0, and E keeps them, so that tokens rarer than float32's 6e-8 come up as
-    often as they should.
-    """
-    u = mx.vmap(lambda key: mx.random.uniform(shape=(n,), key=key))(keys)
-    exponential = mx.where(u < 2**-10, u + 0.5 * u * u, -mx.log(1 - u))
-    return -mx.log(mx.maximum(exponential, 2**-33))
 
 
 def kept_tokens(distance: mx.array, plan: SamplingPlan, inputs: SamplingInputs) -> mx.array:

@@ -1,8 +1,9 @@
 """Drawing tokens by compiled functions: a few for each number of rows, warmed at start, whatever requests ask for.
 
-A draw is done in stages, each compiled by itself: edits of logits, a grammar's mask, the draw, log probabilities. So
-what requests may combine adds up to a dozen functions. Options that would only multiply them are always on, with values
-that change nothing, and lists of edits are padded to few lengths. The tokens are ``sampler.sample``'s.
+A draw is done in stages, each compiled by itself: edits of logits, a grammar's mask (which a kernel that draws takes
+itself), the draw, log probabilities. So what requests may combine adds up to a dozen functions. Options that would only
+multiply them are always on, with values that change nothing, and lists of edits are padded to few lengths. The tokens
+are ``sampler.sample``'s.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pippin.sampler import (
     Sampled,
     SamplingInputs,
     SamplingPlan,
-    choose,
+    draw,
     existing,
     mask_logits,
     token_logprobs,
@@ -56,10 +57,11 @@ class SamplerGraphs:
         scores = None
         if inputs.edits is not None:
             scores = self._stage(_edited)(logits, inputs.edits, tokens)
-        if inputs.allowed is not None:
+        by_kernel = kernels.draws(logits, self._vocab_size)
+        if inputs.allowed is not None and not by_kernel:
             scores = self._stage(_masked)(logits if scores is None else scores, inputs.allowed)
         kind = replace(plan, edits=False, unseen=False, logprobs=False, tops=0, masked=False)
-        arrays = inputs._replace(edits=None, allowed=None)
+        arrays = inputs._replace(edits=None, allowed=inputs.allowed if by_kernel else None)
         drawn = self._stage(_drawn, kind)
         table, sampled, finite = drawn(table, rows, logits, scores, arrays)
         if not plan.logprobs:
@@ -71,7 +73,8 @@ class SamplerGraphs:
         self, logits: mx.array, table: mx.array, tops: Sequence[int] = (0, FEW_TOPS), part: slice = slice(None)
     ) -> None:
         """Compiles every stage for logits [S, V] like these, by running it; ``part`` of the ways to draw, or all."""
-        kernels.verify(mx.float32, "limits")  # before a trace finds it undecided
+        if not kernels.draws(logits, self._vocab_size):  # decided before a trace asks
+            kernels.verify(mx.float32, "limits")
         nobody = mx.zeros(logits.shape[0], mx.int32)
         for plan, inputs in self._ways(logits.shape[0], tops)[part]:
             mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))
@@ -107,7 +110,7 @@ def _masked(vocab_size: int, logits: mx.array, allowed: mx.array) -> mx.array:
 
 
 def _drawn(
-    vocab_size: int,
+    _: int,
     plan: SamplingPlan,
     table: mx.array,
     rows: mx.array,
@@ -115,14 +118,12 @@ def _drawn(
     scores: mx.array | None,
     inputs: SamplingInputs,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    raw = existing(logits, vocab_size)
-    tokens = choose(raw if scores is None else scores, plan, inputs)
-    finite = mx.isfinite(raw.max(axis=-1))
+    tokens, finite = draw(logits, scores, plan, inputs)
     return mx.put_along_axis(table, rows, tokens, axis=0), tokens, finite
 
 
 def _logprobs(vocab_size: int, tops: int, logits: mx.array, tokens: mx.array) -> tuple[mx.array, ...]:
-    found = token_logprobs(existing(logits, vocab_size), tokens, tops)
+    found = token_logprobs(logits, vocab_size, tokens, tops)
     return tuple(a for a in found if a is not None)
 
 

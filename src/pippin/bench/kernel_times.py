@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from pippin import kernels
+from pippin import kernels, sampler
 from pippin.attention.plain import group_attention
 from pippin.bench.kernel_batches import CPU_SHAPES, DTYPES, GPU_SHAPES, BatchShape, make_batch
 from pippin.inputs import Group
 from pippin.kernels import cpu, reference
 from pippin.kernels.select import Limits
+from pippin.sampler import SamplingInputs, SamplingPlan
 
 Step = Callable[[int, mx.array], mx.array]
 
@@ -82,6 +84,8 @@ def gpu_cases(quick: bool) -> Iterator[Case]:
     yield from row_cases(128, mx.bfloat16)
     for size in (32,) if quick else (1, 32, 256):
         yield from limit_cases(size)
+    for size in (128,) if quick else (1, 8, 128):
+        yield from draw_cases(size)
     yield write_case(GPU_SHAPES[0])
     for shape in GPU_SHAPES[:2] if quick else GPU_SHAPES:
         yield from decode_cases(shape)
@@ -309,6 +313,55 @@ def limit_cases(rows: int, vocab: int = 151_936) -> Iterator[Case]:
     yield case("top_k", Limits(tokens, None))
     yield case("top_p", Limits(None, share))
     yield case("top_k and top_p", Limits(tokens, share))
+
+
+def draw_cases(rows: int, vocab: int = 151_936) -> Iterator[Case]:
+    """A step's draws from a Qwen's logits, flat ones: all of the noise counts. Beside what plain MLX does for them."""
+    logits = (3 * mx.random.normal((rows, vocab))).astype(mx.bfloat16)
+    keys = mx.random.randint(0, 2**31 - 1, (rows, 2)).astype(mx.uint32)
+    hot, allowed = mx.ones(rows), mx.full((rows, -(-vocab // 32)), 0x5F5F5F5F, mx.uint32)
+    tokens, share = mx.full(rows, 40, mx.int32), mx.full(rows, 0.9)
+    mx.eval(logits, keys, hot, allowed, tokens, share)
+    asked = {
+        "greedy": SamplingInputs(),
+        "a mask": SamplingInputs(allowed=allowed),
+        "a temperature": SamplingInputs(hot, keys),
+        "top_k": SamplingInputs(hot, keys, tokens),
+        "top_p": SamplingInputs(hot, keys, None, share),
+        "top_k and top_p": SamplingInputs(hot, keys, tokens, share),
+    }
+    shape = f"{rows} rows of {vocab}"
+    for name, inputs in asked.items():
+        plan = SamplingPlan(vocab, inputs.keys is not None, inputs.top_k is not None, inputs.top_p is not None)
+        ours, theirs = (mx.compile(partial(run, plan, inputs)) for run in (_drawn_by_kernel, _drawn_by_mlx))
+        yield Case(f"draw with {name}", shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart")
+    for count in (0, 5, 20):
+        ours, theirs = (mx.compile(partial(run, vocab, count)) for run in (_scored_by_kernel, _scored_by_mlx))
+        name = f"top_logprobs, draw's {count}"
+        yield Case(name, shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart")
+
+
+def _step(run: Callable[[mx.array], mx.array]) -> Step:
+    return lambda _, logits: run(logits)
+
+
+def _drawn_by_kernel(plan: SamplingPlan, inputs: SamplingInputs, logits: mx.array) -> mx.array:
+    return sampler.draw(logits, None, plan, inputs)[0]
+
+
+def _drawn_by_mlx(plan: SamplingPlan, inputs: SamplingInputs, logits: mx.array) -> mx.array:
+    tokens, finite = sampler.plain_draw(logits, None, plan, inputs)
+    return mx.where(finite, tokens, -1)
+
+
+def _scored_by_kernel(vocab: int, count: int, logits: mx.array) -> mx.array:
+    logprob, _, logprobs = sampler.token_logprobs(logits, vocab, mx.zeros(logits.shape[0], mx.int32), count)
+    return logprob if logprobs is None else logprobs
+
+
+def _scored_by_mlx(vocab: int, count: int, logits: mx.array) -> mx.array:
+    logprob, _, logprobs = sampler.plain_logprobs(logits, vocab, mx.zeros(logits.shape[0], mx.int32), count)
+    return logprob if logprobs is None else logprobs
 
 
 # --- the CPU ---

@@ -20,11 +20,12 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products, reference, select, tuning
+from pippin.kernels import drawing, fused, latent, paged, products, reference, select, tuning
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, Kind, fingerprint, verdicts
 from pippin.kernels.contest import Contests
+from pippin.kernels.drawing import MOST_TOPS, Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
@@ -33,7 +34,9 @@ from pippin.kernels.paged import tile_rows
 from pippin.kernels.products import Weights
 
 __all__ = [
+    "MOST_TOPS",
     "PACKINGS",
+    "Filters",
     "Form",
     "Heads",
     "Norm",
@@ -45,6 +48,8 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "boundary",
+    "draw",
+    "draws",
     "expert_product",
     "geglu",
     "kv_gather",
@@ -61,6 +66,7 @@ __all__ = [
     "storage",
     "swiglu",
     "tile_rows",
+    "top_logprobs",
     "verify",
     "writes_in_place",
 ]
@@ -82,7 +88,7 @@ def backend() -> Platform | None:
 def verify(dtype: mx.Dtype = mx.bfloat16, kind: Kind | None = None) -> dict[KernelName, bool]:
     """Which kernels compute what ``reference`` does here, for pools of ``dtype``; those that fail are logged.
 
-    ``kind`` asks for those of quantized pools that are read as ``dtype``, of latents, or of products.
+    ``kind`` asks for those of quantized pools that are read as ``dtype``, of latents, products, or draws from logits.
 
     The verdict is kept in the user's cache for this chip, system, MLX version and kernel source. Empty without a GPU.
     """
@@ -265,6 +271,33 @@ def boundary(
     if not _verdicts(platform, mx.float32, "limits")["boundary"]:
         return None
     return select.boundary(_gpu(platform), bits, mass, limits, signed)
+
+
+def draws(logits: mx.array, vocab_size: int) -> bool:
+    """Whether ``draw`` and ``top_logprobs`` take logits [S, V]. If so, then their edits in float32 too."""
+    platform = backend()
+    if platform is None or not drawing.takes(logits, vocab_size):
+        return False
+    return all(all(_verdicts(platform, dtype, "draws").values()) for dtype in (mx.float32, logits.dtype))
+
+
+def draw(logits: mx.array, vocab_size: int, filters: Filters) -> tuple[mx.array, mx.array]:
+    """A token a row of logits [S, V] of which ``vocab_size`` exist, int32 [S], and whether the largest is finite.
+
+    As ``reference.draw``, in one launch that makes no arrays as long as a row. A token may be another's only where
+    scores differ in float32's last digits. Only where it ``draws``.
+    """
+    return drawing.draw(_gpu(backend() or "cuda"), logits, vocab_size, filters)
+
+
+def top_logprobs(
+    logits: mx.array, vocab_size: int, tokens: mx.array, count: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Log probabilities float32 [S] of ``tokens`` [S]; ids int32 [S, count] and those of the ``count`` likeliest.
+
+    Largest first, then lower ids; at most ``MOST_TOPS``. For 0 the others say nothing. Only where it ``draws``.
+    """
+    return drawing.top_logprobs(_gpu(backend() or "cuda"), logits, vocab_size, tokens, count)
 
 
 def kv_gather(

@@ -20,9 +20,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products, reference, select
+from pippin.kernels import drawing, fused, latent, paged, products, reference, select
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
+from pippin.kernels.drawing import Filters
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
 from pippin.kernels.packing import PackedPool, Packing, Pool, packed, storage
@@ -45,10 +46,12 @@ KernelName = Literal[
     "product_nvfp4",
     "latent_decode",
     "boundary",
+    "draw",
+    "top_logprobs",
 ]
 Slots = Packing | Literal["latents"]
 """What lies in slots, where that is not heads of full numbers."""
-Kind = Slots | Literal["products", "limits"]
+Kind = Slots | Literal["products", "limits", "draws"]
 """What has checks and a verdict of its own, so that only those pay for it who use it."""
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
@@ -330,6 +333,69 @@ def _limited_rows() -> list[tuple[mx.array, mx.array | None, select.Limits, bool
     ]
 
 
+def check_draw(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Every row must draw the same token, with all filters and with none; and say if its logits are numbers."""
+    cases = drawn_rows(dtype)
+    mx.eval([a for logits, _, filters in cases for a in (logits, *filters) if a is not None])
+    found = [drawing.draw(launch, *case) for case in cases]
+    right = [mx.array_equal(tokens, reference.draw(*case)) for case, (tokens, _) in zip(cases, found, strict=True)]
+    numbers = mx.array([[math.nan], [math.inf], [-math.inf], [0.0]]).astype(dtype)
+    odd = mx.where(mx.arange(4512) % 90 == 89, numbers, cases[0][0][:4])
+    _, finite = drawing.draw(launch, odd, 4500, Filters())
+    right += [mx.array_equal(finite, mx.array([False, False, True, True])), *(mx.all(f) for _, f in found)]
+    return bool(mx.all(mx.stack(right)).item())
+
+
+def drawn_rows(dtype: mx.Dtype) -> list[tuple[mx.array, int, Filters]]:
+    """Logits, how many exist, and filters: rows that are flat enough for one token more or less to show.
+
+    Of those that differ, of which some are equal, and all; masks that refuse most and all, and that leave an odd
+    vocabulary's middle and a few others.
+    """
+    rows, n, width = 32, 4501, 4512
+    keys = mx.random.split(mx.random.key(18), 4)
+    row, id = mx.arange(rows)[:, None], mx.arange(width)
+    logits = 3 * mx.random.normal((rows, width), key=keys[0])
+    logits = mx.where(row % 4 == 0, mx.round(logits / 2) * 2, mx.where(row % 4 == 1, -0.0, logits))
+    logits = mx.where((row % 8 == 6) & (id % 2000 == 250), 40.0, logits)
+    logits = mx.where(id < n, logits, 50.0).astype(dtype)
+    seeds, *words = (
+        mx.random.randint(-(2**31), 2**31 - 1, (rows, count), key=key).astype(mx.uint32)
+        for key, count in zip(keys[1:], (2, 141, 141), strict=True)
+    )
+    every, word = mx.array(2**32 - 1, mx.uint32), mx.arange(141)
+    few = mx.where(word == 2250 // 32, mx.array(1 << 2250 % 32, mx.uint32), mx.where(word % 60 == 1, 256, 0))
+    allowed = mx.where(row % 3 == 0, words[0] & words[1], mx.where(row == 5, 0, every)).astype(mx.uint32)
+    temperature = mx.array([1.0, 6.0, 0.0, 9.0, 3.0, 1.0, 1.0, 2.0] * 4)
+    endless = 2**31 - 1
+    all_filters = Filters(
+        temperature,
+        seeds,
+        mx.array([2, 3, 1, endless, 3, 5, 4000, endless, 40, 2, 700, 1, endless, endless, 4, 2] * 2, mx.int32),
+        mx.array([math.inf, 0.5, 0.02, 0.9, math.inf, 1e-9, 0.6, 0.97] * 4),
+        mx.array([-math.inf, -1.0, -math.inf, -math.inf] * 8),
+        allowed,
+    )
+    return [
+        (logits, n, all_filters),
+        (logits, n - 1, Filters(mx.maximum(temperature, 5.0), seeds)),
+        (logits, n, Filters(mx.full(rows, 50.0), seeds, allowed=mx.broadcast_to(few.astype(mx.uint32), (rows, 141)))),
+    ]
+
+
+def check_top_logprobs(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """The same ids in the same order, among equals too."""
+    logits, n, _ = drawn_rows(dtype)[0]
+    logits = mx.concatenate([logits, mx.round(logits[:9] / 6) * 6])
+    tokens = mx.arange(logits.shape[0], dtype=mx.int32) * 101
+    mx.eval(logits, tokens)
+    found = [drawing.top_logprobs(launch, logits, n, tokens, count) for count in (5, 32)]
+    wanted = [reference.top_logprobs(logits, n, tokens, count) for count in (5, 32)]
+    same = [bool(mx.array_equal(mine[1], theirs[1]).item()) for mine, theirs in zip(found, wanted, strict=True)]
+    near = [mx.abs(a - b).max() < 1e-4 for f, w in zip(found, wanted, strict=True) for a, b in zip(f, w, strict=True)]
+    return all(same) and bool(mx.all(mx.stack(near)).item())
+
+
 KindCheck = Callable[[Launcher, mx.Dtype, paged.Tuning, Slots], bool]
 
 # What runs on quantized pools: nothing stores there as it attends.
@@ -356,6 +422,8 @@ def checks_for(kind: Kind | None) -> dict[KernelName, Check]:
         return PRODUCT_CHECKS
     if kind == "limits":
         return {"boundary": check_boundary}
+    if kind == "draws":
+        return {"draw": check_draw, "top_logprobs": check_top_logprobs}
     chosen = LATENT_CHECKS if kind == "latents" else PACKED_CHECKS
     return {name: _of_kind(check, kind) for name, check in chosen.items()}
 

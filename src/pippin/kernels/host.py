@@ -104,7 +104,8 @@ def _constant(name: str, value: int | bool | mx.Dtype) -> str:
 
 def _garbage(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An output as a GPU allocates it: not cleared. NaN, or a large number, so that what is not written shows."""
-    array = mx.full(shape, 0x7F7F7F7F if dtype in (mx.int32, mx.uint32) else float("nan"), dtype=dtype)
+    large = {mx.int32: 0x7F7F7F7F, mx.uint32: 0x7F7F7F7F, mx.uint8: 0x7F}
+    array = mx.full(shape, large.get(dtype, float("nan")), dtype=dtype)
     mx.eval(array)
     return array
 

@@ -45,6 +45,9 @@ class Source:
         return f"pippin_{self.name}_{digest[:10]}"
 
 
+Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One run of a kernel.
@@ -54,7 +57,7 @@ class Launch:
     """
 
     source: Source
-    constants: tuple[tuple[str, int | bool | mx.Dtype], ...]
+    constants: Constants
     blocks: tuple[int, int]
     threads: int
     outputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
@@ -122,7 +125,10 @@ def dialect_digest(dialect: str) -> str:
         (
             *_HERE.glob("bodies/*.h"),
             *_HERE.glob(f"dialects/{dialect}*.h"),
-            *(_HERE / f for f in ("paged.py", "latent.py", "fused.py", "products.py", "packing.py", "select.py")),
+            *(
+                _HERE / f
+                for f in ("paged.py", "latent.py", "fused.py", "products.py", "packing.py", "select.py", "drawing.py")
+            ),
         )
     )
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()

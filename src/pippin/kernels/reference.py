@@ -12,6 +12,7 @@ import math
 
 import mlx.core as mx
 
+from pippin.kernels.drawing import Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
 from pippin.kernels.packing import Pool
@@ -222,3 +223,49 @@ def kept(bits: mx.array, mass: mx.array | None, limits: Limits, signed: bool = F
     allowed = mx.broadcast_to(limits.column().allow(mx.arange(bits.shape[1]), before), bits.shape)
     found = mx.put_along_axis(mx.zeros(bits.shape, mx.bool_), order, allowed, axis=-1)
     return found if signed else found & (bits < 2**31)
+
+
+def gumbel(keys: mx.array, n: int) -> mx.array:
+    """Standard Gumbel noise, float32 [S, n], of keys uint32 [S, 2]: -log(E) of exponential E = -log(1 - u).
+
+    u comes in steps of 2**-32 near 0, and E keeps them, so that tokens rarer than float32's 6e-8 come up as
+    often as they should.
+    """
+    u = mx.vmap(lambda key: mx.random.uniform(shape=(n,), key=key))(keys)
+    exponential = mx.where(u < 2**-10, u + 0.5 * u * u, -mx.log(1 - u))
+    return -mx.log(mx.maximum(exponential, 2**-33))
+
+
+def draw(logits: mx.array, vocab_size: int, filters: Filters) -> mx.array:
+    """The tokens of ``kernels.draw``, int32 [S], of rows in which every logit is a number."""
+    temperature, keys, top_k, top_p, log_min_p, allowed = filters
+    x = logits[:, :vocab_size].astype(mx.float32)
+    ids = mx.arange(vocab_size)
+    if allowed is not None:
+        x = mx.where((allowed[:, ids // 32] >> (ids % 32).astype(mx.uint32)) & 1 == 1, mx.maximum(x, -1e30), -math.inf)
+    likeliest, top = mx.argmax(x, axis=-1), x.max(axis=-1, keepdims=True)
+    if temperature is None or keys is None:
+        return likeliest.astype(mx.int32)
+    heat = mx.where(temperature > 0, temperature, 1.0)[:, None]
+    distance = (mx.where(top == -math.inf, 0.0, top) - x) / heat
+    mass = mx.minimum(mx.exp(-distance) * (2.0**31 / mx.exp(-distance).sum(axis=-1, keepdims=True)) + 0.5, 2.0**31)
+    mass = mass.astype(mx.uint32)
+    share = None if top_p is None else top_p * mass.sum(axis=-1).astype(mx.float32)
+    near = kept(distance.view(mx.uint32), mass, Limits(top_k, share))
+    if log_min_p is not None:
+        near = near & (-distance >= log_min_p[:, None])
+    scores = mx.where(near, gumbel(keys, vocab_size) - distance, -math.inf)
+    return mx.where(temperature > 0, mx.argmax(scores, axis=-1), likeliest).astype(mx.int32)
+
+
+def top_logprobs(
+    logits: mx.array, vocab_size: int, tokens: mx.array, count: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """``kernels.top_logprobs``, of rows in which every logit is a number."""
+    x = logits[:, :vocab_size].astype(mx.float32)
+    logprobs = x - mx.logsumexp(x, axis=-1, keepdims=True)
+    bits = (-x).view(mx.int32)
+    order = mx.where(bits < 0, bits ^ (2**31 - 1), bits).astype(mx.int64) * 2**32
+    ids = mx.argsort(order + mx.arange(vocab_size), axis=-1)[:, :count].astype(mx.int32)
+    logprob = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return logprob, ids, mx.take_along_axis(logprobs, ids, axis=-1)

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from pippin.kernels.launch import Launch, Source
+from pippin.kernels.launch import Constants, Launch, Source
 
 TYPES = {
     mx.float32: "float",
@@ -24,8 +24,6 @@ TYPES = {
     mx.uint8: "unsigned char",
 }
 _INCLUDES = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
-
-Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
 
 
 @dataclass(frozen=True, slots=True)

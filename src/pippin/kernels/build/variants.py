@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from pippin.kernels import fused, latent, paged, products, select
+from pippin.kernels import drawing, fused, latent, paged, products, select
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.build.shapes import ModelShape
 from pippin.kernels.form import Form
@@ -42,6 +42,7 @@ def variants(shape: ModelShape, tunings: Sequence[paged.Tuning]) -> list[Recorde
             _record_turned(record, shape, k_pool, v_pool, rows)
         _record_rows(record, shape, rows)
         _record_boundaries(record, shape, rows)
+        _record_draws(record, shape, rows)
     if any(tuning.matrix for tuning in tunings):
         _record_products(record, shape)
     return list(found.values())
@@ -126,6 +127,16 @@ def _record_boundaries(record: Launcher, shape: ModelShape, rows: int) -> None:
     for limits in (select.Limits(tokens, None), select.Limits(None, mass), select.Limits(tokens, mass)):
         select.boundary(record, bits, None if limits.mass is None else bits, limits)
     select.boundary(record, bits, None, select.Limits(tokens, None), signed=True)
+
+
+def _record_draws(record: Launcher, shape: ModelShape, rows: int) -> None:
+    """What draws, and finds log probabilities; of logits after edits too, which are float32."""
+    for dtype in (shape.dtype, mx.float32):
+        logits = mx.zeros((rows, shape.vocab), dtype=dtype)
+        if drawing.takes(logits, shape.vocab):
+            drawing.draw(record, logits, shape.vocab, drawing.Filters(allowed=mx.zeros(8, dtype=mx.uint32)))
+            drawing.draw(record, logits, shape.vocab, drawing.Filters())
+            drawing.top_logprobs(record, logits, shape.vocab, mx.zeros(rows, dtype=mx.int32), 5)
 
 
 def _record_products(record: Launcher, shape: ModelShape) -> None:

@@ -7,6 +7,7 @@
 #define BARRIER() __syncthreads()
 #define UNROLL _Pragma("unroll")
 #define PACK_ALIGN alignas(16)
+#define OF_BLOCK
 
 namespace pippin {
 
@@ -16,6 +17,9 @@ INLINE float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+typedef unsigned long long wide;
+
+INLINE float log_of(float x) { return logf(x); }
 INLINE float rsqrt_of(float x) { return rsqrtf(x); }
 INLINE float sin_of(float x) { return __sinf(x); }
 INLINE float cos_of(float x) { return __cosf(x); }

@@ -16,6 +16,7 @@
 #define BARRIER() pippin::barrier(__LINE__)
 #define UNROLL
 #define PACK_ALIGN
+#define OF_BLOCK
 
 namespace pippin {
 
@@ -69,6 +70,9 @@ static void* shared_memory(size_t bytes) {
 }
 
 INLINE float exp2_of(float x) { return exp2f(x); }
+typedef uint64_t wide;
+
+INLINE float log_of(float x) { return logf(x); }
 INLINE float rsqrt_of(float x) { return 1.0f / sqrtf(x); }
 INLINE float sin_of(float x) { return sinf(x); }
 INLINE float floor_of(float x) { return floorf(x); }

@@ -7,10 +7,14 @@
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define PACK_ALIGN alignas(16)
+#define OF_BLOCK threadgroup
 
 namespace pippin {
 
 INLINE float exp2_of(float x) { return metal::fast::exp2(x); }
+typedef unsigned long wide;
+
+INLINE float log_of(float x) { return metal::precise::log(x); }
 INLINE float rsqrt_of(float x) { return metal::rsqrt(x); }
 INLINE float sin_of(float x) { return metal::fast::sin(x); }
 INLINE float cos_of(float x) { return metal::fast::cos(x); }
