@@ -53,6 +53,7 @@ def comparable() -> list[Case]:
         kernel_times.extend_case(replace(SMALL, rows=1, page_size=1), 4),
         *kernel_times.row_cases(4, mx.float32, 64, 32),
         *kernel_times.limit_cases(2, 64),
+        *kernel_times.draw_cases(2, 300),
         *kernel_times.elementwise_cases(8, 32),
         kernel_times.plain_decode_case(SMALL),
         kernel_times.prompt_case(24),

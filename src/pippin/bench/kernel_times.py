@@ -334,11 +334,12 @@ def draw_cases(rows: int, vocab: int = 151_936) -> Iterator[Case]:
     for name, inputs in asked.items():
         plan = SamplingPlan(vocab, inputs.keys is not None, inputs.top_k is not None, inputs.top_p is not None)
         ours, theirs = (mx.compile(partial(run, plan, inputs)) for run in (_drawn_by_kernel, _drawn_by_mlx))
-        yield Case(f"draw with {name}", shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart")
+        yield Case(f"draw: {name}", shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart")
     for count in (0, 5, 20):
         ours, theirs = (mx.compile(partial(run, vocab, count)) for run in (_scored_by_kernel, _scored_by_mlx))
-        name = f"top_logprobs, draw's {count}"
-        yield Case(name, shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart")
+        yield Case(
+            f"draw: {count} top logprobs", shape, logits.nbytes, logits, _step(ours), _step(theirs), "apart", "apart"
+        )
 
 
 def _step(run: Callable[[mx.array], mx.array]) -> Step:
