@@ -42,10 +42,27 @@ def test_rows_are_what_lies_in_the_places(parts: Sequence[Any], places: list[int
         begin = end
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, unique=True), st.booleans(), st.data())
+def test_rows_are_put_into_their_slots_and_nowhere_else(places: list[int], run: bool, data: st.DataObject) -> None:
+    landing, source = Landing(6, TOKENS, PARTS), np.random.default_rng(3)
+    landing.memory[:] = source.integers(0, 60, landing.memory.shape)
+    skip = data.draw(st.integers(0, TOKENS * len(places) - 1))
+    count = TOKENS * len(places) - skip
+    slots = [*range(7, 7 + count)] if run else data.draw(st.permutations(range(40)))[:count]
+    pools = [mx.zeros((40, *shape), dtype) for shape, dtype in PARTS]
+    mx.eval(pools)
+    landing.copy(places, slots, pools, skip)
+    _, rows = landing.rows(places, skip)
+    for pool, part in zip(pools, rows, strict=True):
+        expected = mx.zeros(pool.shape, pool.dtype)
+        expected[mx.array(slots)] = part
+        assert bits_of(pool) == bits_of(expected)
+
+
 def test_places_are_free_once_their_copy_is_there() -> None:
     landing = Landing(2, TOKENS, PARTS)
     landing.memory[:] = 1
-    copy, rows = landing.rows([1, 0])
+    copy, rows = landing.rows([0, 1])
     mx.eval(copy)
     landing.memory[:] = 2
     assert {byte for row in rows for byte in bits_of(row)} == {1}

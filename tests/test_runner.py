@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pippin.attention.padded import Padded
+from pippin.cache.disk import BLOCK
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
 from pippin.loading import load_core
@@ -303,9 +304,13 @@ def test_long_prompts_run_ahead_of_the_tokens_that_draw(rig: Rig, model: nn.Modu
 # --- K and V to and from elsewhere ---
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("in_place", "way"), [(False, ""), (True, ""), (False, "copy"), (False, "queue"), (True, "queue")]
+)
 @pytest.mark.parametrize("page", [1, 4])
-def test_slots_that_are_read_and_written_elsewhere_hold_the_same(model: nn.Module, in_place: bool, page: int) -> None:
+def test_slots_that_are_read_and_written_elsewhere_hold_the_same(
+    model: nn.Module, in_place: bool, way: str, page: int
+) -> None:
     """Both ways there are, the kernels' by page too, which compute the same here in plain MLX."""
     choice = choose_attention(model, "rows", VOCAB)
     runner = MlxModelRunner(model, choice.backend, KVPool(choice.shapes, 200, page), max_running=8, vocab_size=VOCAB)
@@ -328,7 +333,15 @@ def test_slots_that_are_read_and_written_elsewhere_hold_the_same(model: nn.Modul
     others = array(
         "i", [s for s in others if s // page * page + page - 1 in others and s // page * page in others][:28]
     )
-    runner.write_slots(others, rows)
+    if way:  # from memory that files are read into: the last 28 tokens of one
+        landing = runner.landing(2)
+        lines = np.concatenate([np.pad(r, ((BLOCK - 28, 0), (0, 0), (0, 0))).reshape(-1) for r in rows])
+        landing[1] = lines.view(np.uint8)
+        assert runner._landing is not None
+        write = runner._copy_landed if way == "copy" else runner._queue_landed
+        write(others, runner._landing, [1], BLOCK - 28)
+    else:
+        runner.write_slots(others, rows)
     assert (runner._last_token is before) == (not in_place), "the next step waits for the writes"
     request.slots[8:36] = others
     runner.pool.in_place = False
@@ -337,3 +350,6 @@ def test_slots_that_are_read_and_written_elsewhere_hold_the_same(model: nn.Modul
     for slot in (0, -1, 200):
         with pytest.raises(AssertionError, match="without slots of the pool"):
             runner.write_slots([1, slot], rows)
+        runner.landing(1)
+        with pytest.raises(AssertionError, match="without slots of the pool"):
+            runner.write_landed([1, slot], [0], BLOCK - 2)

@@ -44,15 +44,26 @@ class Landing:
         self.stays = kernels.backend() == "cuda" and _keep_with_host(memory)
         """Whether a GPU with memory of its own reads it where it is."""
 
-    def rows(self, places: Sequence[int], skip: int = 0) -> tuple[mx.array, list[mx.array]]:
-        """Lazy: what lies in ``places``, and each part's rows in their order without the first ``skip``: [tokens, …].
+    def copy(self, places: Sequence[int], slots: Sequence[int], pools: Sequence[mx.array], skip: int = 0) -> None:
+        """Puts what lies in ``places``, but for its first ``skip`` tokens, into ``slots`` of each part's pool.
 
-        On a GPU the former is a copy, and places are free when it has been evaluated; on a CPU when rows have been.
+        For pools in the host's memory that nobody reads meanwhile: ten times as fast as by MLX's operations.
         """
-        if [*places] == [*range(places[0], places[0] + len(places))] and kernels.backend() is None:
-            blocks = self._blocks[places[0] : places[0] + len(places)]
-        else:
-            blocks = self._blocks[mx.array([*places], dtype=mx.int32)]
+        for (shape, dtype), begin, end, pool in zip(self._parts, self._ends[:-1], self._ends[1:], pools, strict=True):
+            bits: npt.NDArray[np.generic] = np.asarray(pool.view(_BITS[dtype.size]))
+            for i, place in enumerate(places):
+                first, last = max(0, i * self._tokens - skip), (i + 1) * self._tokens - skip
+                if last <= 0:
+                    continue
+                lines = self.memory[place, begin * self._item : end * self._item].view(bits.dtype)
+                where = slots[first:last]
+                run = [*where] == [*range(where[0], where[0] + len(where))]
+                bits[slice(where[0], where[-1] + 1) if run else [*where]] = lines.reshape(-1, *shape)[first - last :]
+
+    def rows(self, places: Sequence[int], skip: int = 0) -> tuple[mx.array, list[mx.array]]:
+        """Lazy: a copy of ``places``, which are free when it has been evaluated, and each part's rows in their order
+        without the first ``skip``: [tokens, …]."""
+        blocks = self._blocks[mx.array([*places], dtype=mx.int32)]
         rows, items = [], blocks.view(_BITS[self._item])
         for (shape, dtype), begin, end in zip(self._parts, self._ends[:-1], self._ends[1:], strict=True):
             *outer, last = shape

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from pippin import kernels
 from pippin.attention import AttentionBackend
 from pippin.cache.disk import BLOCK
 from pippin.cache.pool import KVPool
@@ -28,6 +29,7 @@ from pippin.flight import (
 from pippin.graph import Compiler, StepGraphs
 from pippin.graph_inputs import StepShape
 from pippin.inputs import LEAST_INPUT, Step
+from pippin.kernels import storage
 from pippin.landing import Landing
 from pippin.mask_table import MaskTable
 from pippin.models.deferred import Fusions
@@ -333,12 +335,29 @@ class MlxModelRunner:
 
     def write_landed(self, slots: Sequence[int], places: Sequence[int], skip: int = 0) -> None:
         """``write_slots`` of what lies in ``places``, but for the first ``skip`` tokens; they are free afterwards."""
-        assert self._landing is not None
-        blocks, rows = self._landing.rows(places, skip)
-        if rows:
-            mx.async_eval(blocks)  # type: ignore[no-untyped-call]
+        landing = self._landing
+        assert landing is not None
+        if not self.pool.stored(windowed=False):
+            return
+        if kernels.backend() is None:
+            self._copy_landed(slots, landing, places, skip)
+        else:
+            self._queue_landed(slots, landing, places, skip)
+
+    def _queue_landed(self, slots: Sequence[int], landing: Landing, places: Sequence[int], skip: int) -> None:
+        """Where memory is a device's: waits for one copy of what landed, which all layers' writes take theirs from."""
+        blocks, rows = landing.rows(places, skip)
+        mx.async_eval(blocks)  # type: ignore[no-untyped-call]
         self._write_slots(slots, rows)
         mx.eval(blocks)
+
+    def _copy_landed(self, slots: Sequence[int], landing: Landing, places: Sequence[int], skip: int) -> None:
+        """Where memory is the host's."""
+        layers = self.pool.stored(windowed=False)
+        check_range(slots, self.pool.slots_of(layers[0]), "K and V were restored")
+        self._queue()
+        mx.synchronize()
+        landing.copy(places, slots, [storage(part) for layer in layers for part in self.pool.layer(layer)], skip)
 
     def _write_slots(self, slots: Sequence[int], rows: Sequence[mx.array], windowed: bool = False) -> None:
         layers = self.pool.stored(windowed)
