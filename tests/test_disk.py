@@ -107,6 +107,30 @@ def test_a_file_gives_what_was_put_in_or_is_refused(shapes: list[tuple[Any, int,
             decode(io.BytesIO(whole), key, other)
 
 
+def test_files_of_an_older_format_go(tmp_path: Path) -> None:
+    files = BlockFiles(tmp_path, 10**6)
+    (key,) = put(files, 1)
+    old = files.path(key).with_suffix(".kv")
+    old.write_bytes(b"as it was before")
+    assert get(files, 1)
+    files.scan()
+    assert get(files, 1)
+    assert not old.exists()
+    assert files.counts.drops["outdated"] == 1
+
+
+def test_a_file_is_read_where_it_is_wanted(tmp_path: Path) -> None:
+    files, tokens = BlockFiles(tmp_path, 10**6), tokens_of(1, 1)
+    (key,) = put(files, 1)
+    whole = b"".join(a.tobytes() for a in arrays_of(key))
+    memory = np.zeros(len(whole) + 8, np.uint8)
+    assert files.read(key, tokens, memory[4:-4]) is not None
+    assert memory.tobytes() == bytes(4) + whole + bytes(4)
+    assert files.read(key, tokens, memory) is None, "of another layout"
+    assert files.counts.drops["corrupt"] == 1
+    assert not files.has(key)
+
+
 def test_a_broken_file_is_dropped_and_counted(tmp_path: Path) -> None:
     files = BlockFiles(tmp_path, 1 << 30)
     for name in range(20):

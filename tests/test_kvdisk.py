@@ -25,8 +25,9 @@ from pippin.core import EngineCore
 from pippin.errors import ConfigError, RequestError
 from pippin.loading import load_core
 from pippin.messages import Output, Submit
+from pippin.restore_choice import RestoreChoice
 from pippin.runner import MlxModelRunner
-from pippin.types import Finish, SamplingParams
+from pippin.types import Batch, Finish, Request, SamplingParams, Work
 from tests.checkpoints import make_checkpoint
 
 SOAK = bool(os.environ.get("PIPPIN_SOAK"))
@@ -289,6 +290,98 @@ def test_a_device_that_fails_to_take_a_block(
         assert answer(warm, prompt(1, 200)).tokens == answer(cold, prompt(1, 200)).tokens
     warm.flush()
     assert answer(warm, prompt(1, 200)).num_cached == 3 * BLOCK
+
+
+def test_every_place_is_free_again(warm: EngineCore, cold: EngineCore) -> None:
+    """Of blocks that were put into the pool, and of those that nobody waits for any more."""
+    slow, disk = SlowReads(warm), warm._disk
+    assert disk is not None
+    warm.add(Submit("gone", prompt(1, 200), 200, GREEDY))
+    warm.step()
+    warm.abort("gone")
+    drain(warm)
+    taken = len(disk._landing) - len(disk._free)
+    assert taken == 3, "what is read into them is not theirs to give"
+    slow.go.set()
+    assert answer(warm, prompt(1, 200)).tokens == answer(cold, prompt(1, 200)).tokens
+    disk._readers.shutdown()
+    assert sorted(disk._free) == [*range(len(disk._landing))]
+
+
+def test_few_places_are_enough(
+    checkpoint: Path, tmp_path: Path, cold: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several that read wait for one another's."""
+    monkeypatch.setattr(kvdisk, "_PLACES", 1)
+    rows = [prompt(seed, 250) for seed in range(3)]
+    core = make(checkpoint, tmp_path)
+    for row in rows:
+        answer(core, row)
+    core.close()
+    core = make(checkpoint, tmp_path)
+    for i, row in enumerate(rows):
+        core.add(Submit(str(i), row, len(row), GREEDY))
+    found = drain(core)
+    assert [found[str(i)].tokens for i in range(3)] == [answer(cold, row).tokens for row in rows]
+    assert core.stats.kv_disk_hit_tokens == 3 * 3 * BLOCK
+    core.close()
+
+
+# --- what is faster ---
+
+
+def seen(computing: float, restoring: float) -> RestoreChoice:
+    """A choice that has seen so many seconds a token of each."""
+    now = 0.0
+    choice = RestoreChoice(clock=lambda: now)
+    request = Request("r", [0] * 600, 600, GREEDY)
+    batch = Batch((Work(request, 0, 512, False),))
+    choice.launched(batch)
+    now = 512 * computing
+    choice.finished(batch)
+    choice.restored(512, 512 * restoring)
+    return choice
+
+
+@pytest.mark.parametrize(("computing", "restoring"), [(1e-5, 1e-3), (1e-3, 1e-5)])
+def test_what_is_computed_sooner_is_not_read(
+    warm: EngineCore, cold: EngineCore, computing: float, restoring: float
+) -> None:
+    assert warm._disk is not None
+    warm._disk.choice = seen(computing, restoring)
+    found, stats = answer(warm, prompt(1, 200)), warm.stats
+    assert found.tokens == answer(cold, prompt(1, 200)).tokens
+    computed = computing < restoring
+    assert found.num_cached == (0 if computed else 3 * BLOCK)
+    assert stats.kv_disk_computed_prefixes == computed
+    assert stats.kv_disk_computed_tokens == computed * 3 * BLOCK
+    assert (stats.kv_disk_read_bytes == 0) == computed
+    assert (stats.kv_disk_compute_rate, stats.kv_disk_restore_rate) == pytest.approx((1 / computing, 1 / restoring))
+
+
+class Partly(RestoreChoice):
+    """Restores a block less than it could."""
+
+    def end(self, begin: int, end: int) -> int:
+        return end - BLOCK
+
+
+def test_a_trial_is_in_the_middle_of_a_prefix(warm: EngineCore, cold: EngineCore) -> None:
+    assert warm._disk is not None
+    warm._disk.choice = Partly()
+    found = answer(warm, prompt(1, 200))
+    assert (found.tokens, found.num_cached) == (answer(cold, prompt(1, 200)).tokens, 2 * BLOCK)
+
+
+def test_both_are_measured(checkpoint: Path, tmp_path: Path) -> None:
+    core = make(checkpoint, tmp_path, kv_disk_restore="auto")
+    answer(core, prompt(1, 600))
+    assert (core.stats.kv_disk_compute_rate > 0, core.stats.kv_disk_restore_rate) == (True, 0)
+    core.close()
+    core = make(checkpoint, tmp_path, kv_disk_restore="auto")
+    assert answer(core, prompt(1, 600)).num_cached == 9 * BLOCK, "nothing is known yet"
+    assert (core.stats.kv_disk_compute_rate, core.stats.kv_disk_restore_rate > 0) == (0, True)
+    core.close()
 
 
 # --- whose they are ---
