@@ -73,6 +73,25 @@ def test_a_prefix_outlives_the_server(family: str, window: int, options: dict[st
     core.close()
 
 
+@pytest.mark.parametrize("less", [1, 2, 3])
+def test_a_trial_restores_what_has_windows_or_all(
+    checkpoint: Path, cold: EngineCore, tmp_path: Path, less: int
+) -> None:
+    tokens = prompt(1, 9 * BLOCK + 20)
+    for ratio in (0.2, 1.0):  # windows of the last blocks, or of all
+        core = make(checkpoint, tmp_path / str(ratio), swa_full_tokens_ratio=ratio, chunked_prefill_size=32)
+        answer(core, tokens)
+        core.close()
+        core = make(checkpoint, tmp_path / str(ratio), swa_full_tokens_ratio=ratio, chunked_prefill_size=32)
+        assert core._disk is not None
+        core._disk.choice.end = lambda begin, end: end - less * BLOCK  # type: ignore[method-assign]
+        found = answer(core, tokens)
+        assert found.tokens == answer(cold, tokens).tokens
+        assert found.num_cached in ((9 - less) * BLOCK, 9 * BLOCK)
+        assert found.num_cached < 9 * BLOCK or ratio < 1
+        core.close()
+
+
 def test_kernels_by_page_read_and_write_windows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, tokens = model(tmp_path / "model", "gpt_oss"), prompt(1, 2 * BLOCK + 10)
     expected = answer(make(path, None), tokens).tokens
