@@ -59,10 +59,11 @@ def test_rows_are_put_into_their_slots_and_nowhere_else(places: list[int], run: 
         assert bits_of(pool) == bits_of(expected)
 
 
-def test_places_are_free_once_their_copy_is_there() -> None:
+@pytest.mark.parametrize("places", [[0, 1], [1, 0], [1]])
+def test_places_are_free_once_their_copy_is_there(places: list[int]) -> None:
     landing = Landing(2, TOKENS, PARTS)
     landing.memory[:] = 1
-    copy, rows = landing.rows([0, 1])
+    copy, rows = landing.rows(places)
     mx.eval(copy)
     landing.memory[:] = 2
     assert {byte for row in rows for byte in bits_of(row)} == {1}

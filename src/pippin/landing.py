@@ -63,7 +63,9 @@ class Landing:
     def rows(self, places: Sequence[int], skip: int = 0) -> tuple[mx.array, list[mx.array]]:
         """Lazy: a copy of ``places``, which are free when it has been evaluated, and each part's rows in their order
         without the first ``skip``: [tokens, …]."""
-        blocks = self._blocks[mx.array([*places], dtype=mx.int32)]
+        # No gather: MLX compiles those on CUDA when they are first wanted, in front of the first token after a restart.
+        found = [self._blocks[place : place + 1] for place in places]
+        blocks = mx.concatenate(found) if len(found) > 1 else mx.maximum(found[0], found[0])  # either copies
         rows, items = [], blocks.view(_BITS[self._item])
         for (shape, dtype), begin, end in zip(self._parts, self._ends[:-1], self._ends[1:], strict=True):
             *outer, last = shape
