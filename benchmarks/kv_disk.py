@@ -75,6 +75,12 @@ class Engines:
         return build_core(self._loaded, EngineConfig(model_path=str(self._loaded.path), **options), lambda _: None)  # type: ignore[arg-type]
 
 
+def written(core: EngineCore) -> None:
+    """Waits until what has ended is on disk: writing would take time from what is timed next."""
+    assert core._disk is not None
+    core._disk._writer.submit(lambda: None).result()
+
+
 def parts(core: EngineCore, row: Sequence[int]) -> dict[str, Any]:
     """GB/s of reading and checking a prompt's files, and of putting them into a pool of which nothing is used."""
     disk, runner = core._disk, core._runner
@@ -127,6 +133,7 @@ def main() -> None:
             for seen in times.values():
                 core = engines.make(kv, "always")
                 first_token(core, next(others), "other")
+                written(core)
                 before = core.stats.kv_disk_read_bytes
                 seconds, tokens, cached = first_token(core, row, "row")
                 seen.append(seconds)
