@@ -48,6 +48,15 @@ def test_all_is_restored_where_computing_is_slow() -> None:
     assert engine.choice.computed_prefixes == 0
 
 
+def test_trials_that_say_nothing_are_as_rare() -> None:
+    """As where steps are shorter than a trial."""
+    choice = RestoreChoice()
+    choice.restored(LONG, 1.0)
+    asked = [choice.end(0, LONG) for _ in range(3 * AGAIN)]
+    assert asked.count(LONG - TRIAL) == 3
+    assert set(asked) == {LONG, LONG - TRIAL}
+
+
 def test_short_prefixes_are_not_tried_on() -> None:
     engine = Engine(computes=1e-3, restores=1e-5)
     assert {engine.ask(SHORT) for _ in range(3 * AGAIN)} == {SHORT}

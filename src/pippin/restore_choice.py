@@ -64,7 +64,7 @@ class RestoreChoice:
         self._restoring = Pace()
         self._computing: dict[int, Pace] = {}
         self._computes: set[int] = set()  # lengths, by powers of two, that are computed
-        self._since_read = self._since_computed = 0
+        self._since_read, self._since_computed = 0, AGAIN  # computing is tried at once
         self._launched: deque[tuple[Batch, float]] = deque(maxlen=4)
         self._read_at = 0.0
 
@@ -107,16 +107,18 @@ class RestoreChoice:
         if self.always or not self._restoring.known:
             return end
         long = end - begin >= WORTH_TRYING * TRIAL
-        if not self._computing:
-            self._since_computed = AGAIN  # at once
         if self._computes_sooner(begin, end):
             self._since_read += 1
-            stop = begin + TRIAL_READ if long and self._since_read >= AGAIN else begin
+            stop = begin
+            if long and self._since_read >= AGAIN:
+                self._since_read, stop = 0, begin + TRIAL_READ
             self.computed_prefixes += 1
             self.computed_tokens += end - stop
             return stop
         self._since_computed += 1
-        return end - TRIAL if long and self._since_computed >= AGAIN else end
+        if long and self._since_computed >= AGAIN:
+            self._since_computed, end = 0, end - TRIAL  # whether or not its step says anything
+        return end
 
     def _computes_sooner(self, begin: Token, end: Token) -> bool:
         """Stays with what was chosen for such a length, unless the other way is much faster."""
