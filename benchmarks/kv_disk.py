@@ -87,11 +87,11 @@ def parts(core: EngineCore, row: Sequence[int]) -> dict[str, Any]:
     assert disk is not None
     assert isinstance(runner, MlxModelRunner)
     assert runner._landing is not None
-    count = min(len(row) // BLOCK, len(disk._landing))
-    keys, size = block_keys(disk._root, row, count), disk._landing[0].nbytes
+    count = min(len(row) // BLOCK, len(disk._reads.memory))
+    keys, size = block_keys(disk._root, row, count), disk._reads.memory[0].nbytes
 
     def read(i: int) -> bool:
-        return disk._files.read(keys[i], row[i * BLOCK : (i + 1) * BLOCK], disk._landing[i]) is not None
+        return disk._files.read(keys[i], row[i * BLOCK : (i + 1) * BLOCK], disk._reads.memory[i]) is not None
 
     found: dict[str, Any] = {"blocks": count, "block_bytes": size, "host_memory": runner._landing.stays}
     for threads in (1, 4):

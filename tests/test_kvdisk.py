@@ -300,19 +300,19 @@ def test_every_place_is_free_again(warm: EngineCore, cold: EngineCore) -> None:
     warm.step()
     warm.abort("gone")
     drain(warm)
-    taken = len(disk._landing) - len(disk._free)
+    taken = len(disk._reads.memory) - len(disk._reads.free)
     assert taken == 3, "what is read into them is not theirs to give"
     slow.go.set()
     assert answer(warm, prompt(1, 200)).tokens == answer(cold, prompt(1, 200)).tokens
-    disk._readers.shutdown()
-    assert sorted(disk._free) == [*range(len(disk._landing))]
+    disk._reads.close()
+    assert sorted(disk._reads.free) == [*range(len(disk._reads.memory))]
 
 
 def test_few_places_are_enough(
     checkpoint: Path, tmp_path: Path, cold: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several that read wait for one another's."""
-    monkeypatch.setattr(kvdisk, "_PLACES", 1)
+    monkeypatch.setattr(kvdisk, "PLACES", 1)
     rows = [prompt(seed, 250) for seed in range(3)]
     core = make(checkpoint, tmp_path)
     for row in rows:

@@ -114,6 +114,7 @@ backend <- environment
 sglang <- server
 scheduler <- kvdisk <- core
 types <- restore_choice <- kvdisk
+cache <- disk_reads <- kvdisk
 kernels <- landing <- runner
 config <- kvdisk <- memory
 config <- grammar <- constrained <- core
@@ -132,7 +133,7 @@ WITHOUT_MLX = (
     "client", "completion", "engine", "cli", "server", "grammar", "text", "transport", "supervisor", "restarts",
     "journal", "carried", "preflight", "exchange", "bounds", "limits", "planner", "runs",
     "masks",
-    "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk", "restore_choice",
+    "cache.canary", "cache.disk", "cache.disk_windows", "cache.digest", "kvdisk", "disk_reads", "restore_choice",
     "profile.control", "profile.marks", "profile.replay", "profile.summary",
 )  # fmt: skip
 

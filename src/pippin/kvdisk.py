@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,7 @@ from pippin.cache.disk import BLOCK, LEAST_BLOCKS, BlockFiles, Rows, block_keys,
 from pippin.cache.disk_windows import WindowBlocks, window_key
 from pippin.cache.windows import WindowPages
 from pippin.config import EngineConfig
+from pippin.disk_reads import PLACES, Block, BlockReads
 from pippin.errors import ConfigError
 from pippin.messages import ModelInfo
 from pippin.restore_choice import RestoreChoice
@@ -39,9 +39,7 @@ from pippin.types import Request, Token
 log = logging.getLogger(__name__)
 
 _AHEAD = 16  # blocks of a request that are read before those before them are in the pool
-_READERS = 4
 _RESTORING = 2  # requests that read at a time
-_PLACES = 24  # for blocks that are read and not in the pool yet, of all requests
 _TURN_BYTES = 64 << 20  # copied to and from the pool between two steps, each
 _WRITING_BYTES = 256 << 20  # copied out of the pool and not written yet
 _JOBS = 256  # ended requests that wait to be written
@@ -53,7 +51,7 @@ _PAUSE = 60.0
 def copy_bytes(slot_bytes: int) -> int:
     """The most that blocks on their way take beside the pool, where a token has ``slot_bytes``."""
     turn, writing = _blocks_of(slot_bytes * BLOCK)
-    reading = _PLACES + 2 * turn  # in memory that the device can read, and then twice in its own
+    reading = PLACES + 2 * turn  # in memory that the device can read, and then twice in its own
     return (writing + turn + reading) * slot_bytes * BLOCK
 
 
@@ -86,26 +84,6 @@ class Device(Protocol):
     def write_landed(self, slots: Sequence[int], places: Sequence[int], skip: int = 0) -> None:
         """``write_slots`` of what files left in ``places``, but for their first ``skip`` tokens."""
         ...
-
-
-class Place:
-    """A place of a landing, free again when nobody refers to this."""
-
-    __slots__ = ("_free", "index")
-
-    def __init__(self, free: list[int]) -> None:
-        self._free, self.index = free, free.pop()
-
-    def __del__(self) -> None:
-        self._free.append(self.index)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What was read: where layers that see everything are, and the arrays of windowed ones where they are needed."""
-
-    place: Place
-    windowed: list[Rows] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -227,10 +205,7 @@ class DiskTier:
         self._writes: deque[Future[None]] = deque()
         self._queued: set[bytes] = set()
         self._ready: list[Request] = []
-        self._reads: WeakValueDictionary[tuple[bytes, ...], Future[Block | None]] = WeakValueDictionary()
-        self._landing = device.landing(_PLACES)
-        self._free = [*range(_PLACES)]
-        self._readers = ThreadPoolExecutor(_READERS, "kv-disk-read")
+        self._reads = BlockReads(files, device.landing(PLACES))
         self._writer = ThreadPoolExecutor(1, "kv-disk-write")
         self._paused = 0.0
         self._writer.submit(files.scan)
@@ -363,7 +338,7 @@ class DiskTier:
     def close(self) -> None:
         """Writes what has been copied."""
         self._write_copied()
-        self._readers.shutdown(cancel_futures=True)
+        self._reads.close()
         self._writer.shutdown()
 
     # --- from the disk ---
@@ -395,23 +370,10 @@ class DiskTier:
                 restore.reads.popleft()
         tokens = restore.request.tokens
         for at in range(restore.at + len(restore.reads), min(restore.at + _AHEAD, len(restore.keys))):
-            keys = restore.files(at)
-            read = self._reads.get(keys)
+            read = self._reads.ask(restore.files(at), tokens[at * BLOCK : (at + 1) * BLOCK])
             if read is None:
-                if not self._free:
-                    break
-                place = Place(self._free)
-                read = self._readers.submit(self._read, keys, tokens[at * BLOCK : (at + 1) * BLOCK], place)
-                self._reads[keys] = read
-                del place  # the read has it
+                break
             restore.reads.append(read)
-
-    def _read(self, keys: tuple[bytes, ...], tokens: list[Token], place: Place) -> Block | None:
-        """Runs in a reader's thread."""
-        if self._files.read(keys[0], tokens, self._landing[place.index]) is None:
-            return None
-        windowed = self._files.read(keys[1], tokens) if len(keys) > 1 else None
-        return None if len(keys) > 1 and windowed is None else Block(place, windowed)
 
     def _take(self, restore: _Restore, most: int) -> tuple[int, bool]:
         """Up to ``most`` blocks into the pool: how many, and whether there are more to wait for."""
