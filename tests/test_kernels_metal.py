@@ -38,6 +38,7 @@ namespace metal {
 namespace fast { float exp2(float); float sin(float); float cos(float); }
 namespace precise { float log(float); }
 float rsqrt(float);
+float fmax(float, float);
 float floor(float);
 float fma(float, float, float);
 float simd_shuffle_xor(float, ushort);
@@ -128,6 +129,8 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
             part = latent.Cut(8, 2, 1, splits)
             latent.latent_decode(record, q, turned, latents, keys, *where, Form(1, 0.1), part)
         drawing.draw(record, mx.zeros((3, 320), dtype=dtype), 300, drawing.Filters())
+        hot = drawing.Filters(mx.zeros(3), mx.zeros((3, 2), dtype=mx.uint32))
+        drawing.draw(record, mx.zeros((3, 320), dtype=dtype), 300, hot)
         drawing.top_logprobs(record, mx.zeros((3, 320), dtype=dtype), 300, mx.zeros(3, dtype=mx.int32), 5)
     bits, tokens, mass = mx.zeros((3, 8), mx.uint32), mx.zeros(3, mx.int32), mx.zeros(3)
     select.boundary(record, bits, bits, select.Limits(tokens, mass))
@@ -155,7 +158,7 @@ def test_every_variant_is_here() -> None:
         "kv_gather",
         "paged_reduce",
         "boundary",
-        "draw",
+        *(f"draw{part}" for part in ("", "_survey", "_part", "_pick")),
         "top_logprobs",
         *rows,
         *decodes,

@@ -364,7 +364,7 @@ def drawn_rows(dtype: mx.Dtype) -> list[tuple[mx.array, int, Filters]]:
         for key, count in zip(keys[1:], (2, 141, 141), strict=True)
     )
     every, word = mx.array(2**32 - 1, mx.uint32), mx.arange(141)
-    few = mx.where(word == 2250 // 32, mx.array(1 << 2250 % 32, mx.uint32), mx.where(word % 60 == 1, 256, 0))
+    few = mx.where(word == 2250 // 32, mx.array(1 << 2250 % 32, mx.uint32), mx.where(word % 60 == 17, 1 << 18, 0))
     allowed = mx.where(row % 3 == 0, words[0] & words[1], mx.where(row == 5, 0, every)).astype(mx.uint32)
     temperature = mx.array([1.0, 6.0, 0.0, 9.0, 3.0, 1.0, 1.0, 2.0] * 4)
     endless = 2**31 - 1
@@ -373,12 +373,12 @@ def drawn_rows(dtype: mx.Dtype) -> list[tuple[mx.array, int, Filters]]:
         seeds,
         mx.array([2, 3, 1, endless, 3, 5, 4000, endless, 40, 2, 700, 1, endless, endless, 4, 2] * 2, mx.int32),
         mx.array([math.inf, 0.5, 0.02, 0.9, math.inf, 1e-9, 0.6, 0.97] * 4),
-        mx.array([-math.inf, -1.0, -math.inf, -math.inf] * 8),
+        mx.array([-math.inf, -math.inf, -math.inf, -1.0] * 8),
         allowed,
     )
     return [
         (logits, n, all_filters),
-        (logits, n - 1, Filters(mx.maximum(temperature, 5.0), seeds)),
+        (logits, n - 1, Filters(5 * temperature, seeds)),
         (logits, n, Filters(mx.full(rows, 50.0), seeds, allowed=mx.broadcast_to(few.astype(mx.uint32), (rows, 141)))),
     ]
 

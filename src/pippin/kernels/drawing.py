@@ -16,6 +16,21 @@ DRAW = Source(
     ("tokens", "finite"),
     headers=("draws",),
 )
+SURVEY = Source("draw_survey", "draw_survey", ("logits", "allowed", "sizes"), ("tops", "ids"), headers=("draws",))
+PART = Source(
+    "draw_part",
+    "draw_part",
+    ("logits", "allowed", "temperature", "noise", "log_min_p", "tops", "ids", "sizes"),
+    ("scores", "tokens"),
+    headers=("draws",),
+)
+PICK = Source(
+    "draw_pick",
+    "draw_pick",
+    ("scores", "part_tokens", "tops", "ids", "sizes"),
+    ("tokens", "finite"),
+    headers=("draws",),
+)
 TOP_LOGPROBS = Source(
     "top_logprobs",
     "top_logprobs",
@@ -29,7 +44,9 @@ MOST_TOPS = 256
 
 _THREADS = 512
 _LEAST_TOKENS = 256  # masks of fewer have less than 8 words, which Metal puts into another address space
-_MOST_TOKENS = 1 << 19  # so that a warp's sums of 2**31 a token stay under 2**48
+_MOST_TOKENS = 500_000  # so that a thread has fewer than 1024 of them, to which the kernels' sums are cut
+_BLOCKS = 128  # what a GPU has room for: fewer rows are cut in parts
+_MOST_PARTS = 32
 _GIVEN = {"MASKED": 1, "RANDOM": 2, "TOP_K": 4, "TOP_P": 8, "MIN_P": 16}
 
 
@@ -59,18 +76,30 @@ def draw(launch: Launcher, logits: mx.array, vocab_size: int, filters: Filters) 
         for bit, array in zip(_GIVEN.values(), (allowed, keys, top_k, top_p, log_min_p), strict=True)
         if array is not None
     )
-    inputs = [
-        logits,
+    masks, heat, noise = (
         _or_nothing(allowed, mx.uint32),
         _or_nothing(temperature, mx.float32),
         _or_nothing(keys, mx.uint32),
-        _or_nothing(top_k, mx.int32),
-        _or_nothing(top_p, mx.float32),
-        _or_nothing(log_min_p, mx.float32),
-        _sizes(vocab_size, given),
-    ]
-    tokens, finite = launch(_draw_launch(logits.shape[0], logits.dtype), inputs)
+    )
+    farthest, rows = _or_nothing(log_min_p, mx.float32), logits.shape[0]
+    parts = parts_of(rows) if keys is not None and top_k is None and top_p is None else 1
+    sizes = _sizes(vocab_size, given, parts, rows if parts > 1 else 0)
+    if parts > 1:
+        survey, part, pick = _part_launches(rows, parts, logits.dtype)
+        tops, ids = launch(survey, [logits, masks, sizes])
+        scores, tokens = launch(part, [logits, masks, heat, noise, farthest, tops, ids, sizes])
+        tokens, finite = launch(pick, [scores, tokens, tops, ids, sizes])
+    else:
+        limits = [_or_nothing(top_k, mx.int32), _or_nothing(top_p, mx.float32)]
+        what = _draw_launch(rows, logits.dtype)
+        tokens, finite = launch(what, [logits, masks, heat, noise, *limits, farthest, sizes])
     return tokens, finite.view(mx.bool_)
+
+
+def parts_of(rows: int) -> int:
+    """In how many parts a row is cut that needs all of its noise: 1 or 4 to 32, a power of two."""
+    parts = 1 << (_BLOCKS // rows).bit_length() - 1 if rows <= _BLOCKS else 1
+    return 1 if parts < 4 else min(parts, _MOST_PARTS)
 
 
 def top_logprobs(
@@ -95,15 +124,27 @@ def _or_nothing(array: mx.array | None, dtype: mx.Dtype) -> mx.array:
 
 
 @lru_cache(maxsize=256)
-def _sizes(first: int, second: int) -> mx.array:
+def _sizes(first: int, second: int, third: int = 0, fourth: int = 0) -> mx.array:
     """A new array costs a copy: of what an engine draws there are few."""
-    return ready(mx.array([first, second, 0, 0, 0, 0, 0, 0], mx.int32))
+    return ready(mx.array([first, second, third, fourth, 0, 0, 0, 0], mx.int32))
 
 
 @lru_cache(maxsize=1024)
 def _draw_launch(rows: int, dtype: mx.Dtype) -> Launch:
     constants: Constants = (("T", dtype), ("THREADS", _THREADS), *_GIVEN.items())
     return Launch(DRAW, constants, (rows, 1), _THREADS, (((rows,), mx.int32), ((rows,), mx.uint8)))
+
+
+@lru_cache(maxsize=1024)
+def _part_launches(rows: int, parts: int, dtype: mx.Dtype) -> tuple[Launch, Launch, Launch]:
+    constants: Constants = (("T", dtype), ("THREADS", _THREADS), *_GIVEN.items())
+    blocks, shape = (rows, parts), (rows, parts)
+    tops, whole = (((*shape, 2), mx.float32), (shape, mx.int32)), (((rows,), mx.int32), ((rows,), mx.uint8))
+    return (
+        Launch(SURVEY, constants, blocks, _THREADS, tops),
+        Launch(PART, constants, blocks, _THREADS, ((shape, mx.float32), (shape, mx.int32))),
+        Launch(PICK, (("THREADS", 32),), (-(-rows // 32), 1), 32, whole),
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -53,7 +53,7 @@ def libraries() -> Path:
 def host_launcher(schedule: int = 0, seed: int = 0, edit: Callable[[str], str] | None = None) -> Launcher:
     """A launcher that runs kernels here; writes through input pointers land in the arrays that were passed.
 
-    ``edit`` changes a kernel's own lines before they are compiled: for tests that plant a fault.
+    ``edit`` changes a kernel's lines, and its header, before they are compiled: for tests that plant a fault.
     """
 
     def launch(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
@@ -80,8 +80,9 @@ def host_source(what: Launch, inputs: Sequence[mx.array], edit: Callable[[str], 
         f"  {'const ' * (i < len(inputs))}{_TYPES[dtype]}* {name} = ({_TYPES[dtype]}*)pippin::arguments[{i}];\n"
         for i, (name, dtype) in enumerate(zip((*source.inputs, *source.outputs), dtypes, strict=True))
     )
-    text = source.text("host")
-    text = edit(text) if edit else text
+    header, text = source.header("host"), source.text("host")
+    if edit:
+        header, text = edit(header), edit(text)
     shapes = "".join(
         f"  const int* {name}_shape = (int*)pippin::arguments[{len(dtypes) + i}];\n"
         for i, name in enumerate(source.inputs)
@@ -89,7 +90,7 @@ def host_source(what: Launch, inputs: Sequence[mx.array], edit: Callable[[str], 
     )
     ignore = "".join(f"  (void){name};\n" for name in (*source.inputs, *source.outputs))
     return (
-        f"{source.header('host')}\nstatic void kernel_body() {{\n{constants}{arrays}{shapes}{ignore}{text}}}\n"
+        f"{header}\nstatic void kernel_body() {{\n{constants}{arrays}{shapes}{ignore}{text}}}\n"
         "static bool bound = (pippin::body = kernel_body, true);\n"
     )
 

@@ -34,9 +34,10 @@
   most.share = (given & TOP_P) != 0 ? top_p[block_x] : float_of(INFINITE);
   most.by_mass = is_finite(most.share);
   most.mass = 0.0f;
-  const float farthest = (given & MIN_P) != 0 ? -log_min_p[block_x] : float_of(INFINITE);
-  unsigned end = INFINITE;
-  int end_id = n;
+  Kept kept;
+  kept.farthest = (given & MIN_P) != 0 ? -log_min_p[block_x] : float_of(INFINITE);
+  kept.last = INFINITE;
+  kept.last_id = n;
   if (most.tokens < n || most.by_mass) {
     const Range range = search<T, 2, THREADS, true>(row, keys, most, tid, lane, warp, sums, totals, counts);
     const int at = int(sum_before(range.mine, lane, warp, found_ids));
@@ -65,54 +66,12 @@
       }
     }
     BARRIER();
-    end = boundary[0];
-    end_id = last[0];
+    kept.last = boundary[0];
+    kept.last_id = last[0];
   }
-  // The likeliest is always kept. What can't come before the best so far, whatever its noise, needs no hash: noise is
-  // at most -log of its uniform number, of which 2**-33 is the least.
-  constexpr int PAIRS = 4;
-  constexpr float LEAST = 1.1641532182693481e-10f;
   const unsigned a = noise[2 * block_x], b = noise[2 * block_x + 1];
   float best = noise_of(a, b, likeliest, n);
   unsigned best_id = unsigned(likeliest);
-  const int late = (n + 1) / 2;
-  for (int from = tid; from < late; from += PAIRS * THREADS) {
-    float d[2 * PAIRS];
-    UNROLL
-    for (int p = 0; p < 2 * PAIRS; p++) {
-      const int i = from + p / 2 * THREADS, id = p % 2 == 0 ? i : late + i;
-      d[p] = float_of(INFINITE);
-      if (i < late && id < n) {
-        const float distance = distance_of(logit_of(row, id), keys.top, keys.inverse);
-        const unsigned key = bits_of(distance);
-        if ((key < end || (key == end && id <= end_id)) && distance <= farthest) d[p] = distance;
-      }
-    }
-    UNROLL
-    for (int p = 0; p < 2 * PAIRS; p += 2) {
-      const int i = from + p / 2 * THREADS;
-      const float most_of = exp2_of(fma_of(-(best + d[p]), LOG2E, 0.01f));
-      const float most_late = exp2_of(fma_of(-(best + d[p + 1]), LOG2E, 0.01f));
-      if (larger(most_of, most_late) >= LEAST) {
-        unsigned x = unsigned(i), y = i < n / 2 ? unsigned(late + i) : 0u;
-        threefry(a, b, x, y);
-        const float u = uniform_of(x), u_late = uniform_of(y);
-        if (most_of >= LEAST && u <= most_of) {
-          const float score = gumbel_of(u) - d[p];
-          if (comes_before(score, unsigned(i), best, best_id)) {
-            best = score;
-            best_id = unsigned(i);
-          }
-        }
-        if (most_late >= LEAST && u_late <= most_late) {
-          const float score = gumbel_of(u_late) - d[p + 1];
-          if (comes_before(score, unsigned(late + i), best, best_id)) {
-            best = score;
-            best_id = unsigned(late + i);
-          }
-        }
-      }
-    }
-  }
+  noisiest(row, keys, kept, a, b, 0, (n + 1) / 2, tid, THREADS, best, best_id);
   best_of_block(best, best_id, lane, warp, WARPS, found, found_ids);
   if (tid == 0) tokens[block_x] = int(best_id);

@@ -26,7 +26,7 @@ INLINE float logit_of(const THREAD Row<T>& row, int id) {
   return seen(row, float(row.logits[id]), word);
 }
 
-// 16 bytes of a row with the mask's bits for them, loaded together.
+// 16 bytes of a row with the mask's bits for them, loaded together; behind the row's end logits are -infinity.
 template <typename T>
 struct Logits {
   Pack<T> pack;
@@ -43,6 +43,15 @@ INLINE Logits<T> logits_at(const THREAD Row<T>& row, int pack) {
   if (x.id < row.n) {
     x.pack = ((const DEVICE Pack<T>*)row.logits)[pack];
     if (row.masked) x.word = row.words[x.id / 32] >> (x.id % 32);
+  }
+  if (x.id + EACH > row.n) {
+    UNROLL
+    for (int e = 0; e < EACH; e++) {
+      if (x.id + e >= row.n) {
+        x.pack.v[e] = T(-float_of(INFINITE));
+        x.word &= ~(1u << e);
+      }
+    }
   }
   return x;
 }
@@ -97,17 +106,20 @@ INLINE Survey survey(const THREAD Row<T>& row, int begin, int end, int tid, int 
     for (int u = 0; u < U; u++) x[u] = logits_at(row, i + u * threads < end ? i + u * threads : row.n);
     UNROLL
     for (int u = 0; u < U; u++) {
+      float v[EACH], top = -float_of(INFINITE);
       UNROLL
       for (int e = 0; e < EACH; e++) {
-        const int id = x[u].id + e;
-        if (id < row.n) {
-          const float raw = float(x[u].pack.v[e]), v = seen(row, raw, x[u].word >> e);
-          odd = odd || raw != raw;
-          if (raw > found.raw) found.raw = raw;
-          if (v > found.top) {
-            found.top = v;
-            found.id = unsigned(id);
-          }
+        const float raw = float(x[u].pack.v[e]);
+        odd |= raw != raw;
+        found.raw = max_of(found.raw, raw);
+        v[e] = seen(row, raw, x[u].word >> e);
+        top = max_of(top, v[e]);
+      }
+      if (top > found.top) {  // seldom, but for the first
+        found.top = top;
+        UNROLL
+        for (int e = EACH - 1; e >= 0; e--) {
+          if (v[e] == top) found.id = unsigned(x[u].id + e);
         }
       }
     }
@@ -122,6 +134,22 @@ INLINE Survey joined(
   best_of_block(mine.top, mine.id, lane, warp, warps, found, ids);
   best_of_block(mine.raw, nobody, lane, warp, warps, found, ids);
   return mine;
+}
+
+// The same of a row whose parts' were written from `at` on.
+INLINE Survey survey_of_parts(const DEVICE float* tops, const DEVICE int* ids, int at, int parts) {
+  Survey whole;
+  whole.top = tops[2 * at];
+  whole.raw = tops[2 * at + 1];
+  whole.id = unsigned(ids[at]);
+  for (int i = at + 1; i < at + parts; i++) {
+    if (comes_before(tops[2 * i], unsigned(ids[i]), whole.top, whole.id)) {
+      whole.top = tops[2 * i];
+      whole.id = unsigned(ids[i]);
+    }
+    whole.raw = larger(whole.raw, tops[2 * i + 1]);
+  }
+  return whole;
 }
 
 INLINE bool is_finite(float x) { return x < float_of(INFINITE) && x > -float_of(INFINITE); }
@@ -221,6 +249,64 @@ INLINE unsigned first_ends(Keys<SCALED> keys, int i) {
   return SCALED ? bits_of(d) : order_of(keys.top - d);
 }
 
+// What limits leave: up to a key and an id, and no farther than min_p says.
+struct Kept {
+  unsigned last;
+  int last_id;
+  float farthest;
+};
+
+// Draws among pairs [begin, end) of a row: the best of noise less distance takes the place of `best`, which is the
+// likeliest token's, and always kept. What can't come before the best so far, whatever its noise, needs no hash: noise
+// is at most -log of its uniform number, of which 2**-33 is the least.
+template <typename T>
+INLINE void noisiest(
+    const THREAD Row<T>& row, Keys<true> keys, Kept kept, unsigned a, unsigned b, int begin, int end, int tid,
+    int threads, THREAD float& best, THREAD unsigned& best_id) {
+  constexpr int PAIRS = 4;
+  constexpr float LEAST = 1.1641532182693481e-10f;
+  const int n = row.n, late = (n + 1) / 2;
+  for (int from = begin + tid; from < end; from += PAIRS * threads) {
+    float d[2 * PAIRS];
+    UNROLL
+    for (int p = 0; p < 2 * PAIRS; p++) {
+      const int i = from + p / 2 * threads, id = p % 2 == 0 ? i : late + i;
+      d[p] = float_of(INFINITE);
+      if (i < end && id < n) {
+        const float distance = distance_of(logit_of(row, id), keys.top, keys.inverse);
+        const unsigned key = bits_of(distance);
+        const bool left = key < kept.last || (key == kept.last && id <= kept.last_id);
+        if (left && distance <= kept.farthest) d[p] = distance;
+      }
+    }
+    UNROLL
+    for (int p = 0; p < 2 * PAIRS; p += 2) {
+      const int i = from + p / 2 * threads;
+      const float most_of = exp2_of(fma_of(-(best + d[p]), LOG2E, 0.01f));
+      const float most_late = exp2_of(fma_of(-(best + d[p + 1]), LOG2E, 0.01f));
+      if (larger(most_of, most_late) >= LEAST) {
+        unsigned x = unsigned(i), y = i < n / 2 ? unsigned(late + i) : 0u;
+        threefry(a, b, x, y);
+        const float u = uniform_of(x), u_late = uniform_of(y);
+        if (most_of >= LEAST && u <= most_of) {
+          const float score = gumbel_of(u) - d[p];
+          if (comes_before(score, unsigned(i), best, best_id)) {
+            best = score;
+            best_id = unsigned(i);
+          }
+        }
+        if (most_late >= LEAST && u_late <= most_late) {
+          const float score = gumbel_of(u_late) - d[p + 1];
+          if (comes_before(score, unsigned(late + i), best, best_id)) {
+            best = score;
+            best_id = unsigned(late + i);
+          }
+        }
+      }
+    }
+  }
+}
+
 INLINE wide shuffle_wide(wide x, int mask) {
   const unsigned low = shuffle_xor(unsigned(x), mask), high = shuffle_xor(unsigned(x >> 32), mask);
   return wide(high) << 32 | low;
@@ -253,10 +339,12 @@ struct Range {
   bool by_id;
 };
 
-INLINE bool inside(const THREAD Range& range, unsigned key, int id) {
-  const unsigned at = range.by_id ? unsigned(id) : key;
-  return (!range.by_id || key == range.tie) && at >= range.low && at <= range.high;
+// Where a token lies in what the range is one of; behind all where that is ids, and its key is another.
+INLINE unsigned place_of(const THREAD Range& range, unsigned key, int id) {
+  return !range.by_id ? key : key == range.tie ? unsigned(id) : 0xffffffffu;
 }
+
+INLINE bool inside(const THREAD Range& range, unsigned place) { return place - range.low <= range.high - range.low; }
 
 // What may lie before a kept token: fewer than `tokens` tokens, and less than `mass`, a share of all.
 struct Most {
@@ -292,15 +380,15 @@ INLINE Range search(
       range.low = 0;
       range.high = unsigned(row.n - 1);
     }
-    unsigned ends[ENDS];
-    wide sum[ENDS];
+    unsigned ends[ENDS], sum[ENDS], sum_high[ENDS], own[ENDS];
+    wide sums_of_all[ENDS];
     const unsigned width = range.high - range.low, step = width / ENDS + 1;
     UNROLL
     for (int j = 0; j < ENDS; j++) {
       const unsigned past = step * unsigned(j + 1) - 1;
       ends[j] = j == ENDS - 1 || past >= width ? range.high : range.low + past;
       if (pass == 0 && j < ENDS - 1) ends[j] = first_ends(keys, j);
-      sum[j] = 0;
+      sum[j] = sum_high[j] = 0;
     }
     for (int i = tid; i < packs; i += U * THREADS) {
       Logits<T> x[U];
@@ -310,23 +398,28 @@ INLINE Range search(
       for (int u = 0; u < U; u++) {
         UNROLL
         for (int e = 0; e < EACH; e++) {
-          const int id = x[u].id + e;
           const unsigned key = key_of(keys, seen(row, float(x[u].pack.v[e]), x[u].word >> e));
-          const unsigned at = range.by_id ? unsigned(id) : key;
-          const bool counts_here = id < row.n && inside(range, key, id);
-          const unsigned high = counts_here ? 1u << 16 : 0u, low = counts_here && most.by_mass ? mass_of(key) : 0u;
-          const wide one = wide(high) << 32 | low;
+          const unsigned place = place_of(range, key, x[u].id + e);
+          const bool counts_here = inside(range, place);
+          // In two words of 32 bits: one of counts and the lowest 12 bits of masses, one of the others.
+          const unsigned mass = most.by_mass && counts_here ? mass_of(key) : 0u;
+          const unsigned one = counts_here ? (mass & 0xfffu) | 1u << 22 : 0u, high = mass >> 12;
           UNROLL
           for (int j = 0; j < ENDS; j++) {
-            if (at <= ends[j]) sum[j] += one;
+            if (place <= ends[j]) {
+              sum[j] += one;
+              sum_high[j] += high;
+            }
           }
         }
       }
     }
-    unsigned own[ENDS];
     UNROLL
-    for (int j = 0; j < ENDS; j++) own[j] = unsigned(sum[j] >> 48);
-    const wide of_warp = sum_eight(sum, lane);
+    for (int j = 0; j < ENDS; j++) {
+      own[j] = sum[j] >> 22;
+      sums_of_all[j] = (wide(own[j]) << 48) + (wide(sum_high[j]) << 12) + (sum[j] & 0x3fffffu);
+    }
+    const wide of_warp = sum_eight(sums_of_all, lane);
     if (lane % 4 == 0) sums[warp * ENDS + lane / 4] = of_warp;
     BARRIER();
     if (tid < ENDS) {
@@ -405,7 +498,7 @@ INLINE void collect(
         const int id = x[u].id + e;
         const unsigned key = key_of(keys, seen(row, float(x[u].pack.v[e]), x[u].word >> e));
         const bool earlier = key < first || (range.by_id && key == range.tie && unsigned(id) < range.low);
-        if (id < row.n && (inside(range, key, id) || (all && earlier)) && at < room) {
+        if ((inside(range, place_of(range, key, id)) || (all && earlier)) && at < room) {
           near_keys[at] = key;
           near_ids[at] = id;
           at++;

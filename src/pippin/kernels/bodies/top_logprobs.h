@@ -25,7 +25,7 @@
     for (int u = 0; u < U; u++) {
       UNROLL
       for (int e = 0; e < EACH; e++) {
-        if (x[u].id + e < n) total += exp2_of((float(x[u].pack.v[e]) - shift) * LOG2E);
+        total += exp2_of((float(x[u].pack.v[e]) - shift) * LOG2E);
       }
     }
   }

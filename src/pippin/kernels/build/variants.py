@@ -134,8 +134,9 @@ def _record_draws(record: Launcher, shape: ModelShape, rows: int) -> None:
     for dtype in (shape.dtype, mx.float32):
         logits = mx.zeros((rows, shape.vocab), dtype=dtype)
         if drawing.takes(logits, shape.vocab):
-            drawing.draw(record, logits, shape.vocab, drawing.Filters(allowed=mx.zeros(8, dtype=mx.uint32)))
+            hot = drawing.Filters(mx.zeros(rows), mx.zeros((rows, 2), dtype=mx.uint32))
             drawing.draw(record, logits, shape.vocab, drawing.Filters())
+            drawing.draw(record, logits, shape.vocab, hot)
             drawing.top_logprobs(record, logits, shape.vocab, mx.zeros(rows, dtype=mx.int32), 5)
 
 

@@ -14,6 +14,7 @@ namespace pippin {
 INLINE float exp2_of(float x) { return metal::fast::exp2(x); }
 typedef unsigned long wide;
 
+INLINE float max_of(float a, float b) { return metal::fmax(a, b); }
 INLINE float log_of(float x) { return metal::precise::log(x); }
 INLINE float rsqrt_of(float x) { return metal::rsqrt(x); }
 INLINE float sin_of(float x) { return metal::fast::sin(x); }
