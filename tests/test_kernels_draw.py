@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pippin import kernels, sampler_graphs
+from pippin import kernels, sampler, sampler_graphs
+from pippin.graph import Compiler
 from pippin.kernels import checks, drawing, paged, reference
 from pippin.kernels.drawing import TOP_LOGPROBS, Filters
-from pippin.kernels.host import KernelFault, compiler, host_launcher
+from pippin.kernels.host import KernelFault, host_launcher
+from pippin.kernels.host import compiler as host_compiler
 from pippin.sampler import (
     FEW_TOPS,
     Sampled,
@@ -29,11 +32,12 @@ from pippin.sampler import (
     sampling_inputs,
     token_logprobs,
 )
+from pippin.sampler_graphs import SamplerGraphs
 from pippin.types import Request, SamplingParams, Work
 from tests.test_kernels_dispatch import Gpu, played
 from tests.test_sampler_graphs import fused_kernels, traced
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
+pytestmark = pytest.mark.skipif(host_compiler() is None, reason="kernels run on the host only where g++ is installed")
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 LOGITS: dict[str, Any] = {
@@ -291,6 +295,24 @@ def test_compiled_draws_have_no_operations_of_their_own(tmp_path: Path, monkeypa
             found = fused_kernels(traced(stage, table, rows, logits, None, given_inputs), tmp_path)
             assert len(found) <= 1, found
     assert FEW_TOPS <= kernels.MOST_TOPS
+
+
+def test_no_draw_is_traced_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever requests combine, edits and masks among it."""
+    monkeypatch.setattr(kernels, "draws", lambda *_: True)
+    monkeypatch.setattr(kernels, "draw", one_launch)
+    logits, table, rows = mx.zeros((4, 300)), mx.zeros(9, mx.int32), mx.zeros(4, mx.int32)
+    compiler = Compiler()
+    graphs = SamplerGraphs(300, compiler)
+    graphs.warm(logits, table, tops=())
+    warmed = compiler.traces
+    for (plan, inputs), places, masked in product(
+        sampler_graphs._kinds(300, 4), (0, *sampler.EDIT_PLACES), (False, True)
+    ):
+        edits = sampler_graphs._no_edits(places, 4) if places else None
+        asked = inputs._replace(edits=edits, allowed=mx.zeros((4, 10), mx.uint32) if masked else None)
+        graphs.draw(logits, plan, asked, rows, table, rows)
+    assert compiler.traces == warmed
 
 
 # --- self-checks ---

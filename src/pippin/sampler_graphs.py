@@ -73,20 +73,27 @@ class SamplerGraphs:
         self, logits: mx.array, table: mx.array, tops: Sequence[int] = (0, FEW_TOPS), part: slice = slice(None)
     ) -> None:
         """Compiles every stage for logits [S, V] like these, by running it; ``part`` of the ways to draw, or all."""
-        if not kernels.draws(logits, self._vocab_size):  # decided before a trace asks
+        by_kernel = kernels.draws(logits, self._vocab_size)  # decided before a trace asks
+        if not by_kernel:
             kernels.verify(mx.float32, "limits")
         nobody = mx.zeros(logits.shape[0], mx.int32)
-        for plan, inputs in self._ways(logits.shape[0], tops)[part]:
+        for plan, inputs in self._ways(logits.shape[0], tops, by_kernel)[part]:
             mx.eval(self.draw(logits, plan, inputs, nobody, table, nobody))
 
-    def _ways(self, size: int, tops: Sequence[int]) -> list[tuple[SamplingPlan, SamplingInputs]]:
-        """What draws for ``size`` rows that between them go through every stage."""
+    def _ways(self, size: int, tops: Sequence[int], by_kernel: bool) -> list[tuple[SamplingPlan, SamplingInputs]]:
+        """What draws for ``size`` rows that between them go through every stage.
+
+        A mask is a stage that ends as edits do; a kernel takes it as one array more, so edits are traced by themselves.
+        """
         mask = mx.array(np.full((size, -(-self._vocab_size // 32)), 2**32 - 1, np.uint32))
         plan = SamplingPlan(self._vocab_size)
         open_ways = [
             *_kinds(self._vocab_size, size),
             *((plan, SamplingInputs(edits=_no_edits(places, size))) for places in EDIT_PLACES),
         ]
+        if by_kernel:
+            edits = _no_edits(EDIT_PLACES[0], size)
+            open_ways += [(kind, inputs._replace(edits=edits)) for kind, inputs in _kinds(self._vocab_size, size)][1:]
         asked = [replace(plan, logprobs=True, tops=min(count, self._vocab_size)) for count in tops]
         return [  # what has most operations of its own first, for processes that share them
             *((plan, SamplingInputs()) for plan in asked),
