@@ -353,6 +353,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "its own mass before it": ("wide mass = range.mass;", "wide mass = range.mass + near_mass[tid];"),
     "tokens before the range": ("unsigned rank = range.count;", "unsigned rank = 0;"),
     "higher ids first": ("near_ids[i] < id", "near_ids[i] > id"),
+    "a range left out": ("counts_here && place <= ends[ENDS - 2]", "counts_here && place <= ends[ENDS - 4]"),
     "masses' upper bits": ("wide(sum_high[j]) << 12", "wide(sum_high[j]) << 11"),
     "others among equals": ("key == range.tie ? unsigned(id) : 0xffffffffu", "unsigned(id)"),
     "masses before they are there": (

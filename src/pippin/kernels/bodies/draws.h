@@ -404,11 +404,15 @@ INLINE Range search(
           // In two words of 32 bits: one of counts and the lowest 12 bits of masses, one of the others.
           const unsigned mass = most.by_mass && counts_here ? mass_of(key) : 0u;
           const unsigned one = counts_here ? (mass & 0xfffu) | 1u << 22 : 0u, high = mass >> 12;
-          UNROLL
-          for (int j = 0; j < ENDS; j++) {
-            if (place <= ends[j]) {
-              sum[j] += one;
-              sum_high[j] += high;
+          sum[ENDS - 1] += one;
+          sum_high[ENDS - 1] += high;
+          if (counts_here && place <= ends[ENDS - 2]) {  // often no lane's
+            UNROLL
+            for (int j = 0; j < ENDS - 1; j++) {
+              if (place <= ends[j]) {
+                sum[j] += one;
+                sum_high[j] += high;
+              }
             }
           }
         }
