@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,15 @@ def greedy_by_mlx_lm(path: Path, row: Sequence[int], count: int) -> list[int]:
 
 @cache
 def _greedy_by_mlx_lm(
-    path: Path, _files: tuple[tuple[str, int], ...], row: tuple[int, ...], count: int
+    path: Path, files: tuple[tuple[str, int], ...], row: tuple[int, ...], count: int
 ) -> tuple[int, ...]:
-    model = load_mlx_model(str(path), EngineConfig(dtype="float32")).model
-    steps = generate_step(mx.array(list(row)), model, max_tokens=count)
+    steps = generate_step(mx.array(list(row)), _model(path, files), max_tokens=count)
     return tuple(int(token) for token, _ in steps)
+
+
+@lru_cache(maxsize=2)
+def _model(path: Path, _files: tuple[tuple[str, int], ...]) -> Any:
+    return load_mlx_model(str(path), EngineConfig(dtype="float32")).model
 
 
 def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
