@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -22,10 +22,16 @@ ROOM = 60_000
 
 
 class Speaker(FakeCore):
-    """Answers with the text whose name is the last line of the prompt's last message, else with ``otherwise``."""
+    """Answers with the text whose name is the last line of the prompt's last message, else with ``otherwise``.
 
-    def __init__(self, answers: Mapping[str, str], otherwise: str, seconds: float) -> None:
+    ``before`` is told how many tokens of an answer have been said, before each; until it returns nothing is said.
+    """
+
+    def __init__(
+        self, answers: Mapping[str, str], otherwise: str, seconds: float, before: Callable[[int], object]
+    ) -> None:
         super().__init__(seconds)
+        self._before = before
         self.info = msgspec.structs.replace(self.info, context_length=ROOM)
         self._answers = answers
         self._otherwise = otherwise
@@ -34,15 +40,20 @@ class Speaker(FakeCore):
         last = bytes(t for t in submit.tokens if t < 256).decode().rsplit("\n", 2)[-2].partition(":")[2]
         answer = self._answers.get(last, self._otherwise).encode()
         said = len(tokens) - submit.num_prompt
+        self._before(said)
         return answer[said] if said < len(answer) else EOS
 
 
 @contextmanager
 def speaking(
-    answers: Mapping[str, str], otherwise: str = "Hello.", seconds: float = 0.001, config: ServerConfig | None = None
+    answers: Mapping[str, str],
+    otherwise: str = "Hello.",
+    seconds: float = 0.001,
+    config: ServerConfig | None = None,
+    before: Callable[[int], object] = lambda said: None,
 ) -> Iterator[Running]:
     def make(core: FakeCore) -> EngineClient:
-        return EngineClient.in_thread(lambda progress: Speaker(answers, otherwise, seconds), seed=0)
+        return EngineClient.in_thread(lambda progress: Speaker(answers, otherwise, seconds, before), seed=0)
 
     config = config or ServerConfig(tool_call_parser="qwen", reasoning_parser="qwen3")
     with serving(config, make_client=make, tokenizer=byte_tokenizer(TEMPLATE)) as running:

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.server.conftest import Running
-from tests.server.ui.page import LONG, RICH, TOOLS, Open, setting
-from tests.waiting import until
+from tests.server.speaker import speaking
+from tests.server.ui.page import ANSWERS, LONG, RICH, TOOLS, Open, setting
+from tests.waiting import SECONDS, until
 
 
-def test_send_and_stream(slow: Running, open_page: Open) -> None:
-    here = open_page(slow)
+@pytest.fixture
+def held() -> Iterator[tuple[Running, threading.Event]]:
+    """A server that says no more than the first line of RICH until the event is set."""
+    opened = threading.Event()
+    line = RICH.index("|") + 1
+    with speaking(ANSWERS, before=lambda said: said < line or opened.wait(SECONDS)) as running:
+        yield running, opened
+        opened.set()
+
+
+def test_send_and_stream(held: tuple[Running, threading.Event], open_page: Open) -> None:
+    running, opened = held
+    here = open_page(running)
     here.send("rich")
     heading = here.answer.get_by_role("heading", name="Apples")
     expect(heading).to_be_visible()
     assert here.page.locator(".streaming").count() == 1  # it is seen before it is whole
     assert here.page.locator(".assistant td").count() == 0
+    opened.set()
     here.ended()
     expect(here.answer.locator("td.align-right")).to_have_text("12")
     expect(here.answer.locator("pre .hljs-keyword").first).to_have_text("def")
