@@ -346,7 +346,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "too much ruled out": ("(best + d[p + 1]), LOG2E, 0.01f", "(best + d[p + 1]), LOG2E, -1.5f"),
     "a token too many by id": ("id <= kept.last_id", "id <= kept.last_id + 1"),
     "min_p the other way": ("distance <= kept.farthest", "(distance < kept.farthest || distance > 0.5f)"),
-    "ids that do not exist": ("row.n = n;", "row.n = logits_shape[1];"),
+    "ids that do not exist": ("row.n = n;", "row.n = width;"),
     "another row's mask": ("(n + 31) / 32", "(n + 63) / 32"),
     "a mask's bit": ("row.words[id / 32] >> (id % 32)", "row.words[id / 32] >> (id % 31)"),
     "a mask's bit in a pack": ("x[u].word >> e", "x[u].word >> (e + 1)"),

@@ -12,11 +12,7 @@
   SHARED(unsigned, boundary, 1);
   SHARED(int, last, 1);
   const int n = sizes[0], given = sizes[1];
-  Row<T> row;
-  row.n = n;
-  row.masked = (given & MASKED) != 0;
-  row.logits = logits + size_t(block_x) * logits_shape[1];
-  row.words = allowed + (row.masked ? size_t(block_x) * ((n + 31) / 32) : 0);
+  const Row<T> row = row_of(logits, allowed, block_x, logits_shape[1], n, (given & MASKED) != 0);
   const Survey top = joined(
       survey<T, U>(row, 0, (n + EACH - 1) / EACH, tid, THREADS), lane, warp, WARPS, found, found_ids);
   const float heat = (given & RANDOM) != 0 ? temperature[block_x] : 0.0f;

@@ -4,11 +4,7 @@
   SHARED(float, found, WARPS);
   SHARED(unsigned, found_ids, WARPS);
   const int n = sizes[0], given = sizes[1], at = block_x * blocks_y;
-  Row<T> row;
-  row.n = n;
-  row.masked = (given & MASKED) != 0;
-  row.logits = logits + size_t(block_x) * logits_shape[1];
-  row.words = allowed + (row.masked ? size_t(block_x) * ((n + 31) / 32) : 0);
+  const Row<T> row = row_of(logits, allowed, block_x, logits_shape[1], n, (given & MASKED) != 0);
   const Survey whole = survey_of_parts(tops, ids, at, blocks_y);
   const int likeliest = whole.id < unsigned(n) ? int(whole.id) : 0;
   const float heat = temperature[block_x];

@@ -4,11 +4,7 @@
   SHARED(float, found, WARPS);
   SHARED(unsigned, found_ids, WARPS);
   const int n = sizes[0], packs = (n + EACH - 1) / EACH, each = (packs + blocks_y - 1) / blocks_y;
-  Row<T> row;
-  row.n = n;
-  row.masked = (sizes[1] & MASKED) != 0;
-  row.logits = logits + size_t(block_x) * logits_shape[1];
-  row.words = allowed + (row.masked ? size_t(block_x) * ((n + 31) / 32) : 0);
+  const Row<T> row = row_of(logits, allowed, block_x, logits_shape[1], n, (sizes[1] & MASKED) != 0);
   const Survey part = joined(
       survey<T, 4>(row, block_y * each, smaller(packs, block_y * each + each), tid, THREADS), lane, warp, WARPS, found,
       found_ids);

@@ -13,6 +13,17 @@ struct Row {
   bool masked;
 };
 
+// Row `at` of logits [S, width] and of masks.
+template <typename T>
+INLINE Row<T> row_of(const DEVICE T* logits, const DEVICE unsigned* words, int at, int width, int n, bool masked) {
+  Row<T> row;
+  row.n = n;
+  row.masked = masked;
+  row.logits = logits + size_t(at) * width;
+  row.words = words + (masked ? size_t(at) * ((n + 31) / 32) : 0);
+  return row;
+}
+
 // `x`, logit of an id whose bit is the lowest of `word`.
 template <typename T>
 INLINE float seen(const THREAD Row<T>& row, float x, unsigned word) {

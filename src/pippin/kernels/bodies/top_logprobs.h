@@ -9,11 +9,7 @@
   SHARED(unsigned, near_keys, ROOM);
   SHARED(int, near_ids, ROOM);
   const int n = sizes[0], count = sizes[1], packs = (n + EACH - 1) / EACH;
-  Row<T> row;
-  row.n = n;
-  row.masked = false;
-  row.logits = logits + size_t(block_x) * logits_shape[1];
-  row.words = nobody;
+  const Row<T> row = row_of(logits, nobody, block_x, logits_shape[1], n, false);
   const Survey top = joined(survey<T, U>(row, 0, packs, tid, THREADS), lane, warp, WARPS, found, found_ids);
   const float shift = is_finite(top.top) ? top.top : 0.0f;
   float total = 0.0f;
