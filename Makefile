@@ -50,7 +50,7 @@ test: lint
 
 parity:
 	@scripts/setup.sh parity
-	.venv-parity/bin/python -m pytest -o addopts= -q --strict-markers --strict-config tests/parity
+	.venv-parity/bin/python -m pytest -o addopts= -q --strict-markers --strict-config -n $(JOBS) --dist loadfile tests/parity
 
 clients: dev
 	@scripts/setup.sh clients
