@@ -10,11 +10,13 @@ import mlx.core as mx
 import pytest
 
 from pippin.flight import InFlight, Masks
+from pippin.garbage import loaded_left_alone
 from pippin.messages import Output, Submit
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Work
 from pippin.worker import add
 from tests.checkpoints import make_checkpoint
+from tests.compiling import play_gpu
 from tests.cores import GREEDY, collect, drain, greedy_by_mlx_lm, make_core, prompts, run, submits
 
 
@@ -92,6 +94,23 @@ def test_after_a_step_that_failed_midway_there_is_one_pool_not_two(
     assert mx.get_peak_memory() - before < size / 4
     last.mlp = planted
     assert run(core, submits(prompts(1)))["r0"] == greedy_by_mlx_lm(checkpoint, prompts(1)[0], 12)
+
+
+def test_steps_that_are_compiled_keep_no_pool_alive(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody collects cycles in time: what was loaded is out of the collector's sight, and memory is short now."""
+    play_gpu(monkeypatch)
+    core = make_core(checkpoint, max_total_tokens=60_000)
+    runner = core._runner
+    assert isinstance(runner, MlxModelRunner)
+    assert runner.graphs is not None
+    expected = run(core, submits(prompts(1)))
+    size, before = runner.pool.nbytes, mx.get_active_memory()
+    with loaded_left_alone():
+        for _ in range(2):
+            runner.reset()
+            assert mx.get_active_memory() - before < size / 4
+    core.flush()
+    assert run(core, submits(prompts(1))) == expected
 
 
 @pytest.mark.parametrize("where", ["launch", "read"])

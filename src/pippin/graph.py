@@ -84,6 +84,11 @@ class StepGraphs:
         # Other backends' models see their works as lines of one length.
         self._extends = extend_sizes(most_rows, most_works) if isinstance(backend, Rows) else []
 
+    def close(self) -> None:
+        """Lets go of the pool, which compiled functions hold: what holds them is a cycle, and nobody may collect it."""
+        self._functions.clear()
+        del self._pool
+
     def padded_works(self, count: int) -> int | None:
         """How many rows of logits draws for ``count`` are padded to: as many as some step has. None if none has."""
         known = {*self._decodes, *(works for _, works in self._extends)}

@@ -387,6 +387,8 @@ class MlxModelRunner:
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
         states, windows = self.pool.states, self.pool.windows
+        if self.graphs is not None:
+            self.graphs.close()
         del self.pool, self.graphs  # before the next is made: there may not be memory for two
         if states is not None:
             states.reset()
