@@ -222,6 +222,35 @@ def test_masks_that_were_begun_are_those_that_are_asked_for(data: st.DataObject)
             assert ids_of(masks[row]) == mask_of(made, live[i][1])
 
 
+@pytest.mark.parametrize("name", ["byte_level", "fallback", "byte_ids"])
+@given(data=st.data())
+def test_what_is_forced_is_all_that_a_mask_allows(name: str, data: st.DataObject) -> None:
+    """So that only where a mask has one token does anybody ask what comes after it."""
+    _, made = compiler(name)
+    tests = {"type": "object", "properties": {"test": {"enum": ["apple", "that"]}, "a": {}}, "required": ["test"]}
+    matcher = matcher_of(
+        made,
+        data.draw(
+            st.one_of(
+                patterns().map(lambda pattern: Grammar("regex", pattern)),
+                st.sampled_from(
+                    [Grammar("json_schema", json.dumps(tests)), Grammar("regex", "(apple|apples){2}-[0-9]")]
+                ),
+            )
+        ),
+    )
+    for _ in range(8):
+        if matcher.ended:
+            break
+        ids = sorted(mask_of(made, matcher))
+        forced = matcher._compiled.compute_ff_tokens()
+        assert not forced or ids == forced[:1]
+        made.begin([matcher])
+        made.wait()
+        assert matcher.forced() == forced
+        matcher.take(data.draw(st.sampled_from(ids)))
+
+
 @given(data=st.data())
 def test_what_was_looked_ahead_at_and_not_taken_is_taken_back(data: st.DataObject) -> None:
     """Steps fail after their tokens were read: what they drew is then drawn again, perhaps otherwise."""

@@ -101,9 +101,10 @@ class Masks:
     def begin(self, matchers: Sequence[GrammarMatcher]) -> None:
         """Makes masks that ``fill`` is likely to be asked for, and finds what is forced."""
         self._make(self._missing(matchers))
-        for matcher in matchers:
-            if matcher._forced is None or matcher._forced[0] != matcher.moves:
-                matcher._forced = matcher.moves, matcher._compiled.compute_ff_tokens()
+        single = _single(self._bits.view(np.uint32)[[self._made[m][0] for m in matchers], : self._words])
+        for matcher, one in zip(matchers, single.tolist(), strict=True):
+            # Where something is forced, its first token is all that the mask allows.
+            matcher._forced = matcher.moves, matcher._compiled.compute_ff_tokens() if one else []
 
     def ready(self, matchers: Sequence[GrammarMatcher]) -> bool:
         """Whether the masks of all of these are made, for where they are by what ``take`` was given."""
@@ -146,18 +147,25 @@ class Masks:
         wanted = [(m._compiled, line) for line, m in enumerate(matchers, first)]
         fill_next_token_bitmask_par(self._executor, wanted, self._bits)
         self.computed += len(matchers)
+        masks = self._bits[first : first + len(matchers)].view(np.uint32)[:, : self._words]
+        masks[:, -1] &= self._last
+        for barred in {m._barred for m in matchers if m._barred}:
+            _bar(masks, [m._barred == barred for m in matchers], barred)
         for line, matcher in enumerate(matchers, first):
-            mask = self._bits[line].view(np.uint32)[: self._words]
-            mask[-1] &= self._last
-            _bar(mask, matcher._barred)
             self._made[matcher] = line, matcher.moves
 
 
-def _bar(mask: npt.NDArray[np.uint32], tokens: Sequence[Token]) -> None:
-    if not tokens:
-        return
-    kept = mask.copy()
+def _bar(masks: npt.NDArray[np.uint32], which: Sequence[bool], tokens: Sequence[Token]) -> None:
+    """Takes ``tokens`` out of those masks that allow something else."""
+    kept = masks[which]
     for token in tokens:
-        kept[token // 32] &= np.uint32(EVERY ^ 1 << token % 32)
-    if kept.any():
-        mask[:] = kept
+        kept[:, token // 32] &= np.uint32(EVERY ^ 1 << token % 32)
+    others = kept.any(axis=1)
+    masks[np.flatnonzero(which)[others]] = kept[others]
+
+
+def _single(masks: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """Which of these allow one token and no other."""
+    largest = masks.max(axis=1)
+    single: npt.NDArray[np.bool_] = ((masks != 0).sum(axis=1) == 1) & (largest & (largest - np.uint32(1)) == 0)
+    return single
