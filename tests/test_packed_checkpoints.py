@@ -165,11 +165,3 @@ def test_compressed_tensors_where_the_class_unpacks_them(tmp_path: Path) -> None
 def test_what_nobody_unpacks_is_refused_by_its_methods_name(settings: dict[str, Any], why: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=why):
         logits(Packed(tmp_path, by_compressed_tensors, 4, zero=8).says(**settings))
-
-
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, "qwen3")
-    (path / "model.safetensors").rename(path / "model.gguf")
-    for given in (path, path / "model.gguf"):
-        with pytest.raises(ModelError, match="GGUF files, which aren't read"):
-            logits(given)

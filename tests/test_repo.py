@@ -51,6 +51,8 @@ kernels <- bench <- kernels_cli <- cli
 cli <- bench_serving
 errors <- backend <- core
 backend <- models
+errors <- gguf_files <- models
+gguf_files <- text
 backend <- worker
 garbage <- worker
 garbage <- bench

@@ -18,11 +18,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from pippin.errors import ModelError
+from pippin.gguf_files import describe, gguf_of
 from pippin.messages import Progress
 
 POLL_SECONDS = 0.2
-
-GGUF = "GGUF files, which aren't read: take the safetensors that they were made from, with --quantization if need be"
 
 
 def find_checkpoint(
@@ -30,18 +29,20 @@ def find_checkpoint(
 ) -> Path:
     """The directory of a local path or of a hub id; what is missing of the latter is downloaded.
 
+    Of a GGUF file it is one that describes it (``gguf_files.describe``).
+
     ``patterns`` are the globs of the files wanted from the hub. ``progress`` is called in the caller's
     thread with bytes (stage ``download``).
 
     Raises ModelError if there is no such directory or repository, or it can't be read, and what would help.
     """
     path = Path(name).expanduser()
+    if (file := gguf_of(path)) is not None:
+        return describe(file)
     if path.is_dir():
         return path.resolve()
-    if path.exists() and path.suffix == ".gguf":
-        raise ModelError(f"{name} is one of the {GGUF}.")
     if path.exists():
-        raise ModelError(f"{name} is a file; give the directory that holds config.json and *.safetensors.")
+        raise ModelError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a .gguf.")
     if _looks_like_path(name):
         raise ModelError(f"There is no directory {name}; a hub id looks like `Qwen/Qwen3-0.6B`.")
     try:

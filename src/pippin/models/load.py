@@ -7,7 +7,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +21,11 @@ from mlx.utils import tree_flatten
 
 from pippin.config import EngineConfig
 from pippin.errors import ConfigError, ModelError
+from pippin.gguf_files import FILE
 from pippin.messages import Progress
-from pippin.models import gptq
+from pippin.models import gguf, gptq
 from pippin.models.corrections import correct, older_names, refuse
-from pippin.models.download import GGUF, find_checkpoint, one_line
+from pippin.models.download import find_checkpoint, one_line
 from pippin.models.names import changing_classes, model_classes, renaming_of
 from pippin.models.quantize import BITS, Form, convert_lazily, materialize, quantization_of, weight_bytes
 from pippin.models.vectors import VectorForm, is_bare, read_vector_form
@@ -103,7 +104,7 @@ def read_lazily(path: str | None, config: EngineConfig) -> LoadedModel:
         model, facts = _build(found, readable, config.trust_remote_code)
         if form.bits and (kind := quantization_of(model)):
             raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
-        convert_lazily(model, form)
+        convert_lazily(model, _of_one_dtype(form, model, found))
         return _described(model, facts, found, config)
 
 
@@ -125,7 +126,7 @@ def load_model(
         if form.bits and (kind := quantization_of(model)):
             raise ConfigError(f"{found.name} is already quantized ({kind}); leave the option out", "--quantization")
         try:
-            materialize(model, form, progress)
+            materialize(model, _of_one_dtype(form, model, found), progress)
         except Exception as error:
             raise ModelError(f"Could not read the weights of {found}: {one_line(error)}") from error
     return model, facts, found
@@ -148,13 +149,18 @@ def find_model(path: str | None, revision: str | None, progress: Callable[[Progr
 def as_safetensors(path: Path, progress: Callable[[Progress], None] | None = None) -> Iterator[Path]:
     """A directory with the checkpoint's weights as mlx-lm reads them: ``path``, or one made for now from .bin files.
 
+    Of a GGUF file it has none of them: ``_build`` brings those.
+
     Raises ModelError if there are no weights, or they are PyTorch's and torch isn't there to read them.
     """
     if any(path.glob(SAFETENSORS)):
         yield path
         return
-    if any(path.glob("*.gguf")):
-        raise ModelError(f"{path} holds {GGUF}.")
+    if (path / FILE).exists():
+        with TemporaryDirectory(prefix="pippin-") as made:
+            gguf.hollow(path, Path(made))
+            yield Path(made)
+        return
     pickled = sorted(file for pattern in PICKLED for file in path.glob(pattern))
     if not pickled:
         raise ModelError(f"{path} has no {SAFETENSORS}, nor PyTorch's {PICKLED[0]}.")
@@ -182,6 +188,8 @@ def _build(path: Path, readable: Path, trusted: bool) -> tuple[nn.Module, dict[s
     settings, packed = older_names(facts), gptq.settings_of(facts)
     changes: list[Callable[[dict[str, mx.array]], dict[str, mx.array]]] = []
     try:
+        if (path / FILE).exists() and readable != path:
+            changes.append(lambda _: gguf.weights_of(path, facts))
         if packed is not None:
             settings |= dict.fromkeys(("quantization", "quantization_config"), gptq.quantization_of(packed))
             changes.append(partial(gptq.as_affine, settings=packed))
@@ -245,6 +253,11 @@ def _described(model: nn.Module, facts: dict[str, Any], path: Path, config: Engi
         weight_bytes=weight_bytes(model),
         vectors=read_vector_form(path, facts, config.pooling, config.is_embedding or facts.get(HEADLESS) is True),
     )
+
+
+def _of_one_dtype(form: Form, model: nn.Module, path: Path) -> Form:
+    """GGUF files have norms of float32 beside 16-bit weights, and a step would compute in the widest of them."""
+    return replace(form, dtype=form.dtype or _dtype_of(model)) if (path / FILE).exists() else form
 
 
 def _dtype_of(model: nn.Module) -> mx.Dtype:

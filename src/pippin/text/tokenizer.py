@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pippin.errors import ModelError, RequestError
+from pippin.gguf_files import describe, gguf_of
 
 # Reading a tokenizer's files needs no torch, so its absence is no news to the user.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -196,7 +197,7 @@ class Scheme:
 
 
 def load_tokenizer(path: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a local directory or hub id; the shipped model's if ``path`` is None.
+    """The tokenizer of a local directory, GGUF file or hub id; the shipped model's if ``path`` is None.
 
     Code in a checkpoint runs only with ``trust_remote_code``; without it, a tokenizer that needs its own code is
     refused before any of it is read. Raises ModelError.
@@ -204,6 +205,8 @@ def load_tokenizer(path: str | None, *, revision: str | None = None, trust_remot
     from transformers import AutoTokenizer
 
     path = demo_path() if path is None else path
+    if (file := gguf_of(Path(path).expanduser())) is not None:
+        path = str(describe(file))
     try:
         hf = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly every type there is for a bad file
