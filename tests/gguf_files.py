@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from pippin.gguf_files import MODULES
+from pippin.gguf_files import LAYERS, MODULES
 from pippin.models.load import SAFETENSORS
 
-NAMES = {module: name for name, module in MODULES.items()}
+NAMES = {module: name for name, module in (MODULES | LAYERS).items()}
 FIELDS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",

@@ -37,7 +37,7 @@ def logits(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def written(path: Path, family: str = "llama", kind: str = "F32", **fields: Any) -> Path:
-    settings = {} if family == "qwen2" else {"head_dim": 32}
+    settings: dict[str, Any] = {} if family == "qwen2" else {"head_dim": 32}
     make_checkpoint(path / "source", family, rope_scaling=None, **settings)
     return write_gguf(path / "source", path / "tiny.gguf", kind, **fields)
 
@@ -87,7 +87,7 @@ def test_scaled_rotation(scaling: str, way: str, tmp_path: Path) -> None:
     settings = {"rope_type": way, "factor": 4.0, "original_max_position_embeddings": 64}
     make_checkpoint(tmp_path / "source", "qwen3", rope_scaling=settings)
     fields = {"type": scaling, "factor": 4.0, "original_context_length": 64}
-    named = {f"qwen3__rope__scaling__{name}": value for name, value in fields.items()}
+    named: dict[str, Any] = {f"qwen3__rope__scaling__{name}": value for name, value in fields.items()}
     file = write_gguf(tmp_path / "source", tmp_path / "tiny.gguf", **named)
     assert np.allclose(logits(file), logits(tmp_path / "source"), atol=1e-4)
 

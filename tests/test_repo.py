@@ -53,6 +53,7 @@ errors <- backend <- core
 backend <- models
 errors <- gguf_files <- models
 gguf_files <- text
+gguf_files <- exchange
 backend <- worker
 garbage <- worker
 garbage <- bench

@@ -9,7 +9,8 @@ import msgspec
 FORMATS = (
     "float32, float16, bfloat16; affine 2 to 8 bits, mxfp4, mxfp8, nvfp4; AWQ (4 bits) and GPTQ (2, 4, 8 bits, no "
     "desc_act); fp8 with ue8m0 scales; bitnet. Other fp8, compressed-tensors and modelopt (NVFP4) where mlx-lm's class "
-    "unpacks them (DeepSeek V3, Kimi, Mistral 4 …). Not GGUF"
+    "unpacks them (DeepSeek V3, Kimi, Mistral 4 …). GGUF of Llama, Qwen2 and Qwen3 with F32, F16, BF16, "
+    "Q8_0, Q4_0, Q4_1, Q6_K and Q2_K"
 )
 """What checkpoints may hold, of any architecture but for the last: what mlx-lm reads, and GPTQ."""
 

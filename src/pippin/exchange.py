@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pippin.config import EngineConfig
 from pippin.errors import EngineError
+from pippin.gguf_files import gguf_of
 from pippin.messages import ModelInfo
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -22,7 +23,8 @@ def config_for(config: EngineConfig, info: ModelInfo, adapters: Mapping[str, str
     It keeps the tokenizer, if it brings none, and the LoRA adapters. A revision is the start's model's alone.
     """
     tokenizer, directory = config.tokenizer_path, Path(path).expanduser()
-    if tokenizer is None and directory.is_dir() and not any((directory / f).exists() for f in TOKENIZER_FILES):
+    own = any((directory / f).exists() for f in TOKENIZER_FILES) or gguf_of(directory) is not None
+    if tokenizer is None and directory.is_dir() and not own:
         tokenizer = info.tokenizer_path
     return replace(
         config,

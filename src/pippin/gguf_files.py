@@ -39,6 +39,8 @@ MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+}
+LAYERS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -184,16 +186,9 @@ def _refuse(file: Path, fields: Fields, types: Mapping[str, str]) -> None:
 def module_of(name: str) -> str | None:
     """mlx-lm's name of what a GGUF file calls ``blk.0.attn_q`` and the like; None if there is none."""
     parts = name.split(".")
-    own = MODULES.get(parts[-1])
-    if (
-        len(parts) == 3
-        and parts[0] == "blk"
-        and parts[1].isdigit()
-        and own
-        and not own.startswith(("model.", "lm_head"))
-    ):
-        return f"model.layers.{parts[1]}.{own}"
-    return own if len(parts) == 1 and own and own.startswith(("model.", "lm_head")) else None
+    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in LAYERS:
+        return f"model.layers.{parts[1]}.{LAYERS[parts[2]]}"
+    return MODULES.get(name)
 
 
 def config_of(
@@ -239,11 +234,9 @@ def config_of(
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [int(end) for end in dict.fromkeys(ends) if end is not None],
     }
-    packed = {
-        module_of(n.rpartition(".")[0]): {"group_size": 32, "bits": PACKED[t]} for n, t in types.items() if t in PACKED
-    }
-    if packed:
-        config["quantization"] = {"group_size": 32, "bits": 4, **packed}
+    if bits := {module_of(name.rpartition(".")[0]): PACKED[t] for name, t in types.items() if t in PACKED}:
+        layers = {module: {"group_size": 32, "bits": b} for module, b in bits.items()}
+        config["quantization"] = {"group_size": 32, "bits": 4, **layers}
     return config
 
 
