@@ -53,6 +53,8 @@ def write_gguf(checkpoint: Path, file: Path, kind: str = "F32", **fields: Any) -
     found = {name: config[own] for name, own in FIELDS.items()}
     if "head_dim" in config:
         found |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    if architecture == "llama" and "head_dim" in config:
+        found["rope.dimension_count"] = config["head_dim"]
     found = {f"{architecture}.{name}": value for name, value in found.items()} | {"tokenizer.ggml.eos_token_id": 2}
     found |= {name.replace("__", "."): value for name, value in fields.items()}
     writer = gguf.GGUFWriter(file, architecture)
