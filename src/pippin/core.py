@@ -362,7 +362,7 @@ class EngineCore:
         self._steps += 1
         self._note([work.request.id for work in batch.works])
         if self._disk is not None:
-            self._disk.choice.launched(batch)
+            self._disk.choice.launched(batch, self._traces())
         try:
             return self._runner.launch(batch)
         except Exception as error:
@@ -379,7 +379,7 @@ class EngineCore:
             kind = kind_of(error)
         else:
             if self._disk is not None:
-                self._disk.choice.finished(flight.batch)
+                self._disk.choice.finished(flight.batch, self._traces())
             profile = self._profile
             outputs += (
                 self._outputs(flight.batch, results)

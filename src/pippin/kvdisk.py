@@ -140,10 +140,12 @@ def open_tier(
     device: Device,
     *,
     slot_bytes: int,
+    chunk: int,
     canary: KVCanary | None = None,
     windows: WindowPages | None = None,
 ) -> DiskTier:
-    """The tier that ``config`` asks for. ``facts``: what K and V hang on beside the model's and tokenizer's files.
+    """The tier that ``config`` asks for. ``facts``: what K and V hang on beside the model's and tokenizer's files;
+    ``chunk``: the most prompt tokens of a step.
 
     Raises ConfigError if the directory or its size can't serve.
     """
@@ -167,7 +169,7 @@ def open_tier(
     if windows is not None:
         facts = [*facts, f"layers that see {windows.table.reach} apart"]
     blocks, root = WindowBlocks(windows) if windows is not None else None, root_key([digest, *facts])
-    choice = RestoreChoice(always=config.kv_disk_restore == "always")
+    choice = RestoreChoice(config.kv_disk_restore == "always", chunk=chunk)
     return DiskTier(files, root, scheduler, device, block_bytes=block, canary=canary, windows=blocks, choice=choice)
 
 

@@ -271,6 +271,7 @@ def _disk(
         scheduler,
         runner,
         slot_bytes=bytes_per_slot(runner.pool.shapes),
+        chunk=limits(config).chunk,
         canary=canary,
         windows=windows,
     )
