@@ -380,7 +380,8 @@ def test_both_are_measured(checkpoint: Path, tmp_path: Path) -> None:
     core.close()
     core = make(checkpoint, tmp_path, kv_disk_restore="auto")
     assert answer(core, prompt(1, 600)).num_cached == 9 * BLOCK, "nothing is known yet"
-    assert (core.stats.kv_disk_compute_rate, core.stats.kv_disk_restore_rate > 0) == (0, True)
+    assert core.stats.kv_disk_restore_rate > 0
+    assert core.stats.kv_disk_compute_rate > 0, "of the 24 tokens behind its last block"
     core.close()
 
 
