@@ -23,7 +23,7 @@ from pippin.errors import ConfigError, ModelError
 from pippin.models.deferred import Fusions
 from pippin.models.joined import join
 from pippin.models.matrices import matrices
-from pippin.models.seam import NO_FUSIONS, install
+from pippin.models.seam import NO_FUSIONS, install, one_expert
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
 
@@ -78,6 +78,15 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
     """
     layout = measure_caches(model)
     install(model, vocab_size)
+    with one_expert():
+        choice = _exact(model, name, layout, vocab_size, kernels.backend() is not None if fuse is None else fuse)
+    if kernels.backend() is not None and layout.dtypes:
+        kernels.measure_products(matrices(model), layout.dtypes[0])
+    return choice
+
+
+def _exact(model: nn.Module, name: str, layout: CacheLayout, vocab_size: int, fuse: bool) -> Choice:
+    """The first backend that is right, with what can be put together."""
     tokens = _probe_tokens(vocab_size)
     expected = _alone(model, tokens)
     refused: list[str] = []
@@ -86,12 +95,7 @@ def choose_attention(model: nn.Module, name: str, vocab_size: int, *, fuse: bool
         if reason is None:
             reason = "exact in the probe" + "".join(f"; not {r}" for r in refused)
             choice = Choice(backend, reason, layout)
-            on_gpu = kernels.backend() is not None
-            if on_gpu if fuse is None else fuse:
-                choice = _fused(model, choice, tokens, expected, vocab_size)
-            if on_gpu and layout.dtypes:
-                kernels.measure_products(matrices(model), layout.dtypes[0])
-            return choice
+            return _fused(model, choice, tokens, expected, vocab_size) if fuse else choice
         refused.append(f"{backend.name}: {reason}")
     raise ModelError("no attention backend serves this model exactly: " + "; ".join(refused))
 
