@@ -204,6 +204,29 @@ def test_the_tokenizer_is_the_one_in_the_file(tmp_path: Path) -> None:
         assert (found.eos_ids, found.hf.chat_template) == ((2,), CHATML)
 
 
+def sentencepiece_fields() -> dict[str, Any]:
+    """A vocabulary of Llama 2's kind, whose merges follow from its scores."""
+    words = ["▁Hello", "▁world", "▁wor", "ld", "▁H", "el", "lo", "▁w", "or", *"▁abcdefghijklmnopqrstuvwxyzHW.,!"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + [-float(i) for i in range(len(words))],
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
+        "bos_token_id": 1,
+        "unknown_token_id": 0,
+    }
+    return {f"tokenizer__ggml__{name}": value for name, value in fields.items()}
+
+
+def test_sentencepiece_falls_back_to_bytes(tmp_path: Path) -> None:
+    found = load_tokenizer(str(written(tmp_path, **sentencepiece_fields())))
+    ids = found.encode("Hello world, é日")
+    assert [found.piece(i) for i in ids[:6]] == ["<s>", "▁H", "el", "lo", "▁world", ","]
+    assert ids[0] == found.bos_id
+    assert found.decode(ids) == "Hello world, é日"
+
+
 def test_a_beginning_is_put_before_texts_where_the_file_says_so(tmp_path: Path) -> None:
     fields = tokenizer_fields(bos_token_id=0, add_bos_token=True)
     assert load_tokenizer(str(written(tmp_path, "qwen3", **fields))).encode("Hello")[0] == 0

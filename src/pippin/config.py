@@ -28,7 +28,9 @@ def option(default: Any, help: str, flag: str | None = None, choices: tuple[str,
 class EngineConfig:
     """How the model is loaded and run."""
 
-    model_path: str | None = option(None, "Local directory or hub id; the shipped demo model if left out.", "--model")
+    model_path: str | None = option(
+        None, "Local directory, .gguf file or hub id; the shipped demo model if left out.", "--model"
+    )
     tokenizer_path: str | None = option(None, "Tokenizer's directory or hub id, if it is not the model's.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = option(
@@ -275,7 +277,9 @@ class ConvertOptions:
     """What ``convert`` reads and writes."""
 
     output: str = option("", "Directory to write; new, or empty. Nothing is there until all is.", "--mlx-path")
-    model_path: str | None = option(None, "Local directory or hub id; the shipped demo model if left out.", "--model")
+    model_path: str | None = option(
+        None, "Local directory, .gguf file or hub id; the shipped demo model if left out.", "--model"
+    )
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = option(
         False, "Run code that comes with the checkpoint. Off: such a checkpoint is refused."

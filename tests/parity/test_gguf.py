@@ -15,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from pippin.config import EngineConfig
 from pippin.models.load import load_mlx_model
 from pippin.text.tokenizer import load_tokenizer
-from tests.test_gguf import tokenizer_fields, written
+from tests.test_gguf import sentencepiece_fields, tokenizer_fields, written
 
 TOKENS = [[5, 9, 200, 41, 7, 3, 77, 130, 12, 90]]
 
@@ -37,7 +37,7 @@ def read_by_transformers(file: Path) -> Any:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_the_same(family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file = written(tmp_path, family, kind, **tokenizer_fields())
+    file = written(tmp_path, family, kind, **(sentencepiece_fields() if family == "llama" else tokenizer_fields()))
     reference = read_by_transformers(file)
     with torch.no_grad():
         wanted = reference(torch.tensor(TOKENS)).logits.numpy()
