@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 from pippin.cli import app
 from pippin.config import EngineConfig
 from pippin.errors import ModelError
+from pippin.exchange import config_for
 from pippin.gguf_files import READ, describe
 from pippin.models.load import load_mlx_model, load_model
 from pippin.models.quantize import Form
 from pippin.text.tokenizer import load_tokenizer
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import write_gguf
+from tests.test_completion import INFO
 from tests.tokenizers_for_tests import CHATML, chat_tokenizer
 
 TOKENS = mx.array([[5, 9, 200, 41, 7, 3, 77, 130]])
@@ -244,3 +246,10 @@ def test_check_takes_a_file(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["check", str(written(tmp_path, kind="Q8_0"))])
     assert done.exit_code == 0, done.output
     assert "llama" in done.output
+
+
+def test_other_weights_that_are_a_gguf_file_bring_their_tokenizer(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    for path in (tmp_path, file):
+        assert config_for(EngineConfig(), INFO, {}, str(path)).tokenizer_path is None
+    assert config_for(EngineConfig(), INFO, {}, str(tmp_path / "source")).tokenizer_path == INFO.tokenizer_path
