@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
+from pippin import gguf_files
 from pippin.cli import app
 from pippin.config import EngineConfig
 from pippin.errors import ModelError
@@ -171,6 +172,26 @@ def test_a_directory_holds_one(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(file.read_bytes())
     with pytest.raises(ModelError, match="holds 2 GGUF files"):
         logits(tmp_path)
+
+
+def test_a_link_to_a_file_is_that_file(tmp_path: Path, cache: Path) -> None:
+    """As the hub's client keeps them, here by a name that says nothing."""
+    file = written(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.gguf").symlink_to(file)
+    assert load_mlx_model(str(tmp_path / "snapshot"), CONFIG).path == describe(file)
+
+
+def test_another_process_may_be_faster(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = written(tmp_path), gguf_files._write
+
+    def write_behind_another(of: Path, beside: list[Path], to: Path) -> None:
+        monkeypatch.setattr(gguf_files, "_write", write)
+        describe(of)
+        write(of, beside, to)
+
+    monkeypatch.setattr(gguf_files, "_write", write_behind_another)
+    assert [describe(file)] == list(cache.iterdir())
 
 
 def test_a_file_that_is_refused_leaves_nothing(tmp_path: Path, cache: Path) -> None:

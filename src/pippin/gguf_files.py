@@ -22,7 +22,7 @@ from pippin.errors import ModelError
 
 Fields = Mapping[str, Any]
 
-FILE = "model.gguf"
+FILE = "described.gguf"
 """What the file is called in the directory that describes it."""
 
 MEND = "take the safetensors that it was made from, with --quantization if need be"
@@ -94,7 +94,7 @@ def gguf_of(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     found = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if not found or (path / FILE).is_symlink() or any(path.glob("model*.safetensors")):
+    if not found or (path / FILE).exists() or any(path.glob("model*.safetensors")):
         return None
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} GGUF files ({found[0].name} …): give the path of one.")
@@ -120,8 +120,11 @@ def describe(file: Path) -> Path:
         raise ModelError(f"{made.parent} can't be written ({error}); XDG_CACHE_HOME names another place.") from error
     try:
         _write(file, beside, new)
-        if not made.is_dir():  # another process may have been faster
+        try:
             new.rename(made)
+        except OSError:
+            if not made.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return made
