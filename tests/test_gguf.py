@@ -180,6 +180,8 @@ def test_a_link_to_a_file_is_that_file(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.gguf").symlink_to(file)
     assert load_mlx_model(str(tmp_path / "snapshot"), CONFIG).path == describe(file)
+    chat_tokenizer().save_pretrained(tmp_path / "snapshot")
+    assert load_tokenizer(str(tmp_path / "snapshot")).encode("Hello") == chat_tokenizer().encode("Hello")
 
 
 def test_another_process_may_be_faster(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

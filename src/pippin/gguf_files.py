@@ -107,8 +107,8 @@ def describe(file: Path) -> Path:
     A tokenizer.json beside the file goes before what is in it. Raises ModelError if the file can't be read, or is of a
     kind that isn't served.
     """
-    file = file.resolve()
-    beside = [found for name in TOKENIZER if (found := file.parent / name).is_file()]
+    beside = [found for name in TOKENIZER if (found := file.absolute().parent / name).is_file()]
+    file = file.resolve()  # the hub's client keeps links
     beside = beside if beside and beside[0].name == TOKENIZER[0] else []
     made = _home() / f"{file.stem}-{_identity([file, *beside])}"
     if made.is_dir():
