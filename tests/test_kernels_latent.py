@@ -16,6 +16,7 @@ from pippin.kernels.checks import LATENT_CHECKS
 from pippin.kernels.form import Form
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.launch import Launcher
+from tests.planted import assert_found
 from tests.test_kernels import agree, distance
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
@@ -169,21 +170,10 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults_are_found(fault: str) -> None:
     """By the self-check that would have to find them on a machine that nobody has seen."""
-    line, planted = PLANTED[fault]
-    seen = []
-
-    def edit(text: str) -> str:
-        seen.append(line in text)
-        return text.replace(line, planted)
-
     check: Callable[..., bool] = LATENT_CHECKS["latent_decode"]
     with mx.stream(mx.cpu):
         assert check(host_launcher(1), mx.float32, paged.Tuning())
-        found = [
-            check(host_launcher(s, seed, edit), mx.float32, paged.Tuning()) for s, seed in ((0, 0), (1, 0), (2, 3))
-        ]
-    assert any(seen)
-    assert not all(found)
+    assert_found(*PLANTED[fault], lambda launch: check(launch, mx.float32, paged.Tuning()))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

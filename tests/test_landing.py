@@ -1,8 +1,7 @@
-"""Places that files are read into: the device sees what lies there, and CUDA's driver is told where they stay."""
+"""Places that files are read into: the device sees what lies there."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pippin.landing import Landing, _keep_with_host
+from pippin.landing import Landing
 
 TOKENS = 4
 PARTS = [((2, 3), mx.bfloat16), ((5,), mx.float32), ((1, 2), mx.float16)]
@@ -67,39 +66,3 @@ def test_places_are_free_once_their_copy_is_there(places: list[int]) -> None:
     mx.eval(copy)
     landing.memory[:] = 2
     assert {byte for row in rows for byte in bits_of(row)} == {1}
-
-
-class Driver:
-    """libcuda.so.1 as far as it is asked, ``told`` what it is told."""
-
-    def __init__(self, answer: int) -> None:
-        self.told: list[tuple[int, ...]] = []
-        driver = self
-
-        class Advise:
-            argtypes: Sequence[Any] = ()
-
-            def __call__(self, *told: int) -> int:
-                driver.told.append(told)
-                return answer
-
-        self.cuMemAdvise = Advise()
-
-    def cuCtxGetDevice(self, device: Any) -> int:
-        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = 3
-        return 0
-
-
-@pytest.mark.parametrize("answer", [0, 1])
-def test_pages_stay_with_the_host_and_the_gpu_reads_them_there(answer: int) -> None:
-    memory, driver = np.zeros((2, 5), np.uint64), Driver(answer)
-    assert _keep_with_host(memory, lambda name: driver if name == "libcuda.so.1" else None) == (not answer)  # type: ignore[arg-type, return-value]
-    where = (memory.ctypes.data, 80)
-    assert driver.told == [(*where, 3, -1), (*where, 5, 3)][: 1 if answer else 2]
-
-
-def test_without_a_driver_pages_go_where_they_like() -> None:
-    def missing(name: str) -> ctypes.CDLL:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    assert not _keep_with_host(np.zeros(4), missing)

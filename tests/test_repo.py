@@ -118,7 +118,7 @@ sglang <- server
 scheduler <- kvdisk <- core
 types <- restore_choice <- kvdisk
 cache <- disk_reads <- kvdisk
-kernels <- landing <- runner
+uploads <- landing <- runner
 config <- kvdisk <- memory
 config <- grammar <- constrained <- core
 scheduler <- constrained

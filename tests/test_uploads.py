@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +68,6 @@ def test_a_line_is_written_again_when_it_has_been_read(rows: list[list[int]], da
         assert array.tolist() == [n + 1 for n in row]
 
 
-def test_without_the_driver_nothing_stays_on_the_host() -> None:
-    assert not uploads.stays_on_host(mx.zeros(4))
-
-
 def test_on_cuda_the_copy_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "_lines", lambda: None)
     given: list[mx.array] = []
@@ -102,3 +102,39 @@ def check_together() -> None:
     for values, sent in zip(arrays, upload_together(arrays), strict=True):
         assert np.array_equal(np.array(sent), values)
         assert (sent.shape, sent.dtype) == (values.shape, mx.array(values).dtype)
+
+
+class Driver:
+    """libcuda.so.1 as far as it is asked, ``told`` what it is told."""
+
+    def __init__(self, answer: int) -> None:
+        self.told: list[tuple[int, ...]] = []
+        driver = self
+
+        class Advise:
+            argtypes: Sequence[Any] = ()
+
+            def __call__(self, *told: int) -> int:
+                driver.told.append(told)
+                return answer
+
+        self.cuMemAdvise = Advise()
+
+    def cuCtxGetDevice(self, device: Any) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = 3
+        return 0
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_pages_stay_with_the_host_and_the_gpu_reads_them_there(answer: int) -> None:
+    memory, driver = np.zeros((2, 5), np.uint64), Driver(answer)
+    assert uploads.keep_with_host(memory, lambda name: driver if name == "libcuda.so.1" else None) == (not answer)  # type: ignore[arg-type, return-value]
+    where = (memory.ctypes.data, 80)
+    assert driver.told == [(*where, 3, -1), (*where, 5, 3)][: 1 if answer else 2]
+
+
+def test_without_a_driver_pages_go_where_they_like() -> None:
+    def missing(name: str) -> ctypes.CDLL:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert not uploads.keep_with_host(np.zeros(4), missing)

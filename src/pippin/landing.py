@@ -1,15 +1,12 @@
 """Memory that files are read into and that the device reads: nothing is copied in between.
 
-On a GPU with memory of its own MLX's host memory is managed: pages that a kernel reads move to the GPU, and back when
-the next file is read into them, some at a time behind a fault. So the driver is told that these pages stay with the
-host, and that the GPU reads them there, over the bus.
+On a GPU with memory of its own pages would move there, and back when the next file is read into them, some at a time
+behind a fault. So they stay with the host (``uploads.keep_with_host``), and the GPU reads them over the bus.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import mlx.core as mx
@@ -17,15 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin import kernels
-
-log = logging.getLogger(__name__)
+from pippin.uploads import keep_with_host
 
 Part = tuple[tuple[int, ...], mx.Dtype]
 """Shape of what a token has in one array of a file, and its dtype."""
 
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 _WORD = 8  # bytes that are copied at once: over the bus few small reads are slow
-_PREFERRED_LOCATION, _ACCESSED_BY, _HOST = 3, 5, -1  # of cuMemAdvise
 
 
 class Landing:
@@ -41,7 +36,7 @@ class Landing:
         self._blocks = mx.array(np.zeros((count, max(1, -(-nbytes // _WORD))), np.uint64))
         memory: npt.NDArray[np.generic] = np.asarray(self._blocks)
         self.memory = memory.view(np.uint8)[:, :nbytes]
-        self.stays = kernels.backend() == "cuda" and _keep_with_host(memory)
+        self.stays = kernels.backend() == "cuda" and keep_with_host(memory)
         """Whether a GPU with memory of its own reads it where it is."""
 
     def copy(self, places: Sequence[int], slots: Sequence[int], pools: Sequence[mx.array], skip: int = 0) -> None:
@@ -72,20 +67,3 @@ class Landing:
             part = items[:, begin:end].reshape(-1, *outer, last * dtype.size // self._item)[skip:]
             rows.append(part.view(dtype))
         return blocks, rows
-
-
-def _keep_with_host(memory: npt.NDArray[np.generic], open_library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> bool:
-    """Advises CUDA's driver on managed ``memory``; whether it took the advice."""
-    device = ctypes.c_int()
-    try:
-        driver = open_library("libcuda.so.1")
-        told = driver.cuCtxGetDevice(ctypes.byref(device))
-        advise, start = driver.cuMemAdvise, memory.ctypes.data
-        advise.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
-        for advice, whom in ((_PREFERRED_LOCATION, _HOST), (_ACCESSED_BY, device.value)):
-            told = told or advise(start, memory.nbytes, advice, whom)
-    except (OSError, AttributeError) as error:
-        told = error
-    if told:
-        log.info("kv disk: pages that files are read into may move between host and GPU (%s)", told)
-    return not told

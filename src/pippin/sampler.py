@@ -253,7 +253,8 @@ def draw(
     """
     n = plan.vocab_size
     if kernels.draws(logits, n):
-        asked = Filters(*inputs[:5], inputs.allowed)
+        temperature, keys, top_k, top_p, log_min_p, _, allowed = inputs
+        asked = Filters(temperature, keys, top_k, top_p, log_min_p, allowed)
         if scores is None:
             return kernels.draw(logits, n, asked)
         return kernels.draw(scores, n, asked)[0], kernels.draw(logits, n, Filters())[1]

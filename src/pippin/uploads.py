@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -13,10 +14,12 @@ import numpy.typing as npt
 
 from pippin import kernels
 
+log = logging.getLogger(__name__)
+
 LINES = 64
 LINE_WORDS = 1 << 14
 
-_PREFERRED_LOCATION, _ACCESSED_BY, _CPU = 3, 5, -1  # of CUDA's driver: CUmem_advise, CU_DEVICE_CPU
+_PREFERRED_LOCATION, _ACCESSED_BY, _HOST = 3, 5, -1  # of cuMemAdvise
 
 _of_thread = threading.local()
 
@@ -24,15 +27,15 @@ _of_thread = threading.local()
 class Lines:
     """Lines of 4-byte words that the host writes and a GPU reads where they are, one after the other.
 
-    ``memory`` uint32 [lines, words] is used by nobody else. Whoever comes to a line again waits for the step that was
-    to read it.
+    ``memory`` uint32 [lines, words] is used by nobody else; ``host`` is what the host sees of it. Whoever comes to a
+    line again waits for the step that was to read it.
     """
 
     def __init__(self, memory: mx.array) -> None:
         self._memory = memory.reshape(-1)
         mx.eval(self._memory)
         self._words = memory.shape[1]
-        self._host = np.array(self._memory, copy=False).reshape(memory.shape)
+        self.host = np.array(self._memory, copy=False).reshape(memory.shape)
         self._sent: list[mx.array | None] = [None] * len(memory)
         self._next = 0
 
@@ -45,7 +48,7 @@ class Lines:
         before = self._sent[line]
         if before is not None:
             mx.eval(before)
-        self._host[line, : values.size] = values.reshape(-1).view(np.uint32)
+        self.host[line, : values.size] = values.reshape(-1).view(np.uint32)
         begin = line * self._words
         given = self._memory[begin : begin + values.size]
         sent = self._sent[line] = mx.maximum(given, given)
@@ -84,20 +87,27 @@ def upload_together(values: Sequence[npt.NDArray[np.generic]]) -> list[mx.array]
 def _lines() -> Lines | None:
     """This thread's, None where the driver can't keep them on the host."""
     if "lines" not in _of_thread.__dict__:
-        memory = mx.array(np.zeros((LINES, LINE_WORDS), np.uint32))
-        _of_thread.lines = Lines(memory) if stays_on_host(memory) else None
+        lines = Lines(mx.array(np.zeros((LINES, LINE_WORDS), np.uint32)))
+        _of_thread.lines = lines if keep_with_host(lines.host) else None
     found: Lines | None = _of_thread.lines
     return found
 
 
-def stays_on_host(memory: mx.array) -> bool:
-    """Has CUDA's driver leave managed memory where it is, and the GPU read it there; False if it won't."""
-    mx.eval(memory)
-    host = np.array(memory, copy=False)
+def keep_with_host(memory: npt.NDArray[np.generic], open_library: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> bool:
+    """Tells CUDA's driver that managed ``memory`` stays with the host and is read there by the GPU; whether it will be.
+
+    MLX's host memory is managed there: without it pages go to whoever touches them.
+    """
+    device = ctypes.c_int()
     try:
-        advise = ctypes.CDLL("libcuda.so.1").cuMemAdvise
-    except (OSError, AttributeError):
-        return False
-    advise.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
-    wanted = ((_PREFERRED_LOCATION, _CPU), (_ACCESSED_BY, 0))
-    return all(advise(host.ctypes.data, host.nbytes, advice, device) == 0 for advice, device in wanted)
+        driver = open_library("libcuda.so.1")
+        told = driver.cuCtxGetDevice(ctypes.byref(device))
+        advise, start = driver.cuMemAdvise, memory.ctypes.data
+        advise.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+        for advice, whom in ((_PREFERRED_LOCATION, _HOST), (_ACCESSED_BY, device.value)):
+            told = told or advise(start, memory.nbytes, advice, whom)
+    except (OSError, AttributeError) as error:
+        told = error
+    if told:
+        log.info("pages that the host fills for the GPU may move between them, which is only slower (%s)", told)
+    return not told

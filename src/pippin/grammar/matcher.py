@@ -123,8 +123,9 @@ class Masks:
 
         Also which rows' matchers found nothing that could come next, and why; those may draw anything.
         """
-        if not self.ready([*matchers.values()]):
-            self._make(self._missing([*matchers.values()]))
+        for matcher in matchers.values():
+            matcher.settle()
+        self._make(self._missing([*matchers.values()]))
         lines = [self._made[m][0] for m in matchers.values()]
         bits = self._bits.view(np.uint32)[:, : self._words]
         masks = bits[: len(lines)] if lines == [*range(len(lines))] else bits[lines]
