@@ -13,7 +13,6 @@ import pytest
 
 from pippin import jit_ahead, kernels
 from pippin.jit_ahead import JitAhead, compile_part
-from pippin.kernels.build import store
 from pippin.sampler_graphs import SamplerGraphs
 from tests.compiling import Counting
 
@@ -39,7 +38,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder.mkdir()
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder))
     monkeypatch.setattr(kernels, "backend", lambda: "cuda")
-    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("pippin.jit_ahead.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     return folder
 

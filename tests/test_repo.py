@@ -52,6 +52,8 @@ cli <- bench_serving
 errors <- backend <- core
 backend <- models
 errors <- gguf_files <- models
+folders <- gguf_files
+folders <- kernels
 gguf_files <- text
 gguf_files <- exchange
 backend <- worker

@@ -7,7 +7,6 @@ weights are read here, and no MLX: the HTTP process asks for the tokenizer too.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pippin.errors import ModelError
+from pippin.folders import cache_folder
 
 Fields = Mapping[str, Any]
 
@@ -110,14 +110,16 @@ def describe(file: Path) -> Path:
     beside = [found for name in TOKENIZER if (found := file.absolute().parent / name).is_file()]
     file = file.resolve()  # the hub's client keeps links
     beside = beside if beside and beside[0].name == TOKENIZER[0] else []
-    made = _home() / f"{file.stem}-{_identity([file, *beside])}"
+    made = cache_folder() / "gguf" / f"{file.stem}-{_identity([file, *beside])}"
     if made.is_dir():
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
         new = Path(mkdtemp(dir=made.parent, prefix=".new-"))
     except OSError as error:
-        raise ModelError(f"{made.parent} can't be written ({error}); XDG_CACHE_HOME names another place.") from error
+        raise ModelError(
+            f"{made.parent} can't be written ({error}): that is where GGUF files are described."
+        ) from error
     try:
         _write(file, beside, new)
         try:
@@ -128,10 +130,6 @@ def describe(file: Path) -> Path:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return made
-
-
-def _home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin" / "gguf"
 
 
 def _identity(files: list[Path]) -> str:

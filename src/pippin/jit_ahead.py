@@ -28,6 +28,7 @@ prepare()  # before any import of MLX
 import mlx.core as mx
 
 from pippin import kernels
+from pippin.folders import cache_folder
 from pippin.graph import Compiler
 from pippin.kernels.build import store
 from pippin.kernels.launch import dialect_digest
@@ -69,7 +70,7 @@ class JitAhead:
     def __init__(
         self, vocab_size: int, width: int, dtype: mx.Dtype, wanted: bool = True, start: Start = start_process
     ) -> None:
-        self._note = store.cache_folder() / f"jit-{_digest(vocab_size, width, dtype)}.json"
+        self._note = cache_folder() / f"jit-{_digest(vocab_size, width, dtype)}.json"
         self._processes: list[subprocess.Popen[bytes]] = []
         count = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
         if not wanted or kernels.backend() != "cuda" or count < 2 or self._is_kept():

@@ -20,8 +20,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from pippin.folders import cache_folder
 from pippin.kernels import drawing, fused, latent, paged, products, reference, select, tuning
-from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
 from pippin.kernels.checks import KernelName, Kind, fingerprint, verdicts
 from pippin.kernels.contest import Contests
@@ -437,7 +437,7 @@ def _latent_winners(
 @cache
 def contests(platform: Platform) -> Contests:
     """What was found to be fastest on this machine."""
-    return Contests(store.cache_folder() / f"fastest-{fingerprint(platform)}.json")
+    return Contests(cache_folder() / f"fastest-{fingerprint(platform)}.json")
 
 
 def _launcher(name: KernelName, k_pool: Pool, v_pool: Pool) -> Launcher | None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from pippin.folders import cache_folder
 from pippin.kernels import drawing, fused, latent, paged, products, reference, select
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
@@ -468,7 +469,7 @@ def verdicts(
     MLX's JIT compiles them all from then on, and those are checked.
     """
     name = "-".join([str(dtype).rpartition(".")[2], *([kind] if kind else [])])
-    path = store.cache_folder() / f"kernels-{name}-{fingerprint(platform)}.json"
+    path = cache_folder() / f"kernels-{name}-{fingerprint(platform)}.json"
     known = _read(path, checks_for(kind))
     if known is not None:
         return known

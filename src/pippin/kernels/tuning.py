@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from pippin.folders import cache_folder
 from pippin.kernels import paged
-from pippin.kernels.build import store
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def forget() -> None:
 
 def user_file(chip: str) -> Path:
     """Where ``pippin kernels tune`` puts the table of a chip."""
-    return store.cache_folder() / "tuning" / f"{_file_name(chip)}.json"
+    return cache_folder() / "tuning" / f"{_file_name(chip)}.json"
 
 
 def read(path: Path) -> Table | None:

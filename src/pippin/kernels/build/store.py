@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,14 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from pippin.folders import cache_folder
 from pippin.kernels.launch import dialect_digest
-
-
-def cache_folder() -> Path:
-    """Where the system keeps a user's caches, with a folder of ours."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pippin"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin"
 
 
 def chip() -> str:
