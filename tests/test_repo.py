@@ -65,6 +65,9 @@ cache <- attention
 cache <- inputs
 errors <- kernels <- cache
 kernels <- models
+kernels <- replay <- graph
+linkage <- mlx_cuda <- replay
+replay <- loading
 config <- models <- attention
 types <- penalties <- sampler <- graph_inputs <- graph <- sampler_graphs <- runner
 pooling <- flight <- runner

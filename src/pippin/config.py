@@ -100,6 +100,9 @@ class EngineConfig:
     disable_graph: bool = option(
         False, "Build every step anew instead of compiling the small ones.", "--disable-cuda-graph"
     )
+    disable_graph_replay: bool = option(
+        False, "On CUDA, let MLX queue compiled steps each time instead of launching them as they were recorded."
+    )
     graph_max_rows: int = option(
         256, "On a GPU, steps of at most so many single tokens are compiled.", "--cuda-graph-max-bs"
     )

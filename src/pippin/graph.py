@@ -8,6 +8,7 @@ itself (``sampler_graphs``), so that the shapes of a model and the ways to draw 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from pippin.attention import AttentionBackend
 from pippin.attention.rows import Rows
 from pippin.cache.pool import KVPool
 from pippin.graph_inputs import (
+    Ints,
     StepInputs,
     StepShape,
     StepTable,
     WindowInputs,
     decode_sizes,
     extend_sizes,
+    least_length,
     packed_size,
     padded_lengths,
     unpacked,
@@ -31,10 +34,9 @@ from pippin.graph_inputs import (
 from pippin.inputs import Group, Places, Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
-from pippin.types import Work
+from pippin.replay import Replays, StepFunction
+from pippin.types import Request, SamplingParams, Work
 from pippin.uploads import upload
-
-StepFunction = Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
 
 
 class Compiler:
@@ -58,7 +60,7 @@ class StepGraphs:
     """The compiled functions of one model and pool, made as shapes come up.
 
     ``most_decodes``: most rows of a step of decodes, ``most_rows`` of any other (0: none is compiled). ``most_works``
-    is how many may run at once.
+    is how many may run at once. Where there are ``replays``, functions are recorded as they are first called.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class StepGraphs:
         most_works: int = 1,
         fusions: Fusions = NO_FUSIONS,
         compiler: Compiler,
+        replays: Replays | None = None,
     ) -> None:
+        self.replays = replays
         self._model = model
         self._backend = backend
         self._pool = pool
@@ -86,6 +90,8 @@ class StepGraphs:
 
     def close(self) -> None:
         """Lets go of the pool, which compiled functions hold: what holds them is a cycle, and nobody may collect it."""
+        if self.replays is not None:
+            self.replays.close()
         self._functions.clear()
         del self._pool
 
@@ -123,13 +129,18 @@ class StepGraphs:
 
     def run(self, works: Sequence[Work], shape: StepShape, last_token: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Lazy: of each work that samples, in order, the logits [n, vocab], the token that it read [n] and its line of
-        the device table [n], padded to ``shape.works``."""
-        if shape.tiles:
-            assert self._pool.tile_rows is not None
-            packed = self._table.extends(works, shape, self._pool.tile_rows)
-        else:
-            packed = self._table.decodes(works, shape)
-        return self._compiled(shape)(last_token, upload(packed))
+        the device table [n], padded to ``shape.works``.
+
+        Recorded ones are queued already, and what they return is to be read before the next step is.
+        """
+        packed = self._packed(works, shape, self._table)
+        return self._step(shape, packed.size, last_token)(last_token, upload(packed))
+
+    def _packed(self, works: Sequence[Work], shape: StepShape, table: StepTable) -> Ints:
+        if not shape.tiles:
+            return table.decodes(works, shape)
+        assert self._pool.tile_rows is not None
+        return table.extends(works, shape, self._pool.tile_rows)
 
     def forget(self) -> None:
         """To be called when any other step has run."""
@@ -141,7 +152,32 @@ class StepGraphs:
         packed = mx.zeros(packed_size(shape, -(-length // self._pool.page_size), self._pool.windows), mx.int32)
         made = self._compiled(shape)(last_token, packed)
         mx.eval(made)
+        self._step(shape, packed.size, last_token)
         return made[0]
+
+    def _step(self, shape: StepShape, size: int, last_token: mx.array) -> StepFunction:
+        """What runs steps of a shape with ``size`` inputs."""
+        run = self._compiled(shape)
+        if self.replays is None:
+            return run
+        return self.replays.step((shape, size), shape.rows, run, lambda: self._examples(shape, size), last_token) or run
+
+    def _examples(self, shape: StepShape, size: int) -> list[mx.array]:
+        """Inputs of a shape whose page tables make them ``size`` long: every work decodes one token, another in each.
+
+        All read and write nothing but the scratch page, and write the same there.
+        """
+        windows = self._pool.windows
+        width = (size - packed_size(shape, 0, windows)) // shape.works
+        at = least_length(width * self._pool.page_size, extended=shape.tiles > 0) - 1
+        found = []
+        for token in (1, 2):
+            request = Request("recorded", [token] * (at + 1), 0, SamplingParams(temperature=0.0), row=1)
+            request.slots = array("i", bytes(4 * (at + 1)))
+            works, table = [Work(request, at, at + 1, True)] * shape.works, StepTable(self._pool.page_size, windows)
+            found.append(mx.array(self._packed(works, shape, table)))
+            assert found[-1].size == size
+        return found
 
     def _extend_shape(self, rows: int, works: int, tile_rows: int) -> StepShape:
         return StepShape(rows, works, works + rows // tile_rows)

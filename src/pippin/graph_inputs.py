@@ -116,6 +116,11 @@ def padded_lengths(most: int, extended: bool = False) -> list[int]:
     return found
 
 
+def least_length(length: int, extended: bool = False) -> int:
+    """The shortest context that a step is compiled for ``length``, one of ``padded_lengths``, for."""
+    return max((shorter + 1 for shorter in padded_lengths(length, extended) if shorter < length), default=1)
+
+
 def decode_sizes(most: int) -> list[int]:
     """The rows that steps of decodes are padded to: powers of two, and the most there may be."""
     return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})

@@ -54,6 +54,7 @@ from pippin.models.lora import Adapters
 from pippin.models.turned import turn_weights
 from pippin.models.vocabulary import Vocabulary, read_vocabulary
 from pippin.probe import Choice, choose_attention, measure_activations
+from pippin.replay import cuda_replays
 from pippin.runner import MlxModelRunner
 from pippin.scheduler import Scheduler
 from pippin.torch import require_torch
@@ -161,6 +162,7 @@ def _build_runner(
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
         extend_rows=config.graph_max_tokens,
         fusions=choice.fusions,
+        open_replays=lambda: None if config.disable_graph_replay else cuda_replays(device_bytes()),
     )
     if not config.skip_server_warmup:
         runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))

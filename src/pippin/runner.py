@@ -38,6 +38,7 @@ from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
 from pippin.pooling import PooledRows, pool, pooled_rows, rows_of_tokens
 from pippin.profile.timeline import Lap, no_lap
+from pippin.replay import Replays
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, sample, sampling_inputs
 from pippin.sampler_graphs import SamplerGraphs
 from pippin.types import Batch, Work
@@ -58,7 +59,8 @@ class MlxModelRunner:
     there, and so is built before the host has seen step n. Row 0 is scratch. Where writes are in place, every step's
     table hangs on all that the step reads, so whatever takes it waits for that; elsewhere a step that draws nothing
     evaluates its writes only, and nothing behind the last layer's. ``graph_rows``: most single tokens of a step that is
-    compiled, ``extend_rows``: most tokens of any other; ``fusions`` what a forward defers (``models.deferred``).
+    compiled, ``extend_rows``: most tokens of any other; ``fusions`` what a forward defers (``models.deferred``);
+    ``open_replays`` where compiled steps are recorded.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class MlxModelRunner:
         graph_rows: int = 0,
         extend_rows: int = 0,
         fusions: Fusions = NO_FUSIONS,
+        open_replays: Callable[[], Replays | None] = lambda: None,
     ) -> None:
         self.model = model
+        self._open_replays = open_replays
         self.fusions = fusions
         self.backend = backend
         self.pool = pool
@@ -106,6 +110,7 @@ class MlxModelRunner:
             most_works=self._max_running,
             fusions=self.fusions,
             compiler=self._compiler,
+            replays=self._open_replays(),
         )
 
     def warm_up(self, context_length: int, tell: Callable[[int, int], None]) -> None:
