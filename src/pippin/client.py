@@ -59,31 +59,37 @@ class Live:
     submit: Submit
     unread: list[Output] = field(default_factory=list)
     failure: PippinError | None = None
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _waiting: asyncio.Future[None] | None = None  # the reader, while there is nothing
 
     async def read(self) -> Output:
         """All that came since the last read, as one Output: a reader that is slow gets more at a time.
 
         Raises the failure, if there is one and nothing before it.
         """
-        await self.news.wait()
+        if not self.unread and self.failure is None:
+            self._waiting = self._loop.create_future()
+            await self._waiting
         outputs, self.unread = self.unread, []
         if not outputs and self.failure is not None:
             raise self.failure
-        if self.failure is None:
-            self.news.clear()
         return outputs[0] if len(outputs) == 1 else joined(outputs)
 
     def put(self, output: Output) -> None:
-        if (failure := error_of(output)) is not None:
+        if output.finish is not None and (failure := error_of(output)) is not None:
             self.fail(failure)
             return
         self.unread.append(output)
-        self.news.set()
+        self._wake()
 
     def fail(self, failure: PippinError) -> None:
         self.failure = failure
-        self.news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
 
 class EngineClient:

@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -45,8 +45,7 @@ class Client(Protocol):
     def abort(self, id: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one step added to answer ``index`` of a request.
 
     ``text`` may be empty while ``tokens`` are not (half a character, or what may become a stop string). Tokens after
@@ -57,9 +56,9 @@ class Delta:
 
     index: int
     text: str
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
     num_prompt: int = 0
     num_cached: int = 0
     finish: Finish | None = None
@@ -70,7 +69,8 @@ class Delta:
 def unanswered(delta: Delta) -> Delta:
     """The delta of a request that asks for no tokens, of which the engine draws one: without that."""
     ended = delta.finish is not None and delta.finish.reason == "stop"
-    return replace(delta, text="", tokens=[], logprobs=[], finish=Finish("length") if ended else delta.finish)
+    finish = Finish("length") if ended else delta.finish
+    return msgspec.structs.replace(delta, text="", tokens=[], logprobs=[], finish=finish)
 
 
 def check_prompt(
@@ -113,7 +113,7 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-async def complete(
+def complete(
     client: Client,
     tokenizer: Tokenizer,
     tokens: Sequence[int],
@@ -146,10 +146,7 @@ async def complete(
         )
         stream = TextStream(tokenizer, one, stops, shown)
         answers.append(_answer(client, _Answer(i, stream, one, len(tokens), named), tokens, priority, id))
-    deltas = answers[0] if len(answers) == 1 else merge(answers)
-    async with aclosing(deltas):
-        async for delta in deltas:
-            yield delta
+    return answers[0] if len(answers) == 1 else merge(answers)
 
 
 def _ends(params: SamplingParams, more: set[int], info: ModelInfo) -> tuple[int, ...]:
@@ -188,7 +185,7 @@ class _Answer:
             self.index,
             text,
             tokens,
-            output.logprobs[: len(tokens)],
+            output.logprobs and output.logprobs[: len(tokens)],
             output.prompt_logprobs,
             self.num_prompt,
             output.num_cached,

@@ -213,18 +213,19 @@ class Engine:
         return [answer.as_dict() for answer in answers.each]
 
     async def _complete(self, asked: Asked, call: Call) -> AsyncGenerator[Delta, None]:
-        deltas = complete(
-            self._client,
-            self.tokenizer,
-            asked.tokens,
-            asked.params,
-            call.priority,
-            asked.id,
-            lambda: self._seeds.getrandbits(63),
-        )
-        async with self._door.inside(call.model), aclosing(deltas):
-            async for delta in deltas:
-                yield delta
+        async with self._door.inside(call.model):
+            deltas = complete(
+                self._client,
+                self.tokenizer,
+                asked.tokens,
+                asked.params,
+                call.priority,
+                asked.id,
+                lambda: self._seeds.getrandbits(63),
+            )
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
 
     # --- encode ---
 

@@ -84,7 +84,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 Command = Submit | Abort | Flush | LoadAdapter | UnloadAdapter | StartProfile | StopProfile | Ping | Shutdown
 
 
-class Output(msgspec.Struct, frozen=True):
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a step added to one request. ``tokens`` are new ones only; the last Output has ``finish``.
 
     ``waited`` is how many seconds the request was queued in the engine before it first ran.

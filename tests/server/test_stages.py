@@ -13,7 +13,7 @@ import pytest
 
 from pippin import completion
 from pippin.config import ServerConfig
-from pippin.server import anthropic, http, ollama, responses
+from pippin.server import anthropic, http, ollama, openai, responses
 from pippin.text.detokenizer import TextStream
 from pippin.text.scan import Parser
 from tests.server.conftest import Running, byte_tokenizer, serving
@@ -79,14 +79,15 @@ def detokenizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def encoders(patch: pytest.MonkeyPatch) -> None:
-    """All but of what names the model ``good``, and of errors."""
+    """All but of what names the model ``good``, of choices, round which there are such names, and of errors."""
     real = http.encode
 
     def encode(content: Any) -> bytes:
         said = real(content)
-        return said if b'"good"' in said or SAYS.encode() in said else broken()
+        choice = said.startswith(b'{"index":')
+        return said if choice or b'"good"' in said or SAYS.encode() in said else broken()
 
-    for module in (http, anthropic, ollama, responses):
+    for module in (http, anthropic, ollama, openai, responses):
         if "encode" in vars(module):
             patch.setattr(module, "encode", encode)
 

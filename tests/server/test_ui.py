@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -138,21 +138,13 @@ def test_the_engine_says_how_long_a_request_waited(demo: Running) -> None:
     assert found["stats"]["memory_peak_bytes"] >= found["stats"]["memory_bytes"] > found["info"]["weight_bytes"]
 
 
-async def told(history: History, deltas: list[Delta | Exception], n: int, leave: int | None = None) -> None:
-    async def source() -> AsyncGenerator[Delta, None]:
-        for delta in deltas:
+def told(history: History, deltas: list[Delta | Exception], n: int, leave: int | None = None) -> None:
+    with history.track("r", 7, n) as note:
+        for delta in deltas[:leave]:
             if isinstance(delta, Exception):
                 raise delta
-            yield delta
-
-    tracked = history.track(source(), "r", 7, n)
-    count = 0
-    async for _ in tracked:
-        count += 1
-        assert len(history.running) == 1
-        if count == leave:
-            break
-    await tracked.aclose()
+            note(delta)
+            assert len(history.running) == 1
 
 
 def delta(tokens: int, finish: FinishReason | None = None, **others: Any) -> Delta:
@@ -166,7 +158,7 @@ def clocked() -> History:
 
 def test_phases_of_a_request() -> None:
     history = clocked()
-    asyncio.run(told(history, [delta(0), delta(1, num_cached=4, waited=0.5), delta(2), delta(1, "stop")], 1))
+    told(history, [delta(0), delta(1, num_cached=4, waited=0.5), delta(2), delta(1, "stop")], 1)
     (entry,) = history.ended
     assert entry == Entry(
         id="r", at=1000.0, prompt=7, cached=4, generated=4, queue=0.5, first=2.0, end=5.0, outcome="stop"
@@ -185,26 +177,16 @@ def test_phases_of_a_request() -> None:
 )
 def test_how_a_request_ended(deltas: list[Delta | Exception], leave: int | None, outcome: str) -> None:
     history = clocked()
-
-    async def go() -> None:
-        try:
-            await told(history, deltas, 1, leave)
-        except RuntimeError:
-            assert outcome == "error"
-
-    asyncio.run(go())
+    with pytest.raises(RuntimeError) if outcome == "error" else nullcontext():
+        told(history, deltas, 1, leave)
     assert [e.outcome for e in history.ended] == [outcome]
     assert not history.running
 
 
 def test_only_so_many_are_kept() -> None:
     history = clocked()
-
-    async def many() -> None:
-        for _ in range(KEPT + 5):
-            await told(history, [delta(1, "stop")], 1)
-
-    asyncio.run(many())
+    for _ in range(KEPT + 5):
+        told(history, [delta(1, "stop")], 1)
     assert len(history.latest()) == KEPT
     assert history.generated == KEPT + 5
 

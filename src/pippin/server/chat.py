@@ -51,8 +51,7 @@ class Ask:
     priority: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """What one delta added: its parts, where every CallBegin has an id, and how the answer ended, if it has.
 
     ``called``: the answer has whole calls, and they are why it ended.
@@ -193,7 +192,9 @@ class AnswerParts:
             self._reasoning = isinstance(parts[-1], Reasoning)
         return self._reasoning
 
-    def _shown(self, parts: Sequence[Part], ended: bool) -> list[Part]:
+    def _shown(self, parts: list[Part], ended: bool) -> list[Part]:
+        if self._ask.stream_reasoning and all(isinstance(part, Text | Reasoning) for part in parts):
+            return parts
         found: list[Part] = []
         for part in parts:
             if isinstance(part, Reasoning) and not self._ask.stream_reasoning:
@@ -202,7 +203,7 @@ class AnswerParts:
             found += self._thoughts()
             if isinstance(part, CallBegin):
                 if part.id is None or part.id in self._ids:
-                    part = replace(part, id=call_id(self._id_length))
+                    part = CallBegin(part.name, call_id(self._id_length))
                 self._ids.add(str(part.id))
             found.append(part)
             if isinstance(part, CallEnd):

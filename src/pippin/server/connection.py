@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from pippin.errors import RequestError
-from pippin.server.http import encode, error_body
+from pippin.server.http import PIECES, encode, error_body
+from pippin.server.writes import Gathered, Writes
 
 HEAD_SECONDS = 10.0
 """How long a request's head may take to come."""
@@ -50,6 +52,7 @@ class Connections:
         self.most = max(1, min(most, raise_file_limit(most + SPARE_FILES) - SPARE_FILES))
         self.open: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}  # oldest first
+        self._writes: Writes | None = None
 
     def protocol(self) -> Callable[..., Connection]:
         """What uvicorn makes a connection of."""
@@ -58,6 +61,11 @@ class Connections:
             return Connection(self, **parts)
 
         return make
+
+    def writes(self, loop: asyncio.AbstractEventLoop) -> Writes:
+        """What all connections write through, in the loop that they live in."""
+        self._writes = self._writes or Writes(loop)
+        return self._writes
 
     def add(self, connection: Connection) -> bool:
         """Takes a connection in; False if there is no room for it."""
@@ -83,14 +91,20 @@ class Connection(H11Protocol):
         self._all = all
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._routes, self.app = self.app, self._answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Gathered(transport, self._all.writes(self.loop)))
         if not self._all.add(self):
-            transport.write(FULL)
-            transport.close()
+            self.transport.write(FULL)
+            self.transport.close()
             return
         self._head = self.loop.call_later(HEAD_SECONDS, self.drop)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, which may send pieces of a body straight to us."""
+        scope["extensions"] = {PIECES: Pieces(self.cycle)}
+        await self._routes(scope, receive, send)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -146,6 +160,24 @@ class Connection(H11Protocol):
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+
+class Pieces:
+    """Sends pieces of one response's body, whose length its head did not tell, framed as h11 would, and no less fast
+    than the client reads. h11 looks at every piece anew, though none changes what may follow.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._chunked = cycle.scope["http_version"] == "1.1"  # before that, the end of the connection is the body's
+
+    async def __call__(self, piece: bytes) -> None:
+        cycle = self._cycle
+        if cycle.flow.write_paused and not cycle.disconnected:
+            await cycle.flow.drain()
+        if cycle.disconnected or not piece:
+            return
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
 
 
 def cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

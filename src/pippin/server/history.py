@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -51,19 +51,20 @@ class History:
     on_end: Callable[[Entry], None] = lambda entry: None
     _count: int = 0
 
-    async def track(
-        self, deltas: AsyncGenerator[Delta, None], rid: str, prompt: int, n: int
-    ) -> AsyncGenerator[Delta, None]:
-        """Pass on the deltas of a request's ``n`` answers, and note what they tell."""
+    @contextmanager
+    def track(self, rid: str, prompt: int, n: int) -> Iterator[Callable[[Delta], None]]:
+        """Gives what takes the deltas of a request's ``n`` answers, and notes what they tell."""
         began, number = self.clock(), self._count
         self._count += 1
         entry = self.running[number] = Entry(id=rid, at=self.wall(), prompt=prompt, answers=n)
+
+        def note(delta: Delta) -> None:
+            nonlocal n
+            self._note(entry, delta, self.clock() - began)
+            n -= delta.finish is not None
+
         try:
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    self._note(entry, delta, self.clock() - began)
-                    yield delta
-                    n -= delta.finish is not None
+            yield note
         except Exception:
             entry.outcome = "error"
             raise

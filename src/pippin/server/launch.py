@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from pippin.client import EngineClient
 from pippin.config import EngineConfig, ServerConfig
 from pippin.errors import ConfigError, PippinError
+from pippin.garbage import leave_loaded_alone
 from pippin.logs import configure
 from pippin.messages import ModelInfo, Progress
 from pippin.preflight import check
@@ -172,6 +173,7 @@ class Serving:
             )
         weights = Weights(self._engine, self._gate, self._check, self._text)
         self._gate.app = create_app(self._client, tokenizer, chat, self._config, self._provider, weights)
+        leave_loaded_alone()
         return info
 
     async def _check(self, config: EngineConfig) -> None:

@@ -6,8 +6,8 @@ The engine's counts come from the last step's ``Stats`` when somebody asks; late
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from pippin.client import EngineClient
 from pippin.completion import Delta
 from pippin.messages import Stats
+from pippin.server.tally import Tokens
 
 PREFIX = "pippin:"
 
@@ -33,11 +34,11 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(EngineCounts(client, lambda: self._model_name))
         first = self._histogram("time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN)
-        between = self._histogram("inter_token_latency_seconds", "From token to token.", NEXT_TOKEN)
         whole = self._histogram("e2e_request_latency_seconds", "From request to its end.", WHOLE_REQUEST)
         queue = self._histogram("queue_time_seconds", "In the engine's queue before it first ran.", FIRST_TOKEN)
-        generated = Counter(PREFIX + "generation_tokens", "Tokens generated.", ("model_name",), registry=self._registry)
-        self._families = first, between, whole, queue, generated
+        self._families = first, whole, queue
+        self._tokens = Tokens(PREFIX, NEXT_TOKEN)
+        self._registry.register(self._tokens)
         self._requests = Counter(
             PREFIX + "num_requests", "Answers by how they ended.", ("model_name", "outcome"), registry=self._registry
         )
@@ -48,25 +49,26 @@ class Metrics:
 
     def rename(self, model_name: str) -> None:
         """What is observed from here on is another model's."""
-        first, between, whole, queue, generated = self._families
         self._model_name = model_name
-        self._first, self._between = first.labels(model_name), between.labels(model_name)
-        self._whole, self._queue = whole.labels(model_name), queue.labels(model_name)
-        self._generated = generated.labels(model_name)
+        self._first, self._whole, self._queue = (family.labels(model_name) for family in self._families)
+        self._between, self._generated = self._tokens.of(model_name)
 
-    async def track(self, deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
-        """Pass on the deltas of ``n`` answers, and observe them. Those without a finish were left by their client."""
+    @contextmanager
+    def track(self, n: int) -> Iterator[Callable[[Delta], None]]:
+        """Gives what observes the deltas of ``n`` answers. Those without a finish were left by their client."""
         began, latest = time.perf_counter(), dict[int, float]()
         outcome = "disconnect"
+
+        def note(delta: Delta) -> None:
+            nonlocal n
+            if delta.tokens:
+                self._observe(delta, began, latest)
+            if delta.finish is not None:
+                self._end(delta.finish.reason, began)
+                n -= 1
+
         try:
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    if delta.tokens:
-                        self._observe(delta, began, latest)
-                    if delta.finish is not None:
-                        self._end(delta.finish.reason, began)
-                        n -= 1
-                    yield delta
+            yield note
         except Exception:
             outcome = "error"
             raise
@@ -81,10 +83,9 @@ class Metrics:
             self._first.observe(now - began)
             self._queue.observe(delta.waited)
         else:
-            for _ in range(count):
-                self._between.observe((now - before) / count)
+            self._between.add((now - before) / count, count)
         latest[delta.index] = now
-        self._generated.inc(count)
+        self._generated[0] += count
 
     def _end(self, outcome: str, began: float) -> None:
         self._requests.labels(self._model_name, outcome).inc()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Generic
 
 from starlette.requests import Request
@@ -16,7 +17,7 @@ from pippin.completion import Delta, unanswered
 from pippin.errors import RequestError
 from pippin.server.chat import Ask, begin
 from pippin.server.choices import C, ChatShape, Shape, TextShape
-from pippin.server.http import DONE, EventStream, JsonResponse, event, next_of, read_body, unless_gone
+from pippin.server.http import DONE, EventStream, JsonResponse, encode, event, next_of, read_body, unless_gone
 from pippin.server.protocol import ChatRequest, CompletionRequest, Json, OpenAIRequest, respell
 from pippin.server.service import Job, Service
 
@@ -167,27 +168,32 @@ class Answer(Generic[C]):
     ) -> AsyncGenerator[bytes, None]:
         options = self._request.stream_options
         async with aclosing(deltas):
-            for chunk in self._chunks(*first):
-                yield chunk
+            if chunks := self._chunks(*first):
+                yield chunks
             async for number, delta in deltas:
-                for chunk in self._chunks(number, delta):
-                    yield chunk
+                if chunks := self._chunks(number, delta):
+                    yield chunks
         if options is not None and options.include_usage:
             yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _chunks(self, number: int, delta: Delta) -> list[bytes]:
+    def _chunks(self, number: int, delta: Delta) -> bytes:
+        """A delta's events, in one piece."""
         self._count(number, delta)
-        index = self._index(number, delta)
-        return [self._chunk(part) for part in self._shape.parts(index, number, delta)]
+        parts = self._shape.parts(self._index(number, delta), number, delta)
+        return self._chunk(parts[0]) if len(parts) == 1 else b"".join(map(self._chunk, parts))
 
     def _chunk(self, choice: Json) -> bytes:
-        content = self._head(self._shape.chunk)
-        content["choices"] = [choice]
         options = self._request.stream_options
+        usage = b""
         if options is not None and (options.include_usage or options.continuous_usage_stats):
-            content["usage"] = self._usage() if options.continuous_usage_stats else None
-        return event(content)
+            usage = b',"usage":' + encode(self._usage() if options.continuous_usage_stats else None)
+        return b"".join((self._opening, encode(choice), b"]", usage, b"}\n\n"))
+
+    @cached_property
+    def _opening(self) -> bytes:
+        """What all chunks begin with, up to the choice."""
+        return b"data: " + encode(self._head(self._shape.chunk)).removesuffix(b"}") + b',"choices":['
 
     def _index(self, number: int, delta: Delta) -> int:
         return number * self._request.n + delta.index

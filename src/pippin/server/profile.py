@@ -104,7 +104,7 @@ class RequestSpan:
             await send(message)
 
         try:
-            await app(self._scope, receive, noted)
+            await app({**self._scope, "extensions": {}}, receive, noted)  # or the body would not come by
         finally:
             self._end()
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import astuple, fields
+from msgspec.structs import asdict, fields
 
 from pippin.errors import RequestError
 from pippin.grammar.fields import KINDS, grammar_of
@@ -168,7 +169,7 @@ class OpenAIRequest(Body, kw_only=True):
     def grammar(self) -> Grammar | None:
         """What the answer must be. Raises RequestError naming the field that doesn't say."""
         names = ("response_format", "structured_outputs", *KINDS)
-        given = {f.name: value for f, value in zip(fields(self), astuple(self), strict=True)}
+        given = asdict(self)
         return grammar_of({name: given[name] for name in names})
 
     @property
@@ -315,7 +316,7 @@ def read(body: bytes, kind: type[T]) -> T:
 
 def build(raw: Mapping[str, Any], kind: type[T], strict: bool = True) -> T:
     """A JSON object as a struct; not ``strict``, numbers may be text. Raises RequestError that names the field."""
-    known = {field.encode_name for field in fields(kind)}
+    known = names_of(kind)
     given = {
         name: value for name, value in raw.items() if value is not None and name not in kind.ignored.keys() - known
     }
@@ -329,7 +330,13 @@ def build(raw: Mapping[str, Any], kind: type[T], strict: bool = True) -> T:
         raise type_error(str(error)) from error
 
 
-def refuse_or_drop(given: dict[str, Any], name: str, kind: type[Body], known: set[str]) -> None:
+@cache
+def names_of(kind: type[Body]) -> frozenset[str]:
+    """Its fields, as JSON spells them. Kept: msgspec finds them out anew each time, in a millisecond."""
+    return frozenset(field.encode_name for field in fields(kind))
+
+
+def refuse_or_drop(given: dict[str, Any], name: str, kind: type[Body], known: Collection[str]) -> None:
     """Drop a field that asks for nothing; raise for one that is unknown or not supported."""
     neutral = kind.neutral.get(name)
     if neutral is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -31,10 +31,9 @@ class RequestLog:
     def _shown(self, text: str) -> str:
         return text if self._level > 2 else text[:SHORT]
 
-    async def track(
-        self, deltas: AsyncGenerator[Delta, None], rid: str, tokens: list[int], params: SamplingParams
-    ) -> AsyncGenerator[Delta, None]:
-        """Pass on the deltas of one prompt's answers, and log the request."""
+    @contextmanager
+    def track(self, rid: str, tokens: list[int], params: SamplingParams) -> Iterator[Callable[[Delta], None]]:
+        """Gives what takes the deltas of one prompt's answers; the request is logged."""
         said = {"rid": rid, "prompt_tokens": len(tokens)}
         asked = dict(said)
         if self._level > 0:
@@ -43,15 +42,16 @@ class RequestLog:
             asked["prompt"] = self._shown(self._tokenizer.decode(tokens, False))
         log.info("request %s begins: %s", rid, asked, extra=fields(event="begin", **asked))
         began, counts, finishes, texts = time.monotonic(), dict[int, int](), dict[int, str](), dict[int, str]()
+
+        def note(delta: Delta) -> None:
+            counts[delta.index] = counts.get(delta.index, 0) + len(delta.tokens)
+            if self._level > 1:
+                texts[delta.index] = texts.get(delta.index, "") + delta.text
+            if delta.finish is not None:
+                finishes[delta.index] = delta.finish.reason
+
         try:
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    counts[delta.index] = counts.get(delta.index, 0) + len(delta.tokens)
-                    if self._level > 1:
-                        texts[delta.index] = texts.get(delta.index, "") + delta.text
-                    if delta.finish is not None:
-                        finishes[delta.index] = delta.finish.reason
-                    yield delta
+            yield note
         finally:
             ended = {
                 **said,

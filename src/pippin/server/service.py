@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,6 +30,9 @@ from pippin.types import Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from pippin.server.weights import Weights
+
+Track = AbstractContextManager[Callable[[Delta], None]]
+"""Gives what is to be told of each delta; how the block ends, and when, is how the request did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +160,10 @@ class Service:
         ):
             streams = [self._one(i, job) for i, job in enumerate(jobs)]
             deltas = merge(streams) if len(streams) > 1 else streams[0]
-            async with aclosing(in_time(deltas, self.config.request_timeout)) as timed:
-                async for delta in timed:
+            if self.config.request_timeout is not None:
+                deltas = in_time(deltas, self.config.request_timeout)
+            async with aclosing(deltas):
+                async for delta in deltas:
                     yield delta
 
     async def vectors(
@@ -201,12 +206,19 @@ class Service:
             self.client.draw_seed,
             job.shown,
         )
-        if self.request_log is not None:
-            deltas = self.request_log.track(deltas, job.rid, job.tokens, job.params)
-        watched = self.history.track(self.metrics.track(deltas, job.params.n), job.rid, len(job.tokens), job.params.n)
-        async with aclosing(watched) as tracked:
-            async for delta in tracked:
-                yield number, delta
+        with ExitStack() as stack:
+            notes = [stack.enter_context(track) for track in self._tracks(job)]
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    for note in notes:
+                        note(delta)
+                    yield number, delta
+
+    def _tracks(self, job: Job) -> list[Track]:
+        """Whoever wants to know of a job's deltas."""
+        n, log = job.params.n, self.request_log
+        tracks: list[Track] = [self.metrics.track(n), self.history.track(job.rid, len(job.tokens), n)]
+        return tracks if log is None else [*tracks, log.track(job.rid, job.tokens, job.params)]
 
     def abort(self, rid: str) -> None:
         """End a request, by the id that its client gave it or was told. Unknown ids are ignored."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from pippin.text.stops import StopAutomaton
 from pippin.text.tokenizer import Tokenizer
@@ -51,9 +52,16 @@ class ByteDetokenizer:
         self._tokenizer = tokenizer
         self._skip = skipped(tokenizer, skip_special_tokens, shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._half = False  # there are bytes of a character that more must come of
 
     def push(self, token: int) -> str:
-        return "" if token in self._skip else self._utf8.decode(self._tokenizer.token_bytes(token))
+        if token in self._skip:
+            return ""
+        if not self._half and (text := self._tokenizer.whole_text(token)) is not None:
+            return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token))
+        self._half = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", True)
@@ -147,8 +155,7 @@ class WindowDetokenizer:
         return self._tokenizer.decode(ids, False, self._spaces)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """Text to show, how many of the pushed tokens count, and the stop string that ended the stream, if one did."""
 
     text: str
@@ -183,6 +190,9 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> Piece:
         """The next tokens of the stream. After a match, push nothing more."""
+        if self._stops is None:
+            push = self._detokenizer.push
+            return Piece(push(tokens[0]) if len(tokens) == 1 else "".join(map(push, tokens)), len(tokens))
         shown: list[str] = []
         for count, token in enumerate(tokens, 1):
             self._num_tokens += 1

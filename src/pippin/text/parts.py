@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """Words for the reader."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True):
     """What the model thinks before it answers."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallBegin:
+class CallBegin(Struct, frozen=True):
     """A tool is called; ``id`` is the model's own name for the call, if its format has one."""
 
     name: str
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CallArguments:
+class CallArguments(Struct, frozen=True):
     """More of the JSON object that the call's arguments are. What was sent so far always begins some object."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnd:
+class CallEnd(Struct, frozen=True):
     """The call is whole: its arguments, joined, are a JSON object."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallBroken:
+class CallBroken(Struct, frozen=True):
     """What looked like a call is none, and is text as the model wrote it. A CallBegin before it is taken back."""
 
     text: str

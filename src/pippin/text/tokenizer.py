@@ -57,6 +57,7 @@ class Tokenizer:
         )
         self._special_names = {self.piece(i): i for i in self.special_ids}
         self.scheme = Scheme.of(self._fast)
+        self._whole: dict[int, str | None] = {}  # of tokens that were asked for, at most the vocabulary
 
     @property
     def has_chat_template(self) -> bool:
@@ -133,6 +134,15 @@ class Tokenizer:
         if self.scheme.kind == "other":
             return self.decode([token], skip_special_tokens=False).encode()
         return self.scheme.bytes_of(spelled)
+
+    def whole_text(self, token: int) -> str | None:
+        """The text that one token is, if it is whole characters; None if it is not. Found out once."""
+        if token not in self._whole and token < self.vocab_size:
+            try:
+                self._whole[token] = self.token_bytes(token).decode()
+            except UnicodeDecodeError:
+                self._whole[token] = None
+        return self._whole.get(token)
 
     def token_text(self, token: int) -> str:
         """One token as text, for logprobs; U+FFFD where it is only part of a character."""
