@@ -24,6 +24,7 @@ from tests.checkpoints import WINDOW, make_checkpoint
 from tests.compiling import play_gpu, traces_of
 from tests.cores import GREEDY, make_core, prompts, replace_params, run, submits
 from tests.fake_device import Loop, endless
+from tests.recording import AgainRecorder, play_recorder
 
 
 def windows_of(loop: Loop) -> WindowPages:
@@ -291,6 +292,19 @@ def test_tokens_are_the_same_in_graphs_of_models_that_mask(
     play_gpu(monkeypatch)
     core = compare(make_checkpoint(tmp_path / family, family), {**SMALL, "page_size": 4, "attention_backend": backend})
     assert traces_of(core._runner) > 0
+
+
+@pytest.mark.parametrize(("family", "backend", "page"), [("gpt_oss", "rows", 4), ("gemma3_text", "padded", 4)])
+def test_tokens_are_the_same_in_recorded_steps(
+    family: str, backend: str, page: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are recorded as they come, while all pages of windowed layers are lent to requests."""
+    recorder = AgainRecorder()
+    play_gpu(monkeypatch)
+    play_recorder(monkeypatch, recorder)
+    compare(make_checkpoint(tmp_path / family, family), {**SMALL, "page_size": page, "attention_backend": backend})
+    assert recorder.launches > 100
+    assert all(not graph.closed for graph in recorder.graphs)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "recurrent_gemma"])

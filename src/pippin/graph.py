@@ -8,7 +8,6 @@ itself (``sampler_graphs``), so that the shapes of a model and the ways to draw 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +18,12 @@ from pippin.attention import AttentionBackend
 from pippin.attention.rows import Rows
 from pippin.cache.pool import KVPool
 from pippin.graph_inputs import (
-    Ints,
     StepInputs,
     StepShape,
     StepTable,
     WindowInputs,
     decode_sizes,
+    example,
     extend_sizes,
     least_length,
     packed_size,
@@ -35,7 +34,7 @@ from pippin.inputs import Group, Places, Step
 from pippin.models.deferred import Fusions
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.replay import Replays, StepFunction
-from pippin.types import Request, SamplingParams, Work
+from pippin.types import Work
 from pippin.uploads import upload
 
 
@@ -133,14 +132,12 @@ class StepGraphs:
 
         Recorded ones are queued already, and what they return is to be read before the next step is.
         """
-        packed = self._packed(works, shape, self._table)
+        if shape.tiles:
+            assert self._pool.tile_rows is not None
+            packed = self._table.extends(works, shape, self._pool.tile_rows)
+        else:
+            packed = self._table.decodes(works, shape)
         return self._step(shape, packed.size, last_token)(last_token, upload(packed))
-
-    def _packed(self, works: Sequence[Work], shape: StepShape, table: StepTable) -> Ints:
-        if not shape.tiles:
-            return table.decodes(works, shape)
-        assert self._pool.tile_rows is not None
-        return table.extends(works, shape, self._pool.tile_rows)
 
     def forget(self) -> None:
         """To be called when any other step has run."""
@@ -163,21 +160,12 @@ class StepGraphs:
         return self.replays.step((shape, size), shape.rows, run, lambda: self._examples(shape, size), last_token) or run
 
     def _examples(self, shape: StepShape, size: int) -> list[mx.array]:
-        """Inputs of a shape whose page tables make them ``size`` long: every work decodes one token, another in each.
-
-        All read and write nothing but the scratch page, and write the same there.
-        """
-        windows = self._pool.windows
-        width = (size - packed_size(shape, 0, windows)) // shape.works
+        width = (size - packed_size(shape, 0, self._pool.windows)) // shape.works
         at = least_length(width * self._pool.page_size, extended=shape.tiles > 0) - 1
-        found = []
-        for token in (1, 2):
-            request = Request("recorded", [token] * (at + 1), 0, SamplingParams(temperature=0.0), row=1)
-            request.slots = array("i", bytes(4 * (at + 1)))
-            works, table = [Work(request, at, at + 1, True)] * shape.works, StepTable(self._pool.page_size, windows)
-            found.append(mx.array(self._packed(works, shape, table)))
-            assert found[-1].size == size
-        return found
+        tiles = self._pool.tile_rows or 0
+        given = [example(token, at, shape, width, self._pool.page_size, self._pool.windows, tiles) for token in (1, 2)]
+        assert all(each.size == size for each in given)
+        return [*map(mx.array, given)]
 
     def _extend_shape(self, rows: int, works: int, tile_rows: int) -> StepShape:
         return StepShape(rows, works, works + rows // tile_rows)

@@ -208,7 +208,7 @@ class Replays:
         mx.eval(places, others, run(table, first))  # what compiles does so now
         try:
             graph, made = recorder.record(lambda: run(*places))
-        except CudaError as error:
+        except RuntimeError as error:  # the driver's or MLX's, out of memory too
             log.warning("steps of %d rows are queued by MLX each time, which is slower: %s", rows, error)
             return None
         self._by_row.setdefault(rows, (recorder.held - before) / rows)
