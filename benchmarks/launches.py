@@ -38,7 +38,7 @@ FAMILIES = (
 )  # fmt: skip
 VIEWS = {
     "Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Unflatten", "Flatten", "Depends",
-    "StopGradient", "Split", "Full",
+    "StopGradient", "Split", "Full", "View",
 }  # fmt: skip
 STEP = Case("decode", 8, 0, 100)
 

@@ -91,7 +91,8 @@ def test_every_family_keeps_its_logits_and_what_it_can(family: str) -> None:
         "deepseek_v2": frozenset({MLP, ("kv_a_proj_with_mqa",)}),
     }
     if choice.backend.name == "rows":
-        assert choice.fusions == Fusions(residual=True, joined=expected.get(family, frozenset({QKV, MLP})))
+        experts = family in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2")
+        assert choice.fusions == Fusions(True, expected.get(family, frozenset({QKV, MLP})), experts)
     else:
         assert choice.fusions == Fusions()
 
@@ -106,7 +107,7 @@ def test_experts_that_are_nearly_as_good_refuse_nothing(seed: int) -> None:
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda _, m: isinstance(m, SwitchLinear))
     choice = choose_attention(model, "mlx", config["vocab_size"], fuse=True)
-    assert (choice.backend.name, choice.fusions) == ("rows", Fusions(residual=True, joined=frozenset({QKV})))
+    assert (choice.backend.name, choice.fusions) == ("rows", Fusions(True, frozenset({QKV}), experts=True))
     tokens = mx.array([[1, 2, 3, 4, 5]])
     with one_expert():
         one = model(tokens)

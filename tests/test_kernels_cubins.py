@@ -93,12 +93,13 @@ def test_a_machine_never_seen_compiles_its_checks_together_and_in_under_two_seco
 
 
 def test_the_checks_launch_nothing_that_was_not_recorded() -> None:
-    kinds: tuple[checks.Kind | None, ...] = (None, "products", "latents")
+    kinds: tuple[checks.Kind | None, ...] = (None, "products", "experts", "latents")
     names = {what.source.name for kind in kinds for what, _ in checks.recorded(mx.bfloat16, MATRIX, kind)}
     assert names == {
         "kv_write", "kv_gather", "paged_reduce", "paged_decode_mma", "paged_decode_mma_split",
         "paged_decode_mma_fused", "paged_decode_mma_fused_split", "paged_extend_mma", "paged_extend_mma_split",
         "rope_kv_write", "add_rms_norm", "swiglu", "rows_mma", "expert_mma", "latent_decode", "latent_decode_split",
+        "gated_mma", "route", "expert_gate", "weighed_sum", "add_weighed_rms_norm",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from pippin.kernels import drawing, fused, latent, paged, select
+from pippin.kernels import drawing, fused, latent, paged, routed, select
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, small_inputs
 from pippin.kernels.packing import PACKINGS, PackedPool, Pool
@@ -119,6 +119,13 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
         fused.rope_kv_write(record, y, pool, pool, heads, rope, lengths, lengths, (norm, norm), None)
         fused.add_rms_norm(record, y, y, fused.Norm(y[0], 1e-6))
         fused.swiglu(record, y)
+        for bias in (None, y):
+            pairs, shares = routed.Pairs(mx.zeros((6, 1536), dtype=dtype), mx.zeros(6, dtype=mx.int32), bias), y[:, :2]
+            routed.expert_gate(record, pairs, pairs, routed.Gate(bias is not None, 1.702, 7.0))
+            routed.weighed_sum(record, pairs, shares, bias)
+            routed.add_weighed_rms_norm(record, y, pairs, shares, fused.Norm(y[0], 1e-6))
+        for choice in (routed.Choice(4, later=True, soft=True), routed.Choice(2, before=True, divided=True)):
+            routed.route(record, y[:, :100], y[:, :100], choice)
 
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         record_pools(dtype, mx.zeros((9, 2, 128), dtype=dtype))
@@ -147,6 +154,7 @@ def test_every_variant_is_here() -> None:
     suffixes = ("", "_split")
     decodes = {f"paged_decode{fused}{split}" for split in suffixes for fused in ("", "_fused")}
     rows = {"rope_kv_write", "add_rms_norm", "swiglu"}
+    rows |= {"expert_gate", "weighed_sum", "add_weighed_rms_norm", "route"}
     over_pools = {
         "kv_write",
         "kv_gather",

@@ -179,9 +179,13 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "rows of the wrong pair": ("product", "mine[i] / PER", "mine[i] / (PER + 1)"),
     "the next group's scale": ("product", "row * GROUPS + at / GROUP", "row * GROUPS + (at / GROUP + 1) % GROUPS"),
     "the second half's scale": ("product_nvfp4", "u * 8 / GROUP % SCALES", "0"),
-    "the next 16 bytes": ("product_mxfp8", "load_words(w, (row * K + at) / EACH)", "load_words(w, (row * K) / EACH)"),
+    "the next 16 bytes": (
+        "product_mxfp8",
+        "load_words(words, (row * K + at) / EACH)",
+        "load_words(words, (row * K) / EACH)",
+    ),
     "nibbles meet others' numbers": ("product_mxfp4", "FAR ? far_pairs(p) : p", "p"),
-    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(biases, group) : 0u", "0u"),
+    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(bias_words, group) : 0u", "0u"),
     "warps not waited for": ("product", "      BARRIER();\n      for (int j = tid", "      for (int j = tid"),
 }
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from pippin.errors import ModelError
-from pippin.kernels import PACKINGS, Packing, latent, paged, products, select, tuning
+from pippin.kernels import PACKINGS, Packing, fused, latent, paged, products, routed, select, tuning
 from pippin.kernels.build.shapes import Codes, Experts, ModelShape, read_config, shape_of_config
 from pippin.kernels.build.source import cuda_source
 from pippin.kernels.build.variants import variants
@@ -128,14 +128,44 @@ def test_products_of_experts_are_among_them(codes: Codes | None) -> None:
         for n, k, per in ((64, 128, 4), (128, 64, 1)):
             x, indices = mx.zeros((pairs // per, k), mx.bfloat16), mx.zeros(pairs, mx.int32)
             products.product(launch, x, weights(codes, n, k, 16), indices, per)
-    assert len(launch.names) >= 6
+        gate, x = weights(codes, 64, 128, 16), mx.zeros((tokens, 128), mx.bfloat16)
+        if not products.are_vectors(gate, pairs):
+            gated = products.Gated(gate, gate, None, routed.Gate())
+            products.gated_product(launch, x, gated, mx.zeros(pairs, mx.int32), 4)
+    assert len(launch.names) >= 9
     assert launch.names <= names
+
+
+@pytest.mark.parametrize("platform", ["cuda", "metal"])
+def test_what_goes_on_round_experts_is_among_them(platform: str) -> None:
+    """Of gpt-oss, whose experts have biases, and of Qwen3."""
+    launch = Seen()
+    for sinks, choice in (
+        (True, routed.Choice(4, later=True, soft=True)),
+        (False, routed.Choice(4, later=True, before=True, divided=True)),
+    ):
+        shape = replace(SMALL, hidden=128, experts=Experts(16, 4, 64), sinks=sinks)
+        found = variants(shape, tuning.table(platform).every_cut(mx.bfloat16))
+        launch.names.clear()
+        logits, shares = mx.zeros((5, 16), mx.bfloat16), mx.zeros((5, 4), mx.bfloat16)
+        routed.route(launch, logits, logits, choice)
+        bias = mx.zeros((16, 64), mx.bfloat16) if sinks else None
+        rows = routed.Pairs(mx.zeros((20, 64), mx.bfloat16), mx.zeros(20, mx.int32), bias)
+        routed.expert_gate(launch, rows, rows, routed.Gate(sinks, 1.702, 7.0))
+        bias = mx.zeros((16, 128), mx.bfloat16) if sinks else None
+        rows = routed.Pairs(mx.zeros((20, 128), mx.bfloat16), mx.zeros(20, mx.int32), bias)
+        x = mx.zeros((5, 128), mx.bfloat16)
+        routed.weighed_sum(launch, rows, shares, x)
+        routed.add_weighed_rms_norm(launch, x, rows, shares, fused.Norm(x[0], 1e-6))
+        assert len(launch.names) == 4
+        assert launch.names <= {cuda_source(*one).name for one in found}
 
 
 def test_products_are_built_only_where_they_are_launched() -> None:
     shape = replace(SMALL, hidden=128, intermediate=192, codes=MODES["affine-4"], experts=Experts(16, 4, 64))
     metal = {what.source.name for what, _ in variants(shape, [paged.Tuning(heads=4, unroll=2)])}
-    assert not metal & {"rows_mma", "expert_mma"}
+    assert not metal & {"rows_mma", "expert_mma", "gated_mma"}
+    assert metal >= {"route", "expert_gate"}
     assert not built(replace(SMALL, hidden=128, codes=Codes(64, 6)))[1] & {"rows_mma"}, "MLX's own"
 
 

@@ -6,13 +6,14 @@ import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, count
+from itertools import combinations, count, product
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from pippin import kernels
 from pippin.attention import AttentionBackend, backends_to_try
@@ -107,7 +108,7 @@ def _fused(
     if choice.backend.name != "rows":
         return choice
     joined = join(model, lambda: model(mx.array([[1]]), cache=make_prompt_cache(model)))
-    for fusions in _to_try(joined):
+    for fusions in _to_try(joined, any(isinstance(m, SwitchGLU) for _, m in model.named_modules())):
         reason = _differs(model, replace(choice, fusions=fusions), tokens, expected, vocab_size)
         if reason is None:
             return replace(choice, fusions=fusions)
@@ -115,12 +116,13 @@ def _fused(
     return choice
 
 
-def _to_try(joined: frozenset[tuple[str, ...]]) -> list[Fusions]:
+def _to_try(joined: frozenset[tuple[str, ...]], experts: bool) -> list[Fusions]:
     """All fusions there may be, the most first; a model that takes few of them is one of many tries."""
     names = sorted(joined)
     some = [frozenset(part) for n in range(len(names) + 1) for part in combinations(names, n)]
-    found = [Fusions(residual, part) for part in some for residual in (False, True) if part or residual]
-    return sorted(found, key=lambda f: (len(f.joined) + f.residual, len(f.joined)), reverse=True)
+    routed = (False, True) if experts else (False,)
+    found = [Fusions(*each) for each in product((False, True), some, routed) if each != (False, frozenset(), False)]
+    return sorted(found, key=lambda f: (len(f.joined) + f.residual + f.experts, len(f.joined)), reverse=True)
 
 
 def measure_caches(model: nn.Module, lazily: bool = False) -> CacheLayout:

@@ -48,8 +48,8 @@ def kernel_checks(quick: bool = False) -> Iterator[Outcome]:
         return
     on_host = where == "host"
     base = tuning.table(kernels.backend() or "metal").base
-    kinds: tuple[checks.Kind | None, ...] = (None, "limits", "latents", "products", *kernels.PACKINGS)
-    for kind in kinds[:2] if on_host else kinds:
+    kinds: tuple[checks.Kind | None, ...] = (None, "limits", "experts", "latents", "products", *kernels.PACKINGS)
+    for kind in kinds[:3] if on_host else kinds:
         dtype = "float32" if kind in (None, "limits") else "bfloat16"
         for name, ok in checks.check_all(_for_checks(launch, on_host), DTYPES[dtype], base, kind).items():
             detail = {"dtype": dtype} if kind is None else {"dtype": dtype, "kind": kind}

@@ -31,17 +31,22 @@ from pippin.kernels.fused import Heads, Norm, Rope
 from pippin.kernels.launch import Launcher, gpu_launcher
 from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packed, packing_of, storage
 from pippin.kernels.paged import tile_rows
-from pippin.kernels.products import Weights
+from pippin.kernels.products import Gated, Weights
+from pippin.kernels.routed import Choice, Gate, Pairs
 
 __all__ = [
     "MOST_TOPS",
     "PACKINGS",
+    "Choice",
     "Filters",
     "Form",
+    "Gate",
+    "Gated",
     "Heads",
     "Norm",
     "PackedPool",
     "Packing",
+    "Pairs",
     "Pool",
     "Rope",
     "Weights",
@@ -55,10 +60,12 @@ __all__ = [
     "kv_gather",
     "kv_write",
     "latent_decode",
+    "launcher_of",
     "measure_products",
     "packed",
     "paged_decode",
     "paged_extend",
+    "product_way",
     "quantized_product",
     "rope_kv_write",
     "rows_by_page",
@@ -199,16 +206,21 @@ def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -
     faster for them.
     """
     pairs = indices.shape[0]
-    if backend() is None or pairs > products.MOST_PAIRS:
+    if product_way(x.dtype, weights, pairs) != "kernel":
         return None
-    if _product_way(x.dtype, weights, products.size_of(pairs, products.PAIRS)) != "kernel":
-        return None
-    if weights.bits == 16 and pairs <= products.MOST_VECTORS:
+    if products.are_vectors(weights, pairs):
         rows = products.row_of_pair(pairs, per)
         return mx.gather_mm(x[:, None], weights.w.swapaxes(-1, -2), lhs_indices=rows, rhs_indices=indices)[:, 0]
     launch = _product_launcher(x.dtype, weights)
     assert launch is not None
     return products.product(launch, x, weights, indices, per)
+
+
+def product_way(dtype: mx.Dtype, weights: Weights, pairs: int) -> str:
+    """How so many pairs of a row and its expert's weights are multiplied best: ``kernel`` or ``mlx``."""
+    if backend() is None or pairs > products.MOST_PAIRS:
+        return "mlx"
+    return _product_way(dtype, weights, products.size_of(pairs, products.PAIRS))
 
 
 def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
@@ -460,10 +472,13 @@ def _launcher(name: KernelName, k_pool: Pool, v_pool: Pool) -> Launcher | None:
 
 def _row_launcher(name: KernelName, width: int, dtype: mx.Dtype) -> Launcher | None:
     """What runs this kernel over rows of ``width`` numbers, None for plain MLX."""
+    return launcher_of(name, dtype) if fused.takes_rows(width, dtype) else None
+
+
+def launcher_of(name: KernelName, dtype: mx.Dtype, kind: Kind | None = None) -> Launcher | None:
+    """What runs this kernel, None for plain MLX: where there is no GPU, or it was found to be wrong."""
     platform = backend()
-    if platform is None or not fused.takes_rows(width, dtype):
-        return None
-    return _gpu(platform) if _verdicts(platform, dtype)[name] else None
+    return _gpu(platform) if platform is not None and _verdicts(platform, dtype, kind)[name] else None
 
 
 def tuning_for(
@@ -478,7 +493,7 @@ def _product_launcher(dtype: mx.Dtype, weights: Weights) -> Launcher | None:
     """What runs the product, None for plain MLX; only CUDA's dialect has matrix products of fragments."""
     if backend() != "cuda" or not products.takes(dtype, weights):
         return None
-    return _gpu("cuda") if _verdicts("cuda", dtype, "products")[products.check_of(weights)] else None
+    return _gpu("cuda") if _verdicts("cuda", dtype, "products")[products.checks_of(weights)[0]] else None
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:

@@ -21,7 +21,7 @@ from typing import Literal
 import mlx.core as mx
 
 from pippin.folders import cache_folder
-from pippin.kernels import drawing, fused, latent, paged, products, reference, select
+from pippin.kernels import drawing, fused, latent, paged, products, reference, routed, select
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.drawing import Filters
@@ -45,6 +45,15 @@ KernelName = Literal[
     "product_mxfp4",
     "product_mxfp8",
     "product_nvfp4",
+    "gated",
+    "gated_8",
+    "gated_mxfp4",
+    "gated_mxfp8",
+    "gated_nvfp4",
+    "route",
+    "expert_gate",
+    "weighed_sum",
+    "add_weighed_rms_norm",
     "latent_decode",
     "boundary",
     "draw",
@@ -52,7 +61,7 @@ KernelName = Literal[
 ]
 Slots = Packing | Literal["latents"]
 """What lies in slots, where that is not heads of full numbers."""
-Kind = Slots | Literal["products", "limits", "draws"]
+Kind = Slots | Literal["products", "experts", "limits", "draws"]
 """What has checks and a verdict of its own, so that only those pay for it who use it."""
 
 # Of results about 1 in size: both sides round once, and matrix products round the weights too.
@@ -229,26 +238,60 @@ def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits:
     """Seven rows by quantized weights, and by those of three experts, two of which get rows; 40 columns, 160 wide."""
     if not tuning.matrix or dtype == mx.float32:
         return True  # nobody launches it there
-    keys = mx.random.split(mx.random.key(14), 2)
-    x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
-    w = (mx.random.normal((3, 40, 160), key=keys[1]) / 16).astype(dtype)
-    group = 16 if mode == "nvfp4" else 32
-    packed, scales, *rest = mx.quantize(w, group, bits, mode)
-    biases = rest[0] if rest else None
-    near = mx.dequantize(packed, scales, biases, group, bits, mode, dtype=dtype)
-    indices = mx.array([2, 0, 0, 2, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0], dtype=mx.int32)
-    mx.eval(x, w, packed, scales, rest, near, indices)
-    one = products.Weights(packed[1], scales[1], None if biases is None else biases[1], bits, group, mode)
-    got = [
-        products.product(launch, x, one),
-        products.product(launch, x, products.Weights(packed, scales, biases, bits, group, mode), indices, 2),
-    ]
+    x = mx.random.normal((7, 160), key=mx.random.key(14)).astype(dtype)
+    w, experts, near = _experts(dtype, bits, mode, 15)
+    scales, biases = experts.scales, experts.biases
+    assert scales is not None
+    indices = mx.array(_TOLD, dtype=mx.int32)
+    one = replace(experts, w=experts.w[1], scales=scales[1], biases=None if biases is None else biases[1])
+    mx.eval(x, indices, one.w, one.scales, [] if one.biases is None else one.biases)
+    got = [products.product(launch, x, one), products.product(launch, x, experts, indices, 2)]
     wide, pairs = x.astype(mx.float32), mx.arange(14) // 2
     want = [wide @ near[1].astype(mx.float32).T, _routed(wide[pairs], near, indices)]
     if bits == 4 and mode == "affine":
         got.append(products.product(launch, x, products.Weights(w), indices, 2))
         want.append(_routed(wide[pairs], w, indices))
     return all(_close(a, b.astype(dtype)) for a, b in zip(got, want, strict=True))
+
+
+_TOLD = [2, 0, 0, 2, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0]
+
+
+def _experts(dtype: mx.Dtype, bits: int, mode: str, seed: int) -> tuple[mx.array, products.Weights, mx.array]:
+    """Three experts' weights [40, 160]: as they are, quantized, and made whole again."""
+    w = (mx.random.normal((3, 40, 160), key=mx.random.key(seed)) / 16).astype(dtype)
+    group = 16 if mode == "nvfp4" else 32
+    packed, scales, *rest = mx.quantize(w, group, bits, mode)
+    biases = rest[0] if rest else None
+    near = mx.dequantize(packed, scales, biases, group, bits, mode, dtype=dtype)
+    mx.eval(w, packed, scales, rest, near)
+    return w, products.Weights(packed, scales, biases, bits, group, mode), near
+
+
+def check_gated(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:
+    """Seven rows by the gates of three experts and by what they gate: with biases and clipped, and without."""
+    if not tuning.matrix or dtype == mx.float32:
+        return True  # nobody launches it there
+    keys = mx.random.split(mx.random.key(17), 3)
+    x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
+    of_gate, of_up = (mx.random.normal((3, 40), key=key).astype(dtype) for key in keys[1:])
+    gate, up = (_experts(dtype, bits, mode, seed) for seed in (15, 16))
+    indices, pairs = mx.array(_TOLD, dtype=mx.int32), mx.arange(14) // 2
+    clipped = routed.Gate(True, 1.702, 1.0)
+    mx.eval(x, of_gate, of_up, indices)
+    layers = [(gate[1], up[1], gate[2], up[2])]
+    if bits == 4 and mode == "affine":
+        layers.append((products.Weights(gate[0]), products.Weights(up[0]), gate[0], up[0]))
+    got, want = [], []
+    for one, other, near, near_up in layers:
+        g, u = (_routed(x.astype(mx.float32)[pairs], w, indices) for w in (near, near_up))
+        plain = products.Gated(one, other, None, routed.Gate())
+        rich = products.Gated(one, other, (of_gate, of_up), clipped)
+        got += [products.gated_product(launch, x, layer, indices, 2) for layer in (rich, plain)]
+        with_biases = routed.Pairs(g, indices, of_gate), routed.Pairs(u, indices, of_up)
+        want.append(reference.expert_gate(*with_biases, clipped))
+        want.append(reference.expert_gate(routed.Pairs(g, indices), routed.Pairs(u, indices), routed.Gate()))
+    return all(_close(a / 4, b.astype(dtype) / 4) for a, b in zip(got, want, strict=True))
 
 
 def _routed(x: mx.array, w: mx.array, indices: mx.array) -> mx.array:
@@ -275,6 +318,87 @@ PRODUCT_CHECKS: dict[KernelName, Check] = {
     "product_mxfp4": partial(check_product, mode="mxfp4"),
     "product_mxfp8": partial(check_product, bits=8, mode="mxfp8"),
     "product_nvfp4": partial(check_product, mode="nvfp4"),
+    "gated": check_gated,
+    "gated_8": partial(check_gated, bits=8),
+    "gated_mxfp4": partial(check_gated, mode="mxfp4"),
+    "gated_mxfp8": partial(check_gated, bits=8, mode="mxfp8"),
+    "gated_nvfp4": partial(check_gated, mode="nvfp4"),
+}
+
+
+def check_route(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Among 100 columns, of which many are equal: the same ones in the same order, for each way to share."""
+    keys = mx.random.split(mx.random.key(19), 2)
+    x, values = (mx.round(3 * mx.random.normal((5, 100), key=key)).astype(dtype) for key in keys)
+    mx.eval(x, values)
+    choices = [
+        (values, routed.Choice(4, later=True, soft=True)),
+        (values, routed.Choice(2, smallest=True, factor=2.5)),
+        (x, routed.Choice(8, before=True, divided=True)),
+        (x, routed.Choice(3, before=True)),
+    ]
+    found = [routed.route(launch, x, of, choice) for of, choice in choices]
+    wanted = [reference.route(x, of, choice) for of, choice in choices]
+    same = [bool(mx.array_equal(mine[0], theirs[0]).item()) for mine, theirs in zip(found, wanted, strict=True)]
+    return all(same) and all(_close(m[1] / 8, w[1] / 8) for m, w in zip(found, wanted, strict=True))
+
+
+def check_expert_gate(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Rows of 1056 numbers, clipped with biases and without either."""
+    gate, up = (_pairs(dtype, key) for key in (20, 21))
+    clipped, bare = routed.Gate(True, 1.702, 7.0), [replace(p, bias=None) for p in (gate, up)]
+    cases = [(gate, up, clipped), (bare[0], bare[1], routed.Gate())]
+    found = [routed.expert_gate(launch, *case) for case in cases]
+    return all(_close(a / 16, reference.expert_gate(*case) / 16) for a, case in zip(found, cases, strict=True))
+
+
+def check_weighed_sum(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """Three rows a token, with biases and shares in float32, and without biases but with a row more."""
+    pairs, shares = _pairs(dtype, 22), _shares()
+    plus = mx.random.normal((3, 1056), key=mx.random.key(23)).astype(dtype)
+    mx.eval(plus)
+    found = [
+        routed.weighed_sum(launch, pairs, shares),
+        routed.weighed_sum(launch, replace(pairs, bias=None), shares.astype(dtype), plus),
+    ]
+    wanted = [
+        reference.weighed_sum(pairs, shares),
+        reference.weighed_sum(replace(pairs, bias=None), shares.astype(dtype), plus),
+    ]
+    return all(_close(a / 4, b / 4) for a, b in zip(found, wanted, strict=True))
+
+
+def check_add_weighed_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """The same beside a residual, and normed."""
+    pairs, shares = _pairs(dtype, 24), _shares()
+    x = mx.random.normal((3, 1056), key=mx.random.key(25)).astype(dtype)
+    norm = fused.Norm((1 + 0.1 * mx.random.normal((1056,), key=mx.random.key(26))).astype(dtype), 1e-5)
+    mx.eval(x, norm.weight)
+    got = routed.add_weighed_rms_norm(launch, x, pairs, shares, norm)
+    total = reference.weighed_sum(pairs, shares, x)
+    return _close(got[0] / 4, total / 4) and _close(got[1], reference.rms_norm(total, *norm))
+
+
+def _pairs(dtype: mx.Dtype, seed: int) -> routed.Pairs:
+    """Nine rows of 1056 numbers, of five experts."""
+    keys = mx.random.split(mx.random.key(seed), 2)
+    y, bias = (4 * mx.random.normal((n, 1056), key=key) for n, key in zip((9, 5), keys, strict=True))
+    pairs = routed.Pairs(y.astype(dtype), mx.array([4, 0, 2, 1, 4, 3, 0, 4, 2], mx.int32), bias.astype(dtype))
+    mx.eval(pairs.y, pairs.indices, bias.astype(dtype))
+    return pairs
+
+
+def _shares() -> mx.array:
+    shares = mx.softmax(mx.random.normal((3, 3), key=mx.random.key(27)), axis=-1)
+    mx.eval(shares)
+    return shares
+
+
+EXPERT_CHECKS: dict[KernelName, Check] = {
+    "route": check_route,
+    "expert_gate": check_expert_gate,
+    "weighed_sum": check_weighed_sum,
+    "add_weighed_rms_norm": check_add_weighed_rms_norm,
 }
 
 
@@ -421,6 +545,8 @@ def checks_for(kind: Kind | None) -> dict[KernelName, Check]:
         return CHECKS
     if kind == "products":
         return PRODUCT_CHECKS
+    if kind == "experts":
+        return EXPERT_CHECKS
     if kind == "limits":
         return {"boundary": check_boundary}
     if kind == "draws":

@@ -23,7 +23,7 @@ ROPE_KV_WRITE = Source(
 ADD_RMS_NORM = Source("add_rms_norm", "add_rms_norm", ("x", "r", "weight", "params"), ("total", "out"))
 SWIGLU = Source("swiglu", "swiglu", ("y",), ("out",))
 
-_MOST_WARPS = 16
+MOST_WARPS = 16
 # From so many rows on a block takes a whole row: its sines are computed once, and there are blocks enough.
 _MANY_ROWS = 256
 
@@ -198,7 +198,7 @@ def takes_rows(width: int, dtype: mx.Dtype) -> bool:
     """Whether rows of so many numbers are whole packs of 16 bytes that a block's registers hold."""
     vec = 16 // dtype.size
     floats = dtype in (mx.float32, mx.float16, mx.bfloat16)
-    return floats and width % vec == 0 and width // vec <= 4 * 32 * _MOST_WARPS
+    return floats and width % vec == 0 and width // vec <= 4 * 32 * MOST_WARPS
 
 
 def add_rms_norm(launch: Launcher, x: mx.array, r: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
@@ -211,7 +211,7 @@ def add_rms_norm(launch: Launcher, x: mx.array, r: mx.array, norm: Norm) -> tupl
 def _norm_launch(shape: tuple[int, ...], dtype: mx.Dtype) -> Launch:
     width = shape[-1]
     packs = width * dtype.size // 16
-    warps = min(_MOST_WARPS, -(-packs // 32))
+    warps = min(MOST_WARPS, -(-packs // 32))
     constants = (("T", dtype), ("H", width), ("WARPS", warps), ("PACKS", -(-packs // (32 * warps))))
     return Launch(ADD_RMS_NORM, constants, (math.prod(shape[:-1]), 1), 32 * warps, ((shape, dtype),) * 2)
 

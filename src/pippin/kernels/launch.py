@@ -30,7 +30,7 @@ class Source:
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""
-        known = ("FUSED", "SPLIT", "TILED", "EXPERTS", "PACKED")
+        known = ("FUSED", "SPLIT", "TILED", "EXPERTS", "GATED", "PACKED")
         macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
         more = "".join(_text(f"bodies/{name}.h") for name in self.headers)
         return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h") + more
@@ -119,18 +119,14 @@ def _text(path: str) -> str:
     return (_HERE / path).read_text(encoding="utf-8")
 
 
+# The modules that say how launches are cut.
+_CUTTING = ("paged", "latent", "fused", "products", "packing", "select", "drawing", "routed")
+
+
 def dialect_digest(dialect: str) -> str:
     """Of everything that a kernel of this dialect is made of."""
-    files = sorted(
-        (
-            *_HERE.glob("bodies/*.h"),
-            *_HERE.glob(f"dialects/{dialect}*.h"),
-            *(
-                _HERE / f
-                for f in ("paged.py", "latent.py", "fused.py", "products.py", "packing.py", "select.py", "drawing.py")
-            ),
-        )
-    )
+    bodies, dialects = _HERE.glob("bodies/*.h"), _HERE.glob(f"dialects/{dialect}*.h")
+    files = sorted((*bodies, *dialects, *(_HERE / f"{name}.py" for name in _CUTTING)))
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 

@@ -13,9 +13,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from pippin.kernels.launch import Launch, Launcher, Source, nothing
+from pippin.kernels.routed import Gate
 
 _INPUTS = ("x", "w", "scales", "biases", "indices")
+_GATED_INPUTS = (*_INPUTS, "up_w", "up_scales", "up_biases", "gate_bias", "up_bias", "params")
 _HEADERS = ("packed", "packed_words", "codes")
+_ROWS = Source("rows_mma", "expert_mma", _INPUTS, ("out",), (), _HEADERS)
+_EXPERTS = Source("expert_mma", "expert_mma", _INPUTS, ("out",), ("EXPERTS",), _HEADERS)
+_GATED = Source("gated_mma", "expert_mma", _GATED_INPUTS, ("out",), ("EXPERTS", "GATED"), (*_HEADERS, "gates"))
 
 # What bodies/codes.h calls the modes of so many bits, and in which groups they come; affine ones in 32, 64 or 128.
 _KINDS = {("affine", 4): 4, ("affine", 8): 8, ("nvfp4", 4): 14, ("mxfp4", 4): 24, ("mxfp8", 8): 28}
@@ -23,10 +28,11 @@ _GROUPS = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32}
 _DENSE = 16
 
 ProductCheck = Literal["product", "product_8", "product_mxfp4", "product_mxfp8", "product_nvfp4"]
-_CHECKS: dict[str, ProductCheck] = {
-    "mxfp4": "product_mxfp4",
-    "mxfp8": "product_mxfp8",
-    "nvfp4": "product_nvfp4",
+GatedCheck = Literal["gated", "gated_8", "gated_mxfp4", "gated_mxfp8", "gated_nvfp4"]
+_CHECKS: dict[str, tuple[ProductCheck, GatedCheck]] = {
+    "mxfp4": ("product_mxfp4", "gated_mxfp4"),
+    "mxfp8": ("product_mxfp8", "gated_mxfp8"),
+    "nvfp4": ("product_nvfp4", "gated_nvfp4"),
 }
 
 # Rows up to which reading the weights decides, and not multiplying: beyond, MLX's own products are faster.
@@ -67,6 +73,11 @@ class Weights:
     def experts(self) -> int:
         return self.w.shape[0] if self.w.ndim == 3 else 1
 
+    def like(self, other: Weights) -> bool:
+        """Whether only their numbers differ."""
+        mine, theirs = ((x.w.shape, x.w.dtype, x.bits, x.group, x.mode) for x in (self, other))
+        return mine == theirs
+
 
 def takes(dtype: mx.Dtype, weights: Weights) -> bool:
     """Whether the kernel computes rows of ``dtype`` by these weights."""
@@ -81,16 +92,21 @@ def takes(dtype: mx.Dtype, weights: Weights) -> bool:
     return weights.group == _GROUPS[weights.mode] and weights.scales.dtype == mx.uint8
 
 
+def are_vectors(weights: Weights, pairs: int) -> bool:
+    """Whether so few pairs are multiplied faster one by one, by MLX."""
+    return weights.bits == _DENSE and pairs <= MOST_VECTORS
+
+
 def kind_of(weights: Weights) -> int | None:
     """What ``bodies/codes.h`` calls them, None for what it does not know."""
     return _DENSE if weights.bits == 16 else _KINDS.get((weights.mode, weights.bits))
 
 
-def check_of(weights: Weights) -> ProductCheck:
-    """The check that says whether the kernel is right for such weights."""
+def checks_of(weights: Weights) -> tuple[ProductCheck, GatedCheck]:
+    """The checks that say whether the kernel is right for such weights: alone, and of a gate with what it gates."""
     if weights.mode != "affine":
         return _CHECKS[weights.mode]
-    return "product_8" if weights.bits == 8 else "product"
+    return ("product_8", "gated_8") if weights.bits == 8 else ("product", "gated")
 
 
 def product(launch: Launcher, x: mx.array, weights: Weights, indices: mx.array | None = None, per: int = 1) -> mx.array:
@@ -104,15 +120,43 @@ def product(launch: Launcher, x: mx.array, weights: Weights, indices: mx.array |
         (kind, weights.bits, weights.group or weights.width),
         dtype,
     )
+    return launch(what, [x, *_words(weights, dtype), nothing(mx.int32) if indices is None else indices])[0]
+
+
+def _words(weights: Weights, dtype: mx.Dtype) -> list[mx.array]:
+    """Codes, scales and biases; something where there are none."""
     none = nothing(dtype)
-    inputs = [
-        x,
-        weights.w,
-        none if weights.scales is None else weights.scales,
-        none if weights.biases is None else weights.biases,
-        nothing(mx.int32) if indices is None else indices,
-    ]
-    return launch(what, inputs)[0]
+    return [weights.w, *(none if a is None else a for a in (weights.scales, weights.biases))]
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """Experts' weights for the gate and for what it is multiplied with, their biases [experts, N] if any, and how.
+
+    The two differ in nothing but their numbers.
+    """
+
+    gate: Weights
+    up: Weights
+    biases: tuple[mx.array, mx.array] | None
+    form: Gate
+
+
+def gated_product(launch: Launcher, x: mx.array, layer: Gated, indices: mx.array, per: int) -> mx.array:
+    """See ``kernels.gated_product``; x is [T, K]."""
+    dtype, weights, none = x.dtype, layer.gate, nothing(x.dtype)
+    kind = kind_of(weights)
+    assert kind is not None
+    what = _launch(
+        x.shape[0],
+        (indices.shape[0], per),
+        (weights.experts, weights.rows, weights.width),
+        (kind, weights.bits, weights.group or weights.width),
+        dtype,
+        (layer.biases is not None, layer.form.clipped),
+    )
+    inputs = [x, *_words(weights, dtype), indices, *_words(layer.up, dtype), *(layer.biases or (none, none))]
+    return launch(what, [*inputs, layer.form.params])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +186,13 @@ def _launch(
     shape: tuple[int, int, int],
     form: tuple[int, int, int],
     dtype: mx.Dtype,
+    gated: tuple[bool, bool] | None = None,
 ) -> Launch:
     experts, n, k = shape
     kind, bits, group = form
     pairs, per = routed or (rows, 1)
-    cut = cut_of(pairs if routed is None else 2 * -(-pairs // experts), min(experts, pairs), n, k, bits)
+    columns = n if gated is None else 2 * n
+    cut = cut_of(pairs if routed is None else 2 * -(-pairs // experts), min(experts, pairs), columns, k, bits)
     constants = (
         ("T", dtype),
         ("N", n),
@@ -159,10 +205,10 @@ def _launch(
         ("PER", per),
         ("MOST", max(32, 1 << (pairs - 1).bit_length()) if routed else 32),
         ("BY_PAIR", routed is not None and pairs < experts),
+        *(() if gated is None else (("BIASED", gated[0]), ("CLIPPED", gated[1]))),
     )
-    macros = ("EXPERTS",) if routed else ()
-    source = Source("expert_mma" if routed else "rows_mma", "expert_mma", _INPUTS, ("out",), macros, _HEADERS)
-    blocks = -(-n // (8 * cut.columns)), min(experts, pairs) if routed else 1
+    source = _GATED if gated is not None else _EXPERTS if routed else _ROWS
+    blocks = -(-columns // (8 * cut.columns)), min(experts, pairs) if routed else 1
     return Launch(source, constants, blocks, 32 * cut.warps, (((pairs, n), dtype),))
 
 
@@ -188,10 +234,13 @@ def by_whole(x: mx.array, weights: Weights) -> mx.array:
     return x @ mx.dequantize(w, scales, biases, group, bits, weights.mode, dtype=x.dtype).T
 
 
-def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array) -> mx.array:
-    """MLX's own products of rows x [P, K], each by the weights of its expert; as sorted as the indices are."""
-    w, scales, rows = weights.w, weights.scales, x[:, None]
-    options: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": indices.shape[0] >= _SORTED}
+def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array, per: int = 1) -> mx.array:
+    """MLX's own products of rows x [P / per, K], each by the weights of its experts; as sorted as the indices are."""
+    w, scales, rows, pairs = weights.w, weights.scales, x[:, None], indices.shape[0]
+    # MLX wants uint32, and a cast is a launch.
+    options: dict[str, Any] = {"rhs_indices": indices.view(mx.uint32), "sorted_indices": pairs >= SORTED}
+    if pairs < SORTED:  # otherwise MLX makes them anew for each product; where it sorts, it wants none
+        options["lhs_indices"] = row_of_pair(pairs, per)
     if scales is None:
         return mx.gather_mm(rows, w.swapaxes(-1, -2), **options)[:, 0]
     form: dict[str, Any] = {"group_size": weights.group, "bits": weights.bits, "mode": weights.mode}
@@ -199,7 +248,7 @@ def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array) -> mx.array:
 
 
 # Pairs from which on mlx-lm sorts rows by their experts.
-_SORTED = 64
+SORTED = 64
 
 
 def size_of(count: int, sizes: tuple[int, ...]) -> int:
@@ -241,7 +290,7 @@ def ways(launch: Launcher | None, weights: Weights, dtype: mx.Dtype, rows: int) 
 def _routed_ways(launch: Launcher, weights: Weights, dtype: mx.Dtype, pairs: int) -> dict[str, Callable[[], mx.array]]:
     x = mx.zeros((pairs, weights.width), dtype)
     order = mx.arange(pairs, dtype=mx.int32)
-    indices = mx.sort(order % weights.experts) if pairs >= _SORTED else order % weights.experts
+    indices = mx.sort(order % weights.experts) if pairs >= SORTED else order % weights.experts
     mx.eval(x, indices)
     return {
         "kernel": lambda: product(launch, x, weights, indices),

@@ -16,6 +16,7 @@ from pippin.kernels.drawing import Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
 from pippin.kernels.packing import Pool
+from pippin.kernels.routed import Choice, Gate, Pairs
 from pippin.kernels.select import Limits
 
 
@@ -200,6 +201,42 @@ def add_rms_norm(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tupl
     """(x + r, that normed), both as x [.., n]."""
     total = x + r
     return total, rms_norm(total, weight, eps)
+
+
+def route(keys: mx.array, values: mx.array, choice: Choice) -> tuple[mx.array, mx.array]:
+    """Of each row [.., n] the ``choice.chosen`` best columns, best first: [T, chosen] int32, and their shares."""
+    wide, of = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (keys, values))
+    order, last = wide if choice.smallest else -wide, wide.shape[-1] - 1
+    if choice.later:
+        indices = (last - mx.argsort(order[:, ::-1], axis=-1))[:, : choice.chosen]
+    else:
+        indices = mx.argsort(order, axis=-1)[:, : choice.chosen]
+    shares = mx.take_along_axis(mx.softmax(of, axis=-1) if choice.before else of, indices, axis=-1)
+    if choice.soft:
+        shares = mx.softmax(shares, axis=-1)
+    if choice.divided:
+        shares = shares / shares.sum(axis=-1, keepdims=True)
+    return indices.astype(mx.int32), (shares * choice.factor).astype(values.dtype)
+
+
+def expert_gate(gate: Pairs, up: Pairs, form: Gate) -> mx.array:
+    """See ``kernels.expert_gate``."""
+    g, u = (said(pairs) for pairs in (gate, up))
+    if form.clipped:
+        g, u = mx.minimum(g, form.limit), mx.clip(u, -form.limit, form.limit) + 1
+    return (u * g * mx.sigmoid(form.steep * g)).astype(gate.y.dtype)
+
+
+def weighed_sum(pairs: Pairs, shares: mx.array, plus: mx.array | None = None) -> mx.array:
+    """See ``kernels.weighed_sum``."""
+    rows = (said(pairs).reshape(*shares.shape, -1) * shares[..., None].astype(mx.float32)).sum(axis=-2)
+    return (rows if plus is None else rows + plus.reshape(rows.shape).astype(mx.float32)).astype(pairs.y.dtype)
+
+
+def said(pairs: Pairs) -> mx.array:
+    """Rows with their experts' biases, float32."""
+    y = pairs.y.astype(mx.float32)
+    return y if pairs.bias is None else y + pairs.bias[pairs.indices].astype(mx.float32)
 
 
 def swiglu(y: mx.array) -> mx.array:

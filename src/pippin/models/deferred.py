@@ -31,10 +31,12 @@ _gelu_approx = nn.gelu_approx
 
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """Which values a model's forward may defer: the residual sum, and projections, ``joined`` by their names."""
+    """Which values a model's forward may defer: the residual sum, projections, ``joined`` by their names, and what
+    ``experts`` are chosen and say (``models.routing``)."""
 
     residual: bool = False
     joined: frozenset[tuple[str, ...]] = frozenset()
+    experts: bool = False
 
 
 class Deferred:
@@ -271,10 +273,30 @@ class Attended(Deferred):
         return self.y.reshape(self.shape)
 
 
+class Summand(Deferred):
+    """What may be added to a residual sum and normed with it at once."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        raise NotImplementedError
+
+    def added_to(self, x: mx.array) -> mx.array:
+        """x + this."""
+        raise NotImplementedError
+
+    def normed_with(self, x: mx.array, norm: Norm) -> tuple[mx.array, mx.array] | None:
+        """(x + this, that normed); None where that is no single kernel."""
+        raise NotImplementedError
+
+
 class Residual(Deferred):
     """A sum that may still wait to be computed together with its norm."""
 
-    def __init__(self, x: mx.array, r: mx.array | None = None) -> None:
+    def __init__(self, x: mx.array, r: mx.array | Summand | None = None) -> None:
         self._x = x
         self._r = r
 
@@ -292,13 +314,16 @@ class Residual(Deferred):
 
     def array(self) -> mx.array:
         if self._r is not None:
-            self._x, self._r = self._x + self._r, None
+            r, self._r = self._r, None
+            self._x = r.added_to(self._x) if isinstance(r, Summand) else self._x + r
         return self._x
 
     def normed(self, weight: mx.array | None, eps: float) -> mx.array:
         if self._r is None or weight is None or self._r.shape != self._x.shape:
             return _rms_norm(self.array(), weight, eps)
-        self._x, out = kernels.add_rms_norm(self._x, self._r, Norm(weight, eps))
+        norm, r = Norm(weight, eps), self._r
+        made = r.normed_with(self._x, norm) if isinstance(r, Summand) else None
+        self._x, out = made if made is not None else kernels.add_rms_norm(self._x, settled(r), norm)
         self._r = None
         return out
 
@@ -308,6 +333,8 @@ class Residual(Deferred):
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> Residual:
+        if isinstance(other, Summand) and other.dtype == self.dtype:
+            return Residual(self.array(), other)
         more = settled(other)
         return Residual(self.array(), more) if isinstance(more, mx.array) else Residual(self.array() + more)
 

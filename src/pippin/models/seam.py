@@ -17,14 +17,16 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base, gemma3_text, gemma4_text
+from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
 from pippin import kernels
 from pippin.errors import ModelError
-from pippin.kernels import cpu
+from pippin.kernels import Pairs, cpu, experts
 from pippin.kernels.turns import rotating
 from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_gelu, joined_swiglu, settled
+from pippin.models.routing import Said, open_to_routing, routing
 
 NO_FUSIONS = Fusions()
 
@@ -91,7 +93,10 @@ def active(seam: Seam) -> Iterator[None]:
     """Sends the attention and the head of any model called inside through ``seam``."""
     token = _active.set(seam)
     try:
-        with deferring() if seam.fusions != NO_FUSIONS else rotating() if on_cpu() else nullcontext():
+        with (
+            deferring() if seam.fusions != NO_FUSIONS else rotating() if on_cpu() else nullcontext(),
+            routing() if seam.fusions.experts else nullcontext(),
+        ):
             yield
     finally:
         _active.reset(token)
@@ -201,8 +206,7 @@ def install(model: nn.Module, vocab_size: int) -> None:
     """
     for namespace in _namespaces(model):
         for key, value in list(namespace.items()):
-            if id(value) in _STAND_INS:
-                namespace[key] = _STAND_INS[id(value)]
+            namespace[key] = _STAND_INS.get(id(value)) or open_to_routing(value)
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             put_before(module, _Flattening)
@@ -299,21 +303,47 @@ class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     """Put before the class of a layer of experts: few rows go straight to their experts' weights, without a sort."""
 
     def __call__(self, x: Any, indices: Any) -> Any:
-        x, layers = settled(x), (self.up_proj, self.gate_proj, self.down_proj)
+        seam, lead = _active.get(), indices.shape
+        x, chosen = settled(x), settled(indices)
         if _one_expert.get():
-            indices = mx.zeros_like(indices)
-        plain = all(map(takes_pairs, layers))
-        found = self._routed(x, indices) if plain else None
-        return super().__call__(x, indices) if found is None else found
+            chosen = mx.zeros_like(chosen)
+        pairs = self._said(x, chosen) if all(map(takes_pairs, (self.up_proj, self.gate_proj, self.down_proj))) else None
+        if pairs is None:
+            out = super().__call__(x, chosen)
+            pairs = Pairs(out.reshape(-1, out.shape[-1]), chosen.reshape(-1).astype(mx.int32))
+        said = Said(pairs, lead)
+        return said if seam is not None and seam.fusions.experts else said.array()
 
-    def _routed(self, x: mx.array, indices: mx.array) -> mx.array | None:
-        each, flat = indices.shape[-1], indices.reshape(-1).astype(mx.int32)
-        rows = x.reshape(-1, x.shape[-1])
-        up, gate = (_of_pairs(layer, rows, flat, each) for layer in (self.up_proj, self.gate_proj))
-        if up is None or gate is None:
+    def _said(self, x: mx.array, chosen: mx.array) -> Pairs | None:
+        each, indices = chosen.shape[-1], chosen.reshape(-1).astype(mx.int32)
+        inner = self._gated(x.reshape(-1, x.shape[-1]), indices, each)
+        y = None if inner is None else experts.product(inner, weights_of(self.down_proj), indices, 1)
+        return None if y is None else Pairs(y, indices, self.down_proj.get("bias"))
+
+    def _gated(self, x: mx.array, indices: mx.array, each: int) -> mx.array | None:
+        """What the experts' last product takes."""
+        layers, form = (self.gate_proj, self.up_proj), gate_of(self.activation)
+        gate, up = (weights_of(layer) for layer in layers)
+        biases = tuple(layer["bias"] for layer in layers if "bias" in layer)
+        if form is not None and gate.like(up) and len(biases) in (0, 2):
+            made = experts.gated_product(x, kernels.Gated(gate, up, biases or None, form), indices, each)
+            if made is not None:
+                return made
+        found = [experts.product(x, weights, indices, each) for weights in (gate, up)]
+        pairs = [Pairs(y, indices, layer.get("bias")) for y, layer in zip(found, layers, strict=True) if y is not None]
+        if len(pairs) < 2:
             return None
-        out = _of_pairs(self.down_proj, self.activation(up, gate), flat, 1)
-        return None if out is None else out.reshape(*indices.shape, -1)
+        made = None if form is None else experts.expert_gate(pairs[0], pairs[1], form)
+        if made is None:
+            made = self.activation(*(Said(p, p.y.shape[:1]).array() for p in reversed(pairs)))
+        return made
+
+
+def gate_of(activation: object) -> kernels.Gate | None:
+    """What a kernel knows to do as ``activation`` does, None for what it doesn't."""
+    if isinstance(activation, SwigluOAI):
+        return kernels.Gate(True, float(activation._alpha), float(activation._limit))
+    return kernels.Gate() if type(activation) is SwiGLU else None
 
 
 def takes_pairs(layer: nn.Module) -> bool:
@@ -321,12 +351,6 @@ def takes_pairs(layer: nn.Module) -> bool:
     if type(layer) is QuantizedSwitchLinear:
         return layer.global_scale is None
     return type(layer) is SwitchLinear
-
-
-def _of_pairs(layer: nn.Module, x: mx.array, indices: mx.array, per: int) -> mx.array | None:
-    """See ``kernels.expert_product``; with the experts' biases."""
-    out = kernels.expert_product(x, weights_of(layer), indices, per)
-    return out + layer["bias"][indices] if out is not None and "bias" in layer else out
 
 
 def weights_of(layer: nn.Module) -> kernels.Weights:

@@ -1,4 +1,5 @@
-// total = x + r, out = total normed: a row of H numbers a block, PACKS packs of 16 bytes a thread.
+// total = x + r, out = total normed: a row of H numbers a block, PACKS packs of 16 bytes a thread. With EXPERTS, r has EACH
+// rows for each of x, which are summed by their shares, with their experts' biases if BIASED.
   using namespace pippin;
   constexpr int VEC = 16 / int(sizeof(T)), ROW = H / VEC;
   const size_t first = size_t(block_x) * ROW;
@@ -8,11 +9,29 @@
   for (int n = 0; n < PACKS; n++) {
     const int i = tid + n * WARPS * 32;
     if (i >= ROW) continue;
-    const Pack<T> a = ((const DEVICE Pack<T>*)x)[first + i], b = ((const DEVICE Pack<T>*)r)[first + i];
+    const Pack<T> a = ((const DEVICE Pack<T>*)x)[first + i];
     Pack<T> c;
+    float more[VEC];
+#if EXPERTS
+    UNROLL
+    for (int e = 0; e < VEC; e++) more[e] = 0.0f;
+    UNROLL
+    for (int m = 0; m < EACH; m++) {
+      const size_t pair = size_t(block_x) * EACH + m;
+      const float share = float(shares[pair]);
+      const Pack<T> b = ((const DEVICE Pack<T>*)r)[pair * ROW + i];
+      if (BIASED) c = ((const DEVICE Pack<T>*)bias)[size_t(indices[pair]) * ROW + i];
+      UNROLL
+      for (int e = 0; e < VEC; e++) more[e] += share * (float(b.v[e]) + (BIASED ? float(c.v[e]) : 0.0f));
+    }
+#else
+    const Pack<T> b = ((const DEVICE Pack<T>*)r)[first + i];
+    UNROLL
+    for (int e = 0; e < VEC; e++) more[e] = float(b.v[e]);
+#endif
     UNROLL
     for (int e = 0; e < VEC; e++) {
-      c.v[e] = T(float(a.v[e]) + float(b.v[e]));
+      c.v[e] = T(float(a.v[e]) + more[e]);
       values[n * VEC + e] = float(c.v[e]);
       sum += values[n * VEC + e] * values[n * VEC + e];
     }

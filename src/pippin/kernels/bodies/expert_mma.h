@@ -1,9 +1,15 @@
 // out = x W^T for few rows, through matrix products: each number of W is read once for 16 * MT rows. W [experts, N, K], in
 // the type of x or in codes of KIND (codes.h), of which a lane loads 16 bytes at once; block (x, y): COLUMNS columns, expert y. With EXPERTS, row i of out is for `indices[i]` and
-// takes row i / PER of x. A block's warps share its columns and take every WARPS-th part of K.
+// takes row i / PER of x. A block's warps share its columns and take every WARPS-th part of K. With GATED, w is of the gate and
+// up_w of what it is multiplied with: a block has half as many columns of each, and out is the two together (gates.h).
   using namespace pippin;
   constexpr bool QUANTIZED = KIND != DENSE, FAR = KIND % 10 == 4;
   constexpr int EACH = FAR ? 32 : 16, UNITS = EACH / 8, STEP = 4 * EACH, COLUMNS = NT * 8, GROUPS = K / GROUP;
+#if GATED
+  constexpr int OWN = NT / 2, WIDTH = OWN * 8;
+#else
+  constexpr int OWN = NT, WIDTH = COLUMNS;
+#endif
   constexpr int SCALES = EACH > GROUP ? EACH / GROUP : 1;
   const int line = lane / 4, column = lane % 4;
   int total = x_shape[0];
@@ -59,19 +65,28 @@
       unsigned scale[NT][SCALES], bias[NT];
       UNROLL
       for (int t = 0; t < NT; t++) {
-        const int n = smaller(block_x * COLUMNS + t * 8 + line, N - 1);
+        const int n = smaller(block_x * WIDTH + t % OWN * 8 + line, N - 1);
         const size_t row = size_t(expert) * N + n;
+#if GATED
+        const auto words = t < OWN ? w : up_w;
+        const auto scale_words = t < OWN ? scales : up_scales;
+        const auto bias_words = t < OWN ? biases : up_biases;
+#else
+        const auto words = w;
+        const auto scale_words = scales;
+        const auto bias_words = biases;
+#endif
         if (QUANTIZED) {
           const int at = smaller(k + column * EACH, K - EACH);
-          packed[t] = load_words(w, (row * K + at) / EACH);
+          packed[t] = load_words(words, (row * K + at) / EACH);
           const size_t group = row * GROUPS + at / GROUP;
           UNROLL
-          for (int s = 0; s < SCALES; s++) scale[t][s] = scale_of<T, KIND>(scales, group + s);
-          bias[t] = KIND < 10 ? scale_of<T, KIND>(biases, group) : 0u;
+          for (int s = 0; s < SCALES; s++) scale[t][s] = scale_of<T, KIND>(scale_words, group + s);
+          bias[t] = KIND < 10 ? scale_of<T, KIND>(bias_words, group) : 0u;
         } else {
           UNROLL
           for (int u = 0; u < UNITS; u++) {
-            w_dense[t][u] = load_words(w, (row * K + smaller(k + u * 32 + column * 8, K - 8)) / 8);
+            w_dense[t][u] = load_words(words, (row * K + smaller(k + u * 32 + column * 8, K - 8)) / 8);
           }
         }
       }
@@ -112,12 +127,23 @@
         }
       }
       BARRIER();
-      for (int j = tid; j < 16 * COLUMNS; j += WARPS * 32) {
-        const int i = first + m * 16 + j / COLUMNS, n = block_x * COLUMNS + j % COLUMNS;
+      for (int j = tid; j < 16 * WIDTH; j += WARPS * 32) {
+        const int i = first + m * 16 + j / WIDTH, n = block_x * WIDTH + j % WIDTH, at = j / WIDTH * COLUMNS + j % WIDTH;
         if (i >= total || n >= N) continue;
         float sum = 0.0f;
         UNROLL
-        for (int v = 0; v < WARPS; v++) sum += sums[v * 16 * COLUMNS + j];
+        for (int v = 0; v < WARPS; v++) sum += sums[v * 16 * COLUMNS + at];
+#if GATED
+        float up = 0.0f;
+        UNROLL
+        for (int v = 0; v < WARPS; v++) up += sums[v * 16 * COLUMNS + at + WIDTH];
+        const size_t of = size_t(expert) * N + n;
+        if (BIASED) {
+          sum += float(gate_bias[of]);
+          up += float(up_bias[of]);
+        }
+        sum = gated<CLIPPED>(sum, up, params[0], params[1]);
+#endif
 #if EXPERTS
         out[size_t(mine[i]) * N + n] = T(sum);
 #else

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from pippin.kernels import drawing, fused, latent, paged, products, select
+from pippin.kernels import drawing, fused, latent, paged, products, routed, select
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.build.shapes import ModelShape
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher
 from pippin.kernels.packing import PackedPool, Pool, line
-from pippin.kernels.products import Weights
+from pippin.kernels.products import Gated, Weights
+from pippin.kernels.routed import Choice, Gate, Pairs
 
 # Rows for which a product is cut differently.
 _ROWS = (16, 32, products.MOST_ROWS)
@@ -41,6 +42,7 @@ def variants(shape: ModelShape, tunings: Sequence[paged.Tuning]) -> list[Recorde
             _record_all(record, shape, tunings, k_pool, v_pool, rows)
             _record_turned(record, shape, k_pool, v_pool, rows)
         _record_rows(record, shape, rows)
+        _record_routed(record, shape, rows)
         _record_boundaries(record, shape, rows)
         _record_draws(record, shape, rows)
     if any(tuning.matrix for tuning in tunings):
@@ -105,6 +107,42 @@ def _record_rows(record: Launcher, shape: ModelShape, rows: int) -> None:
             gated(record, mx.zeros((rows, 2 * shape.intermediate), dtype=shape.dtype))
 
 
+def _record_routed(record: Launcher, shape: ModelShape, rows: int) -> None:
+    """What is launched round a layer's experts; choices as most models make them."""
+    if shape.experts is None:
+        return
+    count, each = shape.experts.count, shape.experts.each
+    soft = Choice(each, later=True, soft=True), Choice(each, smallest=True, soft=True)
+    first = Choice(each, later=True, before=True, divided=True), Choice(each, before=True)
+    for choice, dtype in (*((c, shape.dtype) for c in (*soft, *first)), (Choice(each, smallest=True), mx.float32)):
+        logits = mx.zeros((rows, count), dtype=dtype)
+        if routed.takes_choice(logits, logits, choice):
+            routed.route(record, logits, logits, choice)
+    inner, outer = (_pairs(shape, rows * each, n) for n in (shape.experts.width, shape.hidden))
+    if fused.takes_rows(shape.experts.width, shape.dtype):
+        routed.expert_gate(record, inner, inner, _gate(shape))
+    if shape.hidden and fused.takes_rows(shape.hidden, shape.dtype):
+        x, shares = (mx.zeros((rows, n), dtype=shape.dtype) for n in (shape.hidden, each))
+        routed.add_weighed_rms_norm(record, x, outer, shares, fused.Norm(x[0], 1e-6))
+        for plus in (None, x):
+            routed.weighed_sum(record, outer, shares, plus)
+
+
+def _pairs(shape: ModelShape, count: int, n: int) -> Pairs:
+    return Pairs(mx.zeros((count, n), dtype=shape.dtype), mx.zeros(count, dtype=mx.int32), _bias(shape, n))
+
+
+def _gate(shape: ModelShape) -> Gate:
+    """gpt-oss, which is known by its sinks, clips."""
+    return Gate(True, 1.702, 7.0) if shape.sinks else Gate()
+
+
+def _bias(shape: ModelShape, n: int) -> mx.array | None:
+    """Of experts, which gpt-oss' have."""
+    assert shape.experts is not None
+    return mx.zeros((shape.experts.count, n), dtype=shape.dtype) if shape.sinks else None
+
+
 def _record_turned(record: Launcher, shape: ModelShape, k_pool: Pool, v_pool: Pool, rows: int) -> None:
     """The same of heads; models with norms of q and k and without them."""
     if not shape.rotated:
@@ -154,7 +192,12 @@ def _record_products(record: Launcher, shape: ModelShape) -> None:
             pairs = min(products.MOST_PAIRS, tokens * shape.experts.each)
             x = mx.zeros((-(-pairs // per), k), dtype=shape.dtype)
             assert weights is not None
-            products.product(record, x, weights, mx.zeros(pairs, dtype=mx.int32), per)
+            indices = mx.zeros(pairs, dtype=mx.int32)
+            products.product(record, x, weights, indices, per)
+            if per > 1 and not products.are_vectors(weights, pairs):
+                bias = _bias(shape, n)
+                biases = None if bias is None else (bias, bias)
+                products.gated_product(record, x, Gated(weights, weights, biases, _gate(shape)), indices, per)
 
 
 def _matrices(shape: ModelShape) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,75 @@
+"""What is done round a layer's experts in one launch each: see ``routed`` and ``products``.
+
+Each gives None where there is no kernel for it: then it is done operation by operation.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from pippin import kernels
+from pippin.kernels import fused, products, routed
+from pippin.kernels.checks import KernelName
+from pippin.kernels.fused import Norm
+from pippin.kernels.launch import Launcher
+from pippin.kernels.products import Gated, Weights
+from pippin.kernels.routed import Choice, Gate, Pairs
+
+
+def may_route(columns: int, dtype: mx.Dtype) -> bool:
+    """Whether rows of so many columns may be a router's."""
+    return columns <= routed.MOST_EXPERTS and dtype in (mx.float32, mx.float16, mx.bfloat16)
+
+
+def route(keys: mx.array, values: mx.array, choice: Choice) -> tuple[mx.array, mx.array] | None:
+    """The columns that each row of ``keys`` [.., n] chooses, int32 [T, chosen], and their shares by ``values``."""
+    takes = routed.takes_choice(keys, values, choice)
+    launch = kernels.launcher_of("route", keys.dtype, "experts") if takes else None
+    return None if launch is None else routed.route(launch, keys, values, choice)
+
+
+def gated_product(x: mx.array, layer: Gated, indices: mx.array, per: int) -> mx.array | None:
+    """Row i is row i // per of x [T, K] by the gate, and what it gates, of expert ``indices[i]`` [P] int32: [P, N]."""
+    pairs = indices.shape[0]
+    if products.are_vectors(layer.gate, pairs) or kernels.product_way(x.dtype, layer.gate, pairs) != "kernel":
+        return None
+    launch = kernels.launcher_of(products.checks_of(layer.gate)[1], x.dtype, "products")
+    return None if launch is None else products.gated_product(launch, x, layer, indices, per)
+
+
+def product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
+    """``kernels.expert_product``, or MLX's own where that is best in the order that the pairs come in."""
+    found = kernels.expert_product(x, weights, indices, per)
+    if found is not None or kernels.backend() is None or indices.shape[0] >= products.SORTED:
+        return found
+    return products.by_mlx_routed(x, weights, indices, per)
+
+
+def expert_gate(gate: Pairs, up: Pairs, form: Gate) -> mx.array | None:
+    """What experts do with their gate [P, N] and what it is multiplied with, biases added first."""
+    biases = [p.bias for p in (gate, up) if p.bias is not None]
+    if len(biases) == 1 or any(a.dtype != gate.y.dtype for a in (up.y, *biases)):
+        return None
+    launch = _launcher("expert_gate", gate.y)
+    return None if launch is None else routed.expert_gate(launch, gate, up, form)
+
+
+def weighed_sum(pairs: Pairs, shares: mx.array, plus: mx.array | None = None) -> mx.array | None:
+    """What its experts say of each token, summed by ``shares`` [T, each], and ``plus`` [T, n]: [T, n]."""
+    if any(a is not None and a.dtype != pairs.y.dtype for a in (pairs.bias, plus)):
+        return None
+    launch = _launcher("weighed_sum", pairs.y)
+    return None if launch is None else routed.weighed_sum(launch, pairs, shares, plus)
+
+
+def add_weighed_rms_norm(x: mx.array, pairs: Pairs, shares: mx.array, norm: Norm) -> tuple[mx.array, mx.array] | None:
+    """(x and ``weighed_sum``, that normed), both as x [.., n]."""
+    if any(a is not None and a.dtype != x.dtype for a in (pairs.y, pairs.bias, norm.weight)):
+        return None
+    launch = _launcher("add_weighed_rms_norm", pairs.y)
+    return None if launch is None else routed.add_weighed_rms_norm(launch, x, pairs, shares, norm)
+
+
+def _launcher(name: KernelName, rows: mx.array) -> Launcher | None:
+    fits = fused.takes_rows(rows.shape[-1], rows.dtype)
+    return kernels.launcher_of(name, rows.dtype, "experts") if fits else None
