@@ -94,6 +94,62 @@ def test_time_is_bounded_and_the_next_process_goes_on(tmp_path: Path) -> None:
     assert set(json.loads(path.read_text()).values()) == {"kernel"}
 
 
+def test_first_runs_which_compile_are_not_what_is_bounded_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They have a bound of their own."""
+
+    class Slow(Track):
+        def contests(self, path: Path | None = None, seconds: float = 100.0) -> Contests:
+            seen: set[int] = set()
+
+            def run(way: Way, launches: int) -> None:
+                if id(way) not in seen:
+                    seen.add(id(way))
+                    self.now += 3.0
+                for _ in range(launches):
+                    way()
+
+            return Contests(path, seconds, lambda: self.now, run)
+
+    track = Slow(mlx=0.02, kernel=0.01)
+    monkeypatch.setattr(contest, "FIRST_RUNS", 10.0)
+    held = track.contests(tmp_path / "fastest.json", seconds=1.0)
+    ways = [track.ways() for _ in "abcd"]  # all alive: each is another way
+    with caplog.at_level("INFO", contest.__name__):
+        won = [held.hold(key, each) for key, each in zip("abcd", ways, strict=True)]
+        held.keep()
+    assert won == ["kernel", "kernel", "mlx", "mlx"]
+    assert "no time to find out what is fastest in 2 cases" in caplog.text
+    assert [held.known(key) for key in "abcd"] == ["kernel", "kernel", None, None]
+
+
+@pytest.mark.parametrize("each", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 4, 16, 32, 128])
+def test_every_usual_batch_of_decodes_has_a_measurement_of_its_own(rows: int, each: int) -> None:
+    """Neither fewer pairs nor many more decide for it."""
+    pairs = rows * each
+    assert products.size_of(pairs, products.PAIRS) == max(pairs, products.PAIRS[0])
+    assert products.size_of(rows, products.ROWS) <= max(8, 4 * rows)
+
+
+@needs_compiler
+def test_decodes_are_measured_first_and_of_these_the_largest_matrices(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = winning(monkeypatch, lambda key, ways: next(iter(ways)))
+    found = [weights("mxfp4", 6, n=64), weights("mxfp4", 6, n=128)]
+    kernels.measure_products(found, mx.bfloat16)
+    sizes = [int(key.rpartition(" ")[2]) for key in held]
+    decodes = [size for size in products.PAIRS if size <= products.MOST_DECODES]
+    many = [size for size in products.PAIRS if size > products.MOST_DECODES]
+    assert sizes == decodes * 2 + many * 2
+    assert all("128 x 128" in key for key in held[: len(decodes)])
+    held.clear()
+    kernels.measure_products(found, mx.bfloat16)
+    assert held == [], "once"
+
+
 def test_what_can_not_be_kept_or_read_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("[1]")
     track = Track(mlx=3.0, kernel=1.0)
@@ -175,7 +231,9 @@ def test_a_product_is_computed_as_was_found_to_be_fastest(
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "kernel"), [("affine-4", True), ("affine-8", False), ("mxfp4", False)])
-def test_without_a_measurement_only_what_an_h200_found_goes_by_the_kernel(gpu: Gpu, name: str, kernel: bool) -> None:
+def test_without_a_measurement_what_an_h200_found_goes_by_the_kernel_and_experts_do(
+    gpu: Gpu, name: str, kernel: bool
+) -> None:
     kernels.verify(mx.bfloat16, "products")
     gpu.launched.clear()
     w, x = weights(name), mx.ones((5, 128), mx.bfloat16)
@@ -183,7 +241,8 @@ def test_without_a_measurement_only_what_an_h200_found_goes_by_the_kernel(gpu: G
     mx.eval(kernels.quantized_product(x, w))
     assert gpu.launched == ["rows_mma"] * kernel
     pairs = kernels.expert_product(x, weights(name, 4), mx.zeros(20, mx.int32), 4)
-    assert (pairs is not None) == kernel
+    assert pairs is not None
+    assert gpu.launched == ["rows_mma"] * kernel + ["expert_mma"]
 
 
 @needs_compiler

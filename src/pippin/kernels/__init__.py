@@ -13,7 +13,7 @@ tokens). On the CPU the objects passed in are rebound to the updated arrays, as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Literal
@@ -28,7 +28,7 @@ from pippin.kernels.contest import Contests
 from pippin.kernels.drawing import MOST_TOPS, Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
-from pippin.kernels.launch import Launcher, gpu_launcher
+from pippin.kernels.launch import Launch, Launcher, gpu_launcher
 from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packed, packing_of, storage
 from pippin.kernels.paged import tile_rows
 from pippin.kernels.products import Gated, Weights
@@ -226,7 +226,8 @@ def product_way(dtype: mx.Dtype, weights: Weights, pairs: int) -> str:
 def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
     """Finds out which way is fastest for each shape among these weights and for each number of rows of ``dtype``.
 
-    The largest go first, since time is bounded (``contest``). Only on CUDA there is more than one way.
+    Decodes go first, and of these the largest matrices, since time is bounded (``contest``). Only on CUDA there is more
+    than one way.
     """
     platform = backend()
     if platform != "cuda":
@@ -236,15 +237,35 @@ def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
         key = products.key_of(weights, dtype, 0)
         sizes[key] = sizes.get(key, (0, weights))[0] + weights.w.nbytes, weights
     held = contests(platform)
-    for _, weights in sorted(sizes.values(), key=lambda pair: -pair[0]):
-        launch = _product_launcher(dtype, weights)
-        for size in products.sizes_of(weights):
-            ways, first = products.ways(launch, weights, dtype, size), _usual_way(dtype, weights, size)
-            if first in ways:
-                held.hold(products.key_of(weights, dtype, size), {first: ways.pop(first), **ways})
+    of_size = [weights for _, weights in sorted(sizes.values(), key=lambda pair: -pair[0])]
+    rounds = [(weights, size) for weights in of_size for size in products.sizes_of(weights)]
+    rounds = [r for r in rounds if held.known(products.key_of(r[0], dtype, r[1])) is None]
+    rounds.sort(key=lambda r: r[1] > products.MOST_DECODES)
+    _compile_products(rounds, dtype)
+    for weights, size in rounds:
+        ways = products.ways(_product_launcher(dtype, weights), weights, dtype, size)
+        first = _usual_way(dtype, weights, size)
+        if first in ways:
+            held.hold(products.key_of(weights, dtype, size), {first: ways.pop(first), **ways})
     held.keep()
     _known_ways.clear()
     mx.clear_cache()
+
+
+def _compile_products(rounds: Iterable[tuple[Weights, int]], dtype: mx.Dtype) -> None:
+    """Compiles the kernels of these products, all together, where that is ours to do."""
+    launch, found = _gpu("cuda"), list[tuple[Launch, list[mx.array]]]()
+    if not isinstance(launch, BuiltCuda) or launch.refused is not None:
+        return
+
+    def record(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        found.append((what, list(inputs)))
+        return [mx.zeros(shape, dtype=kind) for shape, kind in what.outputs]
+
+    for weights, size in rounds:
+        if _product_launcher(dtype, weights) is not None:
+            products.record(record, weights, dtype, size)
+    launch.prepare(found)
 
 
 _known_ways: dict[tuple[object, ...], str] = {}
@@ -262,10 +283,10 @@ def _product_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
 
 
 def _usual_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
-    """What to do where nothing was measured: as an H200 found for 4 bits, and MLX's own for what it did not try."""
+    """What to do where nothing was measured."""
     if weights.w.ndim == 2 and size > products.MOST_ROWS:
         return "whole" if backend() == "cuda" else "mlx"
-    return "kernel" if products.were_timed(weights) and _product_launcher(dtype, weights) is not None else "mlx"
+    return "kernel" if products.is_likely(weights) and _product_launcher(dtype, weights) is not None else "mlx"
 
 
 def boundary(

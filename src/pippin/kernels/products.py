@@ -42,7 +42,9 @@ MOST_PAIRS = 2048
 MOST_VECTORS = 16
 # Rows, or pairs of a row and its expert, for which ways are compared; what lies between goes by the next of them.
 ROWS = (1, 8, 32, 128, 512, 2048)
-PAIRS = (8, 64, 256, 1024, 2048)
+PAIRS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# Up to so many are steps of decodes, which are measured first.
+MOST_DECODES = 256
 # Numbers of a matrix up to which it may be made whole for a measurement: half a GiB.
 _MOST_NUMBERS = 1 << 28
 _FULL = 264  # blocks that fill a GPU twice over: with fewer, blocks take fewer columns
@@ -268,9 +270,12 @@ def sizes_of(weights: Weights) -> tuple[int, ...]:
     return PAIRS if weights.w.ndim == 3 else ROWS
 
 
-def were_timed(weights: Weights) -> bool:
-    """Whether the kernel was found to be faster for such weights on an H200."""
-    return weights.bits == 16 or (weights.bits == 4 and weights.mode == "affine")
+def is_likely(weights: Weights) -> bool:
+    """Whether the kernel is what to take where nothing was measured.
+
+    An H200 found it faster for affine 4 bits, and for experts of 16 bits and of affine 4, whose loop others share.
+    """
+    return weights.w.ndim == 3 or weights.bits == 16 or (weights.bits == 4 and weights.mode == "affine")
 
 
 def ways(launch: Launcher | None, weights: Weights, dtype: mx.Dtype, rows: int) -> dict[str, Callable[[], mx.array]]:
@@ -285,6 +290,13 @@ def ways(launch: Launcher | None, weights: Weights, dtype: mx.Dtype, rows: int) 
     if weights.rows * weights.width <= _MOST_NUMBERS:
         found["whole"] = lambda: by_whole(x, weights)
     return found
+
+
+def record(launch: Launcher, weights: Weights, dtype: mx.Dtype, rows: int) -> None:
+    """Shows ``launch`` what ``ways`` would run, with inputs that nobody computes."""
+    found = ways(launch, weights, dtype, rows).get("kernel")
+    if found is not None:
+        found()
 
 
 def _routed_ways(launch: Launcher, weights: Weights, dtype: mx.Dtype, pairs: int) -> dict[str, Callable[[], mx.array]]:
