@@ -147,15 +147,17 @@ def example(
 ) -> Ints:
     """Inputs of a step that may be run at any time: every row is ``token`` at position ``at``, and all works draw.
 
-    All read the scratch page alone, and write the same to its first slot, so that the order of writes changes nothing.
+    All read the scratch page alone, and write the same to its first slot, so that the order of writes changes nothing:
+    no row is padding, which would write there what happens to lie in memory.
     """
     packed = np.zeros(packed_size(shape, width, windows), np.int32)
     lines = packed[: LINES * shape.rows].reshape(LINES, -1)
     lines[0], lines[2], lines[3] = token, 1, at
     if shape.tiles:
         first, cut, end = LINES * shape.rows + np.cumsum([0, 2 * shape.works, 3 * shape.tiles])
-        packed[first:cut].reshape(2, -1)[:] = np.arange(shape.works), np.ones(shape.works)
-        packed[cut:end] = tile_rows([1] * shape.works, rows_of_tile, shape.tiles).reshape(-1)
+        counts = np.diff(np.linspace(0, shape.rows, shape.works + 1).astype(int))
+        packed[first:cut].reshape(2, -1)[:] = np.cumsum(counts) - 1, np.ones(shape.works)
+        packed[cut:end] = tile_rows(counts.tolist(), rows_of_tile, shape.tiles).reshape(-1)
     if windows is not None:
         own = len(packed) - _window_size(shape, windows)
         packed[own : own + shape.rows] = at - windows.first(at) // page_size * page_size

@@ -142,22 +142,25 @@ class MlxCuda:
         refused: list[CudaError] = []
 
         def commit(encoder: int) -> None:
-            if encoder == self._encoder and _count(encoder + _AT.nodes) and not refused:
-                try:
+            try:
+                if encoder == self._encoder and _count(encoder + _AT.nodes) and not refused:
                     programs.append(self._program(encoder))
-                except CudaError as error:
-                    refused.append(error)
-            self._commit(encoder)
+            except CudaError as error:
+                refused.append(error)
+            finally:
+                self._commit(encoder)
 
         mx.synchronize()
-        with self._unlimited(), self._slot.replaced(ctypes.CFUNCTYPE(None, ctypes.c_uint64)(commit)):
-            run()
-        mx.synchronize()
-        graph = CudaGraph(self._driver, programs, self._stream)
-        if refused:
-            graph.close()
-            raise refused[0]
-        return graph
+        try:
+            with self._unlimited(), self._slot.replaced(ctypes.CFUNCTYPE(None, ctypes.c_uint64)(commit)):
+                run()
+            mx.synchronize()
+            if refused:
+                raise refused[0]
+        except BaseException:
+            CudaGraph(self._driver, programs, self._stream).close()
+            raise
+        return CudaGraph(self._driver, programs, self._stream)
 
     def freed(self) -> list[int]:
         """The bytes of each buffer that MLX keeps for its next allocations."""
@@ -205,8 +208,8 @@ class MlxCuda:
         most_nodes, most_megabytes = (_count(self._encoder + at) for at in (_AT.most_nodes, _AT.most_megabytes))
         known = {
             "nodes": (_count(self._encoder + _AT.nodes), 0),
-            "most nodes": (most_nodes, int(os.environ.get("MLX_MAX_OPS_PER_BUFFER", most_nodes))),
-            "most megabytes": (most_megabytes, int(os.environ.get("MLX_MAX_MB_PER_BUFFER", most_megabytes))),
+            "most nodes": (str(most_nodes), os.environ.get("MLX_MAX_OPS_PER_BUFFER", str(most_nodes))),
+            "most megabytes": (str(most_megabytes), os.environ.get("MLX_MAX_MB_PER_BUFFER", str(most_megabytes))),
             "freed bytes": (_read(self._allocator + _OWNS.freed), mx.get_cache_memory()),
             "active bytes": (_read(self._allocator + _OWNS.active), mx.get_active_memory()),
             "nodes in order": (_read(self._encoder + _AT.before), _read(self._encoder + _AT.before + 8)),
