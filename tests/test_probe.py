@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,11 @@ from pippin.attention.rows import RowLayer, Rows, Window
 from pippin.cache.pool import KVPool
 from pippin.errors import ConfigError, ModelError
 from pippin.inputs import Group, Step
-from pippin.models.seam import Seam
+from pippin.models.deferred import Fusions
+from pippin.models.seam import Seam, off_by_a_rounding
 from pippin.probe import choose_attention, measure_activations, measure_caches
 from pippin.types import Work
-from tests.checkpoints import build_model, family_config
+from tests.checkpoints import build_model, family_config, random_weights
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -127,6 +129,51 @@ def test_a_backend_that_is_wrong_is_refused_with_its_distance(fault: str, monkey
     model = tiny("gemma3_text", sliding_window=4, sliding_window_pattern=2)
     with pytest.raises(ModelError, match=rf"{backend.name}: logits differ by"):
         choose_attention(model, backend.name, 300)
+
+
+def deep(family: str, layers: int = 12, seed: int = 2) -> Any:
+    """A random model in bfloat16 that makes much of rounding."""
+    config = family_config(family, num_hidden_layers=layers)
+    model = build_model(config)
+    model.load_weights(list(random_weights(model, seed).items()), strict=False)
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def test_rounding_alone_refuses_nothing_however_much_a_model_makes_of_it() -> None:
+    """Rotation that is rounded once moves these logits by a sixth of the largest, and so does a bit of attention's."""
+    choice = choose_attention(deep("llama"), "mlx", 288, fuse=True)
+    assert choice.backend.name == "rows"
+    assert choice.fusions == Fusions(True, frozenset({("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}))
+
+
+@pytest.mark.parametrize("fault", ["position", "context"])
+def test_in_16_bits_too_a_backend_that_is_wrong_is_refused(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = _Wrong(fault)
+    monkeypatch.setattr("pippin.attention._BACKENDS", {})
+    register_attention_backend(backend)
+    with pytest.raises(ModelError, match=rf"{backend.name}: logits differ by"):
+        choose_attention(deep("llama"), backend.name, 288)
+
+
+def test_what_a_rounding_does_is_asked_for_only_where_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+
+    def counted() -> AbstractContextManager[None]:
+        asked.append(None)
+        return off_by_a_rounding()
+
+    monkeypatch.setattr("pippin.probe.off_by_a_rounding", counted)
+    choose_attention(deep("qwen3", layers=2), "mlx", 288)
+    assert asked == []
+    choose_attention(deep("llama"), "mlx", 288, fuse=True)
+    assert asked == [None]
+    model = deep("llama", layers=2)
+    plain = model(mx.array([[5, 9]]))
+    with off_by_a_rounding():
+        moved = model(mx.array([[5, 9]]))
+    assert 0 < mx.abs(moved - plain).max() < 0.2 * mx.abs(plain).max()
+    assert mx.array_equal(model(mx.array([[5, 9]])), plain)
 
 
 def test_caches_of_an_unknown_kind_are_refused_by_their_name() -> None:

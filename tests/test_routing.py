@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import glm4_moe
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from pippin import kernels
+from pippin import kernels, probe
 from pippin.kernels import Choice, Pairs
 from pippin.kernels.host import compiler
 from pippin.models import seam
@@ -23,6 +24,8 @@ from pippin.models.deferred import Fusions, Residual, deferring
 from pippin.models.routing import Chosen, Said, Shares, Sum, open_to_routing, routing
 from pippin.models.seam import Seam, active, install
 from pippin.probe import choose_attention
+from pippin.runner import MlxModelRunner
+from pippin.types import Batch, Request, SamplingParams, Work
 from tests.checkpoints import build_model, family_config, random_weights
 from tests.test_kernels_dispatch import Gpu, played
 
@@ -292,9 +295,9 @@ class _Third(nn.Module):  # type: ignore[misc]
 def test_few_pairs_are_mlxs_products_without_a_sort(gpu: Gpu, known: bool) -> None:
     """With biases that are added where their rows are read; up to 63, from where mlx-lm sorts."""
     layer = SwitchGLU(64, 32, 5, bias=True) if known else SwitchGLU(64, 32, 5, activation=_Third(), bias=True)
-    for name, array in tree_flatten(layer.parameters()):
+    for name, weight in tree_flatten(layer.parameters()):
         module = layer[name.split(".")[0]]
-        module[name.split(".")[1]] = mx.random.normal(array.shape, key=mx.random.key(len(name))) / 8
+        module[name.split(".")[1]] = mx.random.normal(weight.shape, key=mx.random.key(len(name))) / 8
     tokens, indices = (
         mx.random.normal((9, 1, 64), key=mx.random.key(2)),
         mx.array([[[i % 5, (i + 2) % 5]] for i in range(9)]),
@@ -313,3 +316,72 @@ def test_few_pairs_are_mlxs_products_without_a_sort(gpu: Gpu, known: bool) -> No
     with active(Seam(None)):
         assert mx.allclose(layer(wide, many)[:, 0], want[:, 0], atol=1e-4)
     assert gpu.launched == []
+
+
+PROMPTS = ((5, 9, 2, 77, 31), (8,), (100, 3, 4, 4, 250, 17, 60, 2, 9))
+NEW = 5
+
+
+def by_itself(model: nn.Module, prompt: tuple[int, ...]) -> list[int]:
+    """mlx-lm's model, greedy."""
+    tokens = list(prompt)
+    for _ in range(NEW):
+        tokens.append(int(np.argmax(np.asarray(model(mx.array([tokens]))[0, -1]))))
+    return tokens[len(prompt) :]
+
+
+def served(model: nn.Module, choice: probe.Choice, vocab: int, chunk: int, together: bool) -> list[list[int]]:
+    """The same by steps of our runner, prompts in chunks."""
+    requests = [Request(f"r{i}", list(p), len(p), SamplingParams(), row=i + 1) for i, p in enumerate(PROMPTS)]
+    for i, request in enumerate(requests):
+        request.slots = array("i", range(1 + 20 * i, 21 + 20 * i))
+    for group in [requests] if together else [[r] for r in requests]:
+        runner = MlxModelRunner(
+            model, choice.backend, choice.pool(80), max_running=4, vocab_size=vocab, fusions=choice.fusions
+        )
+        done = [0] * len(group)
+        while any(len(r.tokens) < r.num_prompt + NEW for r in group):
+            ends = [min(len(r.tokens), at + chunk) for r, at in zip(group, done, strict=True)]
+            works = [Work(r, at, end, end == len(r.tokens)) for r, at, end in zip(group, done, ends, strict=True)]
+            logits = runner.logits(Batch(tuple(works)))
+            for work, row in zip([w for w in works if w.samples], np.asarray(logits), strict=True):
+                work.request.tokens.append(int(np.argmax(row)))
+            done = ends
+    return [r.tokens[r.num_prompt : r.num_prompt + NEW] for r in requests]
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_greedy_tokens_are_mlx_lms_alone_together_and_in_chunks(family: str, gpu: Gpu) -> None:
+    """In float32, with all that is put together, on a GPU that the host plays."""
+    model, vocab = moe(family)
+    want = [by_itself(model, prompt) for prompt in PROMPTS]
+    choice = choose_attention(model, "rows", vocab)
+    assert choice.fusions.experts
+    assert choice.fusions.joined
+    gpu.launched.clear()
+    for chunk, together in ((20, False), (20, True), (2, True)):
+        assert served(model, choice, vocab, chunk, together) == want
+    assert {"route", "expert_gate", "add_weighed_rms_norm", "rope_kv_write"} <= set(gpu.launched)
+
+
+@needs_compiler
+def test_experts_in_mxfp4_are_two_launches_of_products(gpu: Gpu) -> None:
+    """As gpt-oss is published, in bfloat16 else: logits are the model's own through all of it."""
+    model, vocab = moe("gpt_oss")
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda _, m: isinstance(m, SwitchLinear))
+    choice = choose_attention(model, "rows", vocab)
+    assert choice.fusions == Fusions(True, frozenset({("q_proj", "k_proj", "v_proj")}), experts=True)
+    gpu.launched.clear()
+    assert len(served(model, choice, vocab, 20, True)) == len(PROMPTS)
+    found = Counter(gpu.launched)
+    layers = 2 * NEW
+    assert {name: found[name] for name in ("route", "gated_mma", "expert_mma", "add_weighed_rms_norm")} == {
+        "route": layers,
+        "gated_mma": layers,
+        "expert_mma": layers,
+        "add_weighed_rms_norm": layers,
+    }
+    assert found["add_rms_norm"] == layers
+    assert not {"rows_mma", "expert_gate", "weighed_sum", "swiglu"} & set(found)

@@ -82,6 +82,9 @@ class Seam:
 
 _active: ContextVar[Seam | None] = ContextVar("pippin_seam", default=None)
 _one_expert: ContextVar[bool] = ContextVar("pippin_one_expert", default=False)
+# What 1 and the next number are apart.
+_LAST_BIT = {mx.bfloat16: 2**-7, mx.float16: 2**-10}
+_off_by_a_rounding: ContextVar[bool] = ContextVar("pippin_off_by_a_rounding", default=False)
 _original = base.scaled_dot_product_attention
 _original_swiglu = activations.swiglu
 _original_geglu = gemma4_text.geglu
@@ -114,6 +117,19 @@ def one_expert() -> Iterator[None]:
         yield
     finally:
         _one_expert.reset(token)
+
+
+@contextmanager
+def off_by_a_rounding() -> Iterator[None]:
+    """Attention of models that run by themselves is off by the last bit of 16, each number up or down.
+
+    What that does to logits says how far other orders of the same operations may move them.
+    """
+    token = _off_by_a_rounding.set(True)
+    try:
+        yield
+    finally:
+        _off_by_a_rounding.reset(token)
 
 
 def on_cpu() -> bool:
@@ -157,6 +173,9 @@ def attention(
         raise ModelError("its keys are changed between the cache and the attention call")
     arrays = settled(queries), settled(keys), settled(values)
     out: mx.array = _original(*arrays, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    if _off_by_a_rounding.get() and out.dtype in _LAST_BIT:
+        bit = _LAST_BIT[out.dtype]
+        out = out * mx.where(mx.arange(out.shape[-1]) % 2, 1 - bit / 2, 1 + bit).astype(out.dtype)
     return out
 
 
