@@ -57,7 +57,7 @@ class EngineCore:
     With ``overlap``, step n+1 is scheduled and built before step n is read, whoever joins, leaves or finishes. Where a
     request has a grammar, the step's draws are built after that, while the device runs the rest of the step: its mask
     hangs on the token that step n drew. ``grammars`` is None where requests with grammars are refused. ``traces``
-    counts steps that were compiled since the start.
+    counts steps that were compiled since the start, ``replays`` those that were launched as recorded.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class EngineCore:
         overlap: bool = True,
         grammars: GrammarCompiler | None = None,
         traces: Callable[[], int] = lambda: 0,
+        replays: Callable[[], int] = lambda: 0,
         canary: KVCanary | None = None,
         memory: MemoryWatch | None = None,
         disk: DiskTier | None = None,
@@ -77,6 +78,7 @@ class EngineCore:
         self.info = info
         self._memory = memory
         self._traces = traces
+        self._replays = replays
         self._canary = canary
         self._disk = disk
         self._adapters = adapters
@@ -107,6 +109,7 @@ class EngineCore:
             overlapped_steps=self._overlapped,
             step_seconds=self._seconds,
             graph_traces=self._traces(),
+            graph_replays=self._replays(),
         )
         wrong = self._canary.num_mismatches if self._canary is not None else 0
         more = {} if self._disk is None else self._disk.stats()

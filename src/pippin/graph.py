@@ -137,7 +137,13 @@ class StepGraphs:
             packed = self._table.extends(works, shape, self._pool.tile_rows)
         else:
             packed = self._table.decodes(works, shape)
-        return self._step(shape, packed.size, last_token)(last_token, upload(packed))
+        given = upload(packed)
+        if self.replays is not None:
+            self._record(shape, packed.size, last_token)
+            made = self.replays.run((shape, packed.size), last_token, given)
+            if made is not None:
+                return made
+        return self._compiled(shape)(last_token, given)
 
     def forget(self) -> None:
         """To be called when any other step has run."""
@@ -149,15 +155,14 @@ class StepGraphs:
         packed = mx.zeros(packed_size(shape, -(-length // self._pool.page_size), self._pool.windows), mx.int32)
         made = self._compiled(shape)(last_token, packed)
         mx.eval(made)
-        self._step(shape, packed.size, last_token)
+        self._record(shape, packed.size, last_token)
         return made[0]
 
-    def _step(self, shape: StepShape, size: int, last_token: mx.array) -> StepFunction:
-        """What runs steps of a shape with ``size`` inputs."""
-        run = self._compiled(shape)
-        if self.replays is None:
-            return run
-        return self.replays.step((shape, size), shape.rows, run, lambda: self._examples(shape, size), last_token) or run
+    def _record(self, shape: StepShape, size: int, last_token: mx.array) -> None:
+        """Records steps of a shape with ``size`` inputs, if it can be and has not been done."""
+        if self.replays is not None:
+            run = self._compiled(shape)
+            self.replays.record((shape, size), shape.rows, run, lambda: self._examples(shape, size), last_token)
 
     def _examples(self, shape: StepShape, size: int) -> list[mx.array]:
         width = (size - packed_size(shape, 0, self._pool.windows)) // shape.works

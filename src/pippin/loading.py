@@ -226,7 +226,7 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
     )
     # torch computes a step as it is launched: there is nothing to overlap it with, only tokens to hold back.
     overlap = not config.disable_overlap_schedule and not config.device.startswith("torch")
-    traces = runner.traces if isinstance(runner, MlxModelRunner) else (lambda: 0)
+    counts = (runner.traces, runner.replayed) if isinstance(runner, MlxModelRunner) else (lambda: 0, lambda: 0)
     adapters = load_adapters(runner.model, info, config) if isinstance(runner, MlxModelRunner) else None
     if adapters is not None:
         info = msgspec.structs.replace(info, lora_paths=dict(adapters.paths))
@@ -237,7 +237,8 @@ def over_runner(runner: ModelRunner, info: ModelInfo, config: EngineConfig) -> E
         info,
         overlap=overlap,
         grammars=compiler_of(config, info),
-        traces=traces,
+        traces=counts[0],
+        replays=counts[1],
         canary=canary,
         adapters=adapters,
         memory=watch_memory(info) if info.budget_bytes else None,

@@ -150,6 +150,7 @@ class Stats(msgspec.Struct, frozen=True):
     overlapped_steps: int = 0
     step_seconds: float = 0.0
     graph_traces: int = 0
+    graph_replays: int = 0
     forced_tokens: int = 0
     snapshots: int = 0
     snapshots_evicted: int = 0

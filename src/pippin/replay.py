@@ -135,7 +135,7 @@ class Replays:
     """The recorded steps of one model and pool, made as they come up.
 
     ``open_recorder`` is called when the first is recorded, by the thread that evaluates. ``launch`` copies what they
-    read; ``most_bytes`` is what they may hold.
+    read; ``most_bytes`` is what they may hold. ``launches`` counts the steps that ``run`` launched.
     """
 
     def __init__(self, open_recorder: Callable[[], Recorder], launch: Launcher, most_bytes: int) -> None:
@@ -144,6 +144,7 @@ class Replays:
         self._most_bytes = most_bytes
         self._recorder: Recorder | None = None
         self._refused = False
+        self.launches = 0
         self._steps: dict[Hashable, Replay | None] = {}
         self._by_row: dict[int, float] = {}
         self._returned = 0
@@ -156,23 +157,30 @@ class Replays:
         """Bytes that they hold, beside what the driver makes of them."""
         return self._returned + (self._recorder.held if self._recorder else 0)
 
-    def step(
+    def record(
         self,
         key: Hashable,
         rows: int,
         run: StepFunction,
         examples: Callable[[], Sequence[mx.array]],
         table: mx.array,
-    ) -> StepFunction | None:
-        """What runs the steps that are ``key``, of ``rows`` rows, in place of ``run``; None if that must do.
+    ) -> None:
+        """Records the steps that are ``key``, of ``rows`` rows, unless that was tried.
 
-        The first time they are recorded, over the first of ``examples`` of their inputs, int32, and compared with
-        ``run`` over the others: these write to the pool where they say, and all that is queued is waited for.
+        It is done over the first of ``examples`` of their inputs, int32, and compared with ``run`` over the others:
+        these write to the pool where they say, and all that is queued is waited for.
         """
         if key not in self._steps:
             recorder = self._recorder_for(rows)
             self._steps[key] = self._recorded(recorder, rows, run, examples, table) if recorder is not None else None
-        return self._steps[key]
+
+    def run(self, key: Hashable, table: mx.array, packed: mx.array) -> Made | None:
+        """Queues the step if there is a recorded one; see ``Replay``. Raises CudaError."""
+        step = self._steps.get(key)
+        if step is None:
+            return None
+        self.launches += 1
+        return step(table, packed)
 
     def close(self) -> None:
         """Waits for what is queued, and gives all memory back."""

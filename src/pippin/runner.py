@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,6 +44,8 @@ from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, sample,
 from pippin.sampler_graphs import SamplerGraphs
 from pippin.types import Batch, Work
 from pippin.warmup import eager_steps, lent_windows, warm_attention
+
+log = logging.getLogger(__name__)
 
 # The last tokens of prompts in a forward of their own read all weights again: what that saves must be worth it.
 _LEAST_AHEAD = 32
@@ -89,6 +92,7 @@ class MlxModelRunner:
         self._max_running = max_running
         self._compiler = Compiler()
         self._warmed = 0
+        self._replayed = 0
         self._unqueued: list[mx.array] = []
         self._landing: Landing | None = None
         self._queued = True
@@ -140,10 +144,17 @@ class MlxModelRunner:
                 self._sampler.warm(made, self._last_token)
             tell(next(done), total)
         self._warmed = self._compiler.traces
+        if replays := self.graphs.replays:
+            log.info("%d of %d compiled steps are recorded, in %.2f GB", len(replays), len(shapes), replays.held / 1e9)
 
     def traces(self) -> int:
         """How many functions were compiled while serving: none, once all shapes have come up."""
         return self._compiler.traces - self._warmed
+
+    def replayed(self) -> int:
+        """How many steps were launched as recorded, those of a start aside."""
+        replays = self.graphs.replays if self.graphs is not None else None
+        return self._replayed + (replays.launches if replays is not None else 0)
 
     def launch(self, batch: Batch) -> InFlight:
         """Queues a step; returns before it has run.
@@ -392,6 +403,7 @@ class MlxModelRunner:
         self._last_token = mx.zeros(self._last_token.shape, dtype=mx.int32)
         mx.eval(self._last_token)
         states, windows = self.pool.states, self.pool.windows
+        self._replayed = self.replayed()
         if self.graphs is not None:
             self.graphs.close()
         del self.pool, self.graphs  # before the next is made: there may not be memory for two

@@ -77,7 +77,13 @@ class Scheduler:
         return bool(self.runs)
 
     def stats(
-        self, *, steps: int = 0, overlapped_steps: int = 0, step_seconds: float = 0.0, graph_traces: int = 0
+        self,
+        *,
+        steps: int = 0,
+        overlapped_steps: int = 0,
+        step_seconds: float = 0.0,
+        graph_traces: int = 0,
+        graph_replays: int = 0,
     ) -> Stats:
         """Counts now and since the start; the caller's own are passed through."""
         size, windows = self._allocator.page_size, self._radix.windows
@@ -97,6 +103,7 @@ class Scheduler:
             overlapped_steps=overlapped_steps,
             step_seconds=step_seconds,
             graph_traces=graph_traces,
+            graph_replays=graph_replays,
             forced_tokens=self._forced,
             snapshots=len(self._radix.snapshots),
             snapshots_evicted=self._radix.snapshots.num_evicted,

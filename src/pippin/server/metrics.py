@@ -177,6 +177,7 @@ def counters(stats: Stats) -> list[tuple[str, str, float]]:
         ("step_seconds", "Time spent in steps.", stats.step_seconds),
         ("evicted_mamba_snapshots", "Snapshots of recurrent state given up for others.", stats.snapshots_evicted),
         ("graph_traces", "Steps compiled while serving: after a while, no more.", stats.graph_traces),
+        ("graph_replays", "Steps launched as they were recorded (CUDA).", stats.graph_replays),
         (
             "kv_canary_mismatches",
             "Requests ended since a KV slot was not what it should be.",
