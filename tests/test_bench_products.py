@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from pippin.bench.kernel_times import Case
-from pippin.bench.product_times import FORMS, expert_cases, latent_case, product_cases
+from pippin.bench.product_times import FORMS, expert_cases, latent_case, layer_cases, product_cases
 from pippin.kernels import paged
 from pippin.kernels.host import host_launcher
 from tests.test_kernels_dispatch import needs_compiler
@@ -17,6 +17,7 @@ def cases() -> list[Case]:
     return [
         *product_cases(launch, mx.bfloat16, 3, 64, 128),
         *expert_cases(launch, mx.bfloat16, 9, 4, 32, 64),
+        *layer_cases(launch, mx.bfloat16, 5, 2, 4, 32, 64),
         latent_case(launch, paged.Tuning(), 1, 2, 20, mx.float32, heads=4),
     ]
 
@@ -33,4 +34,4 @@ def test_both_ways_give_the_same_shape_and_something_is_moved(case: Case) -> Non
 
 
 def test_every_mode_that_the_kernel_takes_is_timed() -> None:
-    assert len(cases()) == len(FORMS) + 3
+    assert len(cases()) == len(FORMS) + 5

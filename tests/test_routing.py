@@ -52,6 +52,13 @@ def qwen3(g: mx.array) -> Routed:
     return chosen, shares
 
 
+def ernie(g: mx.array) -> Routed:
+    g = mx.softmax(g, axis=-1, precise=True)
+    chosen = mx.stop_gradient(mx.argpartition(-g, kth=K - 1, axis=-1)[..., :K])
+    shares = mx.take_along_axis(g, chosen, axis=-1)
+    return chosen, shares / mx.maximum(shares.sum(axis=-1, keepdims=True), 1e-12)
+
+
 def deepseek(g: mx.array) -> Routed:
     g = mx.softmax(g, axis=-1, precise=True)
     chosen = mx.argpartition(-g, kth=K - 1, axis=-1)[..., :K]
@@ -66,6 +73,7 @@ FORMS: dict[str, tuple[Callable[[mx.array], Routed], Choice]] = {
     "gpt-oss": (gpt_oss, Choice(K, later=True, soft=True)),
     "mixtral": (mixtral, Choice(K, smallest=True, soft=True)),
     "qwen3": (qwen3, Choice(K, later=True, before=True, divided=True)),
+    "ernie": (ernie, Choice(K, before=True, divided=True)),
     "deepseek": (deepseek, Choice(K, before=True, factor=2.5)),
     "glm": (glm, Choice(K, smallest=True, divided=True, factor=2.5)),
 }
@@ -143,6 +151,8 @@ def odd(x: mx.array) -> dict[str, Any]:
         "softmax twice": ordered(mx.softmax(mx.softmax(shares, axis=-1), axis=-1)),
         "divided by another sum": ordered(shares / (1 + mx.sum(shares, axis=-1, keepdims=True))),
         "a sum of all": mx.sum(shares),
+        "divided by no less": ordered(shares / mx.maximum(shares.sum(axis=-1, keepdims=True), 0.5)),
+        "the larger": mx.maximum(0.0, ordered(mx.maximum(shares, shares * 2))),
         "added": ordered(shares + 1),
         "times an array": ordered(shares * mx.ones(K)),
         "as 16 bits": ordered(shares.astype(mx.float16)),

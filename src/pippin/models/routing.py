@@ -22,7 +22,7 @@ from pippin.kernels import Choice, Norm, Pairs, experts
 from pippin.models.deferred import Deferred, Residual, Summand, settled
 
 _argpartition, _take_along_axis, _stop_gradient = mx.argpartition, mx.take_along_axis, mx.stop_gradient
-_softmax, _sum, _expand_dims = mx.softmax, mx.sum, mx.expand_dims
+_softmax, _sum, _maximum, _expand_dims = mx.softmax, mx.sum, mx.maximum, mx.expand_dims
 
 _on: ContextVar[bool] = ContextVar("pippin_routing", default=False)
 _compiled: Any = type(mx.compile(lambda x: x))
@@ -420,6 +420,11 @@ def _sum_of(x: Any, axis: Any = None, keepdims: bool = False, **options: Any) ->
     return _sum(settled(x), axis=axis, keepdims=keepdims, **options)
 
 
+def _larger_of(x: Any, y: Any, **options: Any) -> Any:
+    little = isinstance(y, (int, float)) and abs(y) < _NEXT_TO_NOTHING
+    return x if isinstance(x, Total) and little else _maximum(settled(x), settled(y), **options)
+
+
 def _with_axis(x: Any, axis: Any, **options: Any) -> Any:
     if isinstance(x, Shares) and axis in (-1, x.ndim):
         return x[..., None]
@@ -432,6 +437,7 @@ _STAND_INS: dict[str, tuple[Any, Any]] = {
     "stop_gradient": (_stop_gradient, _without_gradient),
     "softmax": (_softmax, _softmax_of),
     "sum": (_sum, _sum_of),
+    "maximum": (_maximum, _larger_of),
     "expand_dims": (_expand_dims, _with_axis),
 }
 
