@@ -99,7 +99,7 @@ def test_the_checks_launch_nothing_that_was_not_recorded() -> None:
         "kv_write", "kv_gather", "paged_reduce", "paged_decode_mma", "paged_decode_mma_split",
         "paged_decode_mma_fused", "paged_decode_mma_fused_split", "paged_extend_mma", "paged_extend_mma_split",
         "rope_kv_write", "add_rms_norm", "swiglu", "rows_mma", "expert_mma", "latent_decode", "latent_decode_split",
-        "gated_mma", "route", "expert_gate", "weighed_sum", "add_weighed_rms_norm",
+        "gated_mma", "route", "expert_gate", "weighed_sum", "add_weighed_rms_norm", "sort_pairs",
     }  # fmt: skip
 
 

@@ -106,6 +106,32 @@ def test_gates_and_sums_of_rows(dtype: mx.Dtype, width: int, biased: bool) -> No
     assert distance(out[:, 0], reference.rms_norm(total[:, 0], *norm)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_in_other_places_are_summed_alike(dtype: mx.Dtype) -> None:
+    indices = mx.array(np.random.default_rng(3).integers(0, 5, 12).astype(np.int32))
+    rows, bias = normal(1, 12, 264, dtype=dtype), normal(2, 5, 264, dtype=dtype)
+    places = mx.array(np.random.default_rng(4).permutation(12).astype(np.int32))
+    pairs, moved = Pairs(rows[places], indices, bias), Pairs(rows, indices, bias, places)
+    shares, x = mx.softmax(normal(6, 3, 4), axis=-1), normal(5, 3, 264, dtype=dtype)
+    norm = fused.Norm(normal(7, 264, dtype=dtype), 1e-5)
+    want = [routed.weighed_sum(host_launcher(), pairs, shares, x)]
+    got = [routed.weighed_sum(host_launcher(), moved, shares, x)]
+    want += routed.add_weighed_rms_norm(host_launcher(), x, pairs, shares, norm)
+    got += routed.add_weighed_rms_norm(host_launcher(), x, moved, shares, norm)
+    assert all(mx.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert distance(got[0], reference.weighed_sum(moved, shares, x)) < TOLERANCE[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=600), st.integers(1, 8), st.integers(0, 2))
+def test_pairs_are_ordered_by_expert_and_then_as_they_come(chosen: list[int], each: int, schedule: int) -> None:
+    indices = mx.array(chosen, dtype=mx.int32)
+    got, want = routed.sort_pairs(host_launcher(schedule), indices, each), reference.sort_pairs(indices, each)
+    for mine, theirs in ((got.places, want.places), (got.experts, want.experts), (got.rows, want.rows)):
+        assert mx.array_equal(mine, theirs)
+    assert got.experts.tolist() == sorted(chosen)
+
+
 # (tokens, N, K, experts, pairs a token)
 SHAPES = {
     "one-token": (1, 48, 128, 8, 2),
@@ -168,6 +194,11 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "the bias is not weighed": ("weighed_sum", "share * (float(a.v[e]) + (BIASED", "share * float(a.v[e]) + ((BIASED"),
     "nothing added": ("weighed_sum", "PLUS ? float(a.v[e]) : 0.0f", "0.0f"),
     "another row's shares": ("add_weighed_rms_norm", "shares[pair]", "shares[pair / 2]"),
+    "a row where it would be": ("weighed_sum", "PLACED ? places[pair] : int(pair)", "int(pair)"),
+    "the same in the norm": ("add_weighed_rms_norm", "PLACED ? places[pair] : int(pair)", "int(pair)"),
+    "later ones first": ("sort_pairs", "all[j] == mine && j < i", "all[j] == mine && j > i"),
+    "another's row": ("sort_pairs", "rows[place] = i / EACH", "rows[place] = place / EACH"),
+    "pairs not waited for": ("sort_pairs", "  BARRIER();\n", ""),
     "the gate twice": ("gated", "t < OWN ? w : up_w", "w"),
     "the gate's scales": ("gated_mxfp4", "t < OWN ? scales : up_scales", "scales"),
     "columns of up": ("gated_mxfp4", "+ at + WIDTH]", "+ at]"),

@@ -120,7 +120,9 @@ def launches() -> dict[str, tuple[Launch, list[mx.array]]]:
         fused.add_rms_norm(record, y, y, fused.Norm(y[0], 1e-6))
         fused.swiglu(record, y)
         for bias in (None, y):
-            pairs, shares = routed.Pairs(mx.zeros((6, 1536), dtype=dtype), mx.zeros(6, dtype=mx.int32), bias), y[:, :2]
+            where, shares = mx.zeros(6, dtype=mx.int32), y[:, :2]
+            places = None if bias is None else routed.sort_pairs(record, where, 2).places
+            pairs = routed.Pairs(mx.zeros((6, 1536), dtype=dtype), where, bias, places)
             routed.expert_gate(record, pairs, pairs, routed.Gate(bias is not None, 1.702, 7.0))
             routed.weighed_sum(record, pairs, shares, bias)
             routed.add_weighed_rms_norm(record, y, pairs, shares, fused.Norm(y[0], 1e-6))
@@ -154,7 +156,7 @@ def test_every_variant_is_here() -> None:
     suffixes = ("", "_split")
     decodes = {f"paged_decode{fused}{split}" for split in suffixes for fused in ("", "_fused")}
     rows = {"rope_kv_write", "add_rms_norm", "swiglu"}
-    rows |= {"expert_gate", "weighed_sum", "add_weighed_rms_norm", "route"}
+    rows |= {"expert_gate", "weighed_sum", "add_weighed_rms_norm", "route", "sort_pairs"}
     over_pools = {
         "kv_write",
         "kv_gather",

@@ -303,7 +303,7 @@ class _Third(nn.Module):  # type: ignore[misc]
 @needs_compiler
 @pytest.mark.parametrize("known", [True, False])
 def test_few_pairs_are_mlxs_products_without_a_sort(gpu: Gpu, known: bool) -> None:
-    """With biases that are added where their rows are read; up to 63, from where mlx-lm sorts."""
+    """With biases that are added where their rows are read. From 64 on MLX wants them by expert."""
     layer = SwitchGLU(64, 32, 5, bias=True) if known else SwitchGLU(64, 32, 5, activation=_Third(), bias=True)
     for name, weight in tree_flatten(layer.parameters()):
         module = layer[name.split(".")[0]]
@@ -320,12 +320,21 @@ def test_few_pairs_are_mlxs_products_without_a_sort(gpu: Gpu, known: bool) -> No
         assert got.pairs.bias is layer.down_proj.bias
     assert mx.allclose(got.array(), want, atol=1e-4)
     assert ("expert_gate" in gpu.launched) == known
-    many = mx.broadcast_to(indices, (9, 8, 2))
+    many = mx.concatenate([(indices + i) % 5 for i in range(8)], axis=1)
     wide = mx.broadcast_to(tokens, (9, 8, 64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "backend", lambda: None)
+        want = layer(wide, many)
+    kernels.verify(mx.float32, "experts")
     gpu.launched.clear()
-    with active(Seam(None)):
-        assert mx.allclose(layer(wide, many)[:, 0], want[:, 0], atol=1e-4)
-    assert gpu.launched == []
+    with active(Seam(None, Fusions(experts=True))):
+        got = layer(wide, many)
+    assert gpu.launched == ["sort_pairs", *["expert_gate"] * known], "not mlx-lm's own sort"
+    assert mx.allclose(got.array(), want, atol=1e-4)
+    shares = mx.softmax(mx.random.normal((9, 8, 2), key=mx.random.key(6)), axis=-1)
+    total = (got * shares[..., None]).sum(axis=-2)
+    assert mx.allclose(total.array(), (want * shares[..., None]).sum(axis=-2), atol=1e-4)
+    assert gpu.launched[-1] == "weighed_sum"
 
 
 PROMPTS = ((5, 9, 2, 77, 31), (8,), (100, 3, 4, 4, 250, 17, 60, 2, 9))

@@ -54,6 +54,7 @@ KernelName = Literal[
     "expert_gate",
     "weighed_sum",
     "add_weighed_rms_norm",
+    "sort_pairs",
     "latent_decode",
     "boundary",
     "draw",
@@ -345,7 +346,7 @@ def check_route(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool
 
 def check_expert_gate(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
     """Rows of 1056 numbers, clipped with biases and without either."""
-    gate, up = (_pairs(dtype, key) for key in (20, 21))
+    gate, up = (replace(_pairs(dtype, key), places=None) for key in (20, 21))
     clipped, bare = routed.Gate(True, 1.702, 7.0), [replace(p, bias=None) for p in (gate, up)]
     cases = [(gate, up, clipped), (bare[0], bare[1], routed.Gate())]
     found = [routed.expert_gate(launch, *case) for case in cases]
@@ -353,17 +354,17 @@ def check_expert_gate(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -
 
 
 def check_weighed_sum(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Three rows a token, with biases and shares in float32, and without biases but with a row more."""
+    """Three rows a token, with biases, places and shares in float32, and without these but with a row more."""
     pairs, shares = _pairs(dtype, 22), _shares()
     plus = mx.random.normal((3, 1056), key=mx.random.key(23)).astype(dtype)
     mx.eval(plus)
     found = [
         routed.weighed_sum(launch, pairs, shares),
-        routed.weighed_sum(launch, replace(pairs, bias=None), shares.astype(dtype), plus),
+        routed.weighed_sum(launch, replace(pairs, bias=None, places=None), shares.astype(dtype), plus),
     ]
     wanted = [
         reference.weighed_sum(pairs, shares),
-        reference.weighed_sum(replace(pairs, bias=None), shares.astype(dtype), plus),
+        reference.weighed_sum(replace(pairs, bias=None, places=None), shares.astype(dtype), plus),
     ]
     return all(_close(a / 4, b / 4) for a, b in zip(found, wanted, strict=True))
 
@@ -379,13 +380,24 @@ def check_add_weighed_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.
     return _close(got[0] / 4, total / 4) and _close(got[1], reference.rms_norm(total, *norm))
 
 
+def check_sort_pairs(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
+    """More pairs than a block takes, of seven experts, one of whom has none."""
+    indices = (mx.arange(300, dtype=mx.int32) * 37 + 11) % 61 % 8
+    indices = mx.where(indices == 3, 5, indices).astype(mx.int32)
+    mx.eval(indices)
+    got, want = routed.sort_pairs(launch, indices, 4), reference.sort_pairs(indices, 4)
+    same = [(got.places, want.places), (got.experts, want.experts), (got.rows, want.rows)]
+    return all(bool(mx.array_equal(mine, theirs).item()) for mine, theirs in same)
+
+
 def _pairs(dtype: mx.Dtype, seed: int) -> routed.Pairs:
-    """Nine rows of 1056 numbers, of five experts."""
+    """Nine rows of 1056 numbers, of five experts, shuffled."""
     keys = mx.random.split(mx.random.key(seed), 2)
     y, bias = (4 * mx.random.normal((n, 1056), key=key) for n, key in zip((9, 5), keys, strict=True))
-    pairs = routed.Pairs(y.astype(dtype), mx.array([4, 0, 2, 1, 4, 3, 0, 4, 2], mx.int32), bias.astype(dtype))
-    mx.eval(pairs.y, pairs.indices, bias.astype(dtype))
-    return pairs
+    indices, places = ([4, 0, 2, 1, 4, 3, 0, 4, 2], [3, 1, 8, 0, 2, 7, 5, 6, 4])
+    found = y.astype(dtype), mx.array(indices, mx.int32), bias.astype(dtype), mx.array(places, mx.int32)
+    mx.eval(found)
+    return routed.Pairs(*found)
 
 
 def _shares() -> mx.array:
@@ -399,6 +411,7 @@ EXPERT_CHECKS: dict[KernelName, Check] = {
     "expert_gate": check_expert_gate,
     "weighed_sum": check_weighed_sum,
     "add_weighed_rms_norm": check_add_weighed_rms_norm,
+    "sort_pairs": check_sort_pairs,
 }
 
 

@@ -13,7 +13,7 @@ from pippin.kernels.checks import KernelName
 from pippin.kernels.fused import Norm
 from pippin.kernels.launch import Launcher
 from pippin.kernels.products import Gated, Weights
-from pippin.kernels.routed import Choice, Gate, Pairs
+from pippin.kernels.routed import Choice, Gate, Order, Pairs
 
 
 def may_route(columns: int, dtype: mx.Dtype) -> bool:
@@ -37,12 +37,25 @@ def gated_product(x: mx.array, layer: Gated, indices: mx.array, per: int) -> mx.
     return None if launch is None else products.gated_product(launch, x, layer, indices, per)
 
 
-def product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
-    """``kernels.expert_product``, or MLX's own where that is best in the order that the pairs come in."""
+def product(x: mx.array, weights: Weights, indices: mx.array, per: int, ordered: bool = False) -> mx.array | None:
+    """``kernels.expert_product``, or MLX's own unless it wants many pairs in another order.
+
+    ``ordered``: they are in the order of their experts, and ``per`` is 1.
+    """
     found = kernels.expert_product(x, weights, indices, per)
-    if found is not None or kernels.backend() is None or indices.shape[0] >= products.SORTED:
+    if found is not None or kernels.backend() is None or (indices.shape[0] >= products.SORTED and not ordered):
         return found
     return products.by_mlx_routed(x, weights, indices, per)
+
+
+def sort_pairs(indices: mx.array, each: int, dtype: mx.Dtype) -> Order | None:
+    """The order of experts ``indices`` [P] int32 in which MLX multiplies many pairs, ``each`` of a row, the best.
+
+    ``dtype`` is the rows': it says which verdict counts.
+    """
+    fits = products.SORTED <= indices.shape[0] <= routed.MOST_SORTED
+    launch = kernels.launcher_of("sort_pairs", dtype, "experts") if fits else None
+    return None if launch is None else routed.sort_pairs(launch, indices, each)
 
 
 def expert_gate(gate: Pairs, up: Pairs, form: Gate) -> mx.array | None:

@@ -241,7 +241,7 @@ def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array, per: int = 1
     w, scales, rows, pairs = weights.w, weights.scales, x[:, None], indices.shape[0]
     # MLX wants uint32, and a cast is a launch.
     options: dict[str, Any] = {"rhs_indices": indices.view(mx.uint32), "sorted_indices": pairs >= SORTED}
-    if pairs < SORTED:  # otherwise MLX makes them anew for each product; where it sorts, it wants none
+    if pairs < SORTED:  # otherwise MLX makes them anew for each product; of sorted ones it wants none
         options["lhs_indices"] = row_of_pair(pairs, per)
     if scales is None:
         return mx.gather_mm(rows, w.swapaxes(-1, -2), **options)[:, 0]

@@ -9,6 +9,7 @@ gives zeros. ``sinks`` [heads] are logits that take part in the softmax and add 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ from pippin.kernels.drawing import Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
 from pippin.kernels.packing import Pool
-from pippin.kernels.routed import Choice, Gate, Pairs
+from pippin.kernels.routed import Choice, Gate, Order, Pairs
 from pippin.kernels.select import Limits
 
 
@@ -234,9 +235,15 @@ def weighed_sum(pairs: Pairs, shares: mx.array, plus: mx.array | None = None) ->
 
 
 def said(pairs: Pairs) -> mx.array:
-    """Rows with their experts' biases, float32."""
-    y = pairs.y.astype(mx.float32)
-    return y if pairs.bias is None else y + pairs.bias[pairs.indices].astype(mx.float32)
+    """Rows as their tokens come, with their experts' biases, float32."""
+    bias = None if pairs.bias is None else pairs.bias.astype(mx.float32)
+    return replace(pairs, y=pairs.y.astype(mx.float32), bias=bias).in_order()
+
+
+def sort_pairs(indices: mx.array, each: int) -> Order:
+    """See ``kernels.experts.sort_pairs``."""
+    order = mx.argsort(indices).astype(mx.int32)
+    return Order(mx.argsort(order).astype(mx.int32), indices[order], order // each)
 
 
 def swiglu(y: mx.array) -> mx.array:

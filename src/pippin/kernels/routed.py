@@ -22,17 +22,20 @@ EXPERT_GATE = Source(
     ("out",),
     headers=("gates",),
 )
-WEIGHED_SUM = Source("weighed_sum", "weighed_sum", ("y", "shares", "indices", "bias", "plus"), ("out",))
+SORT_PAIRS = Source("sort_pairs", "sort_pairs", ("indices",), ("places", "ordered", "rows"))
+WEIGHED_SUM = Source("weighed_sum", "weighed_sum", ("y", "shares", "indices", "bias", "places", "plus"), ("out",))
 WEIGHED_NORM = Source(
     "add_weighed_rms_norm",
     "add_rms_norm",
-    ("x", "r", "weight", "params", "shares", "indices", "bias"),
+    ("x", "r", "weight", "params", "shares", "indices", "bias", "places"),
     ("total", "out"),
     ("EXPERTS",),
 )
 
 # A lane keeps one of those chosen, and every 32nd of those there are in its registers.
 MOST_CHOSEN, MOST_EXPERTS = 32, 512
+# Pairs that are compared with one another.
+MOST_SORTED = 2048
 _WARPS = 4
 
 
@@ -72,12 +75,33 @@ class Gate:
 class Pairs:
     """What experts say of tokens: y [T * each, n], row by row, for experts ``indices`` [T * each] int32.
 
-    ``bias`` [experts, n] is still to be added.
+    ``bias`` [experts, n] is still to be added. ``places`` [T * each] int32 say in which row of y each lies, None: in
+    its own.
     """
 
     y: mx.array
     indices: mx.array
     bias: mx.array | None = None
+    places: mx.array | None = None
+
+    @property
+    def form(self) -> tuple[bool, bool]:
+        """Whether there are biases and places."""
+        return self.bias is not None, self.places is not None
+
+    def in_order(self) -> mx.array:
+        """Row by row, with biases; by MLX's operations."""
+        y = self.y if self.places is None else self.y[self.places]
+        return y if self.bias is None else y + self.bias[self.indices]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """Pairs by expert: in which place each is, and of each place its expert and its row, all [P] int32."""
+
+    places: mx.array
+    experts: mx.array
+    rows: mx.array
 
 
 def takes_choice(keys: mx.array, values: mx.array, choice: Choice) -> bool:
@@ -114,6 +138,18 @@ def _route_launch(rows: int, count: int, dtype: mx.Dtype, choice: Choice) -> Lau
     return Launch(ROUTE, constants, (-(-rows // _WARPS), 1), 32 * _WARPS, outputs)
 
 
+def sort_pairs(launch: Launcher, indices: mx.array, each: int) -> Order:
+    """See ``kernels.experts.sort_pairs``; at most ``MOST_SORTED``."""
+    places, ordered, rows = launch(_sort_launch(indices.shape[0], each), [indices])
+    return Order(places, ordered, rows)
+
+
+@lru_cache(maxsize=1024)
+def _sort_launch(pairs: int, each: int) -> Launch:
+    constants = (("EACH", each), ("MOST", MOST_SORTED), ("THREADS", 256))
+    return Launch(SORT_PAIRS, constants, (-(-pairs // 256), 1), 256, (((pairs,), mx.int32),) * 3)
+
+
 def expert_gate(launch: Launcher, gate: Pairs, up: Pairs, form: Gate) -> mx.array:
     """See ``kernels.expert_gate``."""
     biased, none = gate.bias is not None, nothing(gate.y.dtype)
@@ -131,20 +167,27 @@ def _gate_launch(rows: int, width: int, dtype: mx.Dtype, biased: bool, clipped: 
 
 def weighed_sum(launch: Launcher, pairs: Pairs, shares: mx.array, plus: mx.array | None = None) -> mx.array:
     """See ``kernels.weighed_sum``; [T, n]."""
-    y, bias, none = pairs.y, pairs.bias, nothing(pairs.y.dtype)
-    what = _sum_launch(y.shape[0], y.shape[1], shares.shape[-1], y.dtype, bias is not None, plus is not None)
-    return launch(what, [y, shares, pairs.indices, none if bias is None else bias, none if plus is None else plus])[0]
+    y, none = pairs.y, nothing(pairs.y.dtype)
+    what = _sum_launch(y.shape[0], y.shape[1], shares.shape[-1], y.dtype, pairs.form, plus is not None)
+    return launch(what, [y, shares, *_experts(pairs), none if plus is None else plus])[0]
+
+
+def _experts(pairs: Pairs) -> list[mx.array]:
+    """Whose rows they are, biases and places; something where there are none."""
+    bias = nothing(pairs.y.dtype) if pairs.bias is None else pairs.bias
+    return [pairs.indices, bias, nothing(mx.int32) if pairs.places is None else pairs.places]
 
 
 @lru_cache(maxsize=1024)
-def _sum_launch(pairs: int, width: int, each: int, dtype: mx.Dtype, biased: bool, plus: bool) -> Launch:
+def _sum_launch(pairs: int, width: int, each: int, dtype: mx.Dtype, form: tuple[bool, bool], plus: bool) -> Launch:
     threads, parts = _cut(width, dtype)
     constants = (
         ("T", dtype),
         ("WIDTH", width),
         ("EACH", each),
         ("THREADS", threads),
-        ("BIASED", biased),
+        ("BIASED", form[0]),
+        ("PLACED", form[1]),
         ("PLUS", plus),
     )
     rows = pairs // each
@@ -162,14 +205,13 @@ def add_weighed_rms_norm(
     launch: Launcher, x: mx.array, pairs: Pairs, shares: mx.array, norm: Norm
 ) -> tuple[mx.array, mx.array]:
     """See ``kernels.add_weighed_rms_norm``."""
-    bias = nothing(x.dtype) if pairs.bias is None else pairs.bias
-    what = _norm_launch(tuple(x.shape), shares.shape[-1], x.dtype, pairs.bias is not None)
-    total, out = launch(what, [x, pairs.y, norm.weight, params(norm.eps, 0.0), shares, pairs.indices, bias])
+    what = _norm_launch(tuple(x.shape), shares.shape[-1], x.dtype, pairs.form)
+    total, out = launch(what, [x, pairs.y, norm.weight, params(norm.eps, 0.0), shares, *_experts(pairs)])
     return total, out
 
 
 @lru_cache(maxsize=1024)
-def _norm_launch(shape: tuple[int, ...], each: int, dtype: mx.Dtype, biased: bool) -> Launch:
+def _norm_launch(shape: tuple[int, ...], each: int, dtype: mx.Dtype, form: tuple[bool, bool]) -> Launch:
     packs = shape[-1] * dtype.size // 16
     warps = min(MOST_WARPS, -(-packs // 32))
     constants = (
@@ -178,6 +220,7 @@ def _norm_launch(shape: tuple[int, ...], each: int, dtype: mx.Dtype, biased: boo
         ("WARPS", warps),
         ("PACKS", -(-packs // (32 * warps))),
         ("EACH", each),
-        ("BIASED", biased),
+        ("BIASED", form[0]),
+        ("PLACED", form[1]),
     )
     return Launch(WEIGHED_NORM, constants, (math.prod(shape[:-1]), 1), 32 * warps, ((shape, dtype),) * 2)

@@ -289,8 +289,7 @@ class Said(Deferred):
     __rmul__ = __mul__
 
     def array(self) -> mx.array:
-        y, bias = self.pairs.y, self.pairs.bias
-        return (y if bias is None else y + bias[self.pairs.indices]).reshape(self.shape)
+        return self.pairs.in_order().reshape(self.shape)
 
 
 class Weighed(Deferred):

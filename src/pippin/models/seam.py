@@ -335,11 +335,21 @@ class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
 
     def _said(self, x: mx.array, chosen: mx.array) -> Pairs | None:
         each, indices = chosen.shape[-1], chosen.reshape(-1).astype(mx.int32)
-        inner = self._gated(x.reshape(-1, x.shape[-1]), indices, each)
-        y = None if inner is None else experts.product(inner, weights_of(self.down_proj), indices, 1)
-        return None if y is None else Pairs(y, indices, self.down_proj.get("bias"))
+        rows, bias = x.reshape(-1, x.shape[-1]), self.down_proj.get("bias")
+        y = self._multiplied(rows, indices, each)
+        if y is not None:
+            return Pairs(y, indices, bias)
+        order = experts.sort_pairs(indices, each, x.dtype)
+        y = None if order is None else self._multiplied(rows[order.rows], order.experts, 1, ordered=True)
+        return None if y is None or order is None else Pairs(y, indices, bias, order.places)
 
-    def _gated(self, x: mx.array, indices: mx.array, each: int) -> mx.array | None:
+    def _multiplied(self, x: mx.array, indices: mx.array, each: int, ordered: bool = False) -> mx.array | None:
+        """What the experts' last product makes of x, but for its bias; None where MLX wants another order."""
+        inner = self._gated(x, indices, each, ordered)
+        weights = weights_of(self.down_proj)
+        return None if inner is None else experts.product(inner, weights, indices, 1, ordered)
+
+    def _gated(self, x: mx.array, indices: mx.array, each: int, ordered: bool) -> mx.array | None:
         """What the experts' last product takes."""
         layers, form = (self.gate_proj, self.up_proj), gate_of(self.activation)
         gate, up = (weights_of(layer) for layer in layers)
@@ -348,14 +358,12 @@ class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
             made = experts.gated_product(x, kernels.Gated(gate, up, biases or None, form), indices, each)
             if made is not None:
                 return made
-        found = [experts.product(x, weights, indices, each) for weights in (gate, up)]
+        found = [experts.product(x, weights, indices, each, ordered) for weights in (gate, up)]
         pairs = [Pairs(y, indices, layer.get("bias")) for y, layer in zip(found, layers, strict=True) if y is not None]
         if len(pairs) < 2:
             return None
         made = None if form is None else experts.expert_gate(pairs[0], pairs[1], form)
-        if made is None:
-            made = self.activation(*(Said(p, p.y.shape[:1]).array() for p in reversed(pairs)))
-        return made
+        return self.activation(*(p.in_order() for p in reversed(pairs))) if made is None else made
 
 
 def gate_of(activation: object) -> kernels.Gate | None:

@@ -1,5 +1,5 @@
 // total = x + r, out = total normed: a row of H numbers a block, PACKS packs of 16 bytes a thread. With EXPERTS, r has EACH
-// rows for each of x, which are summed by their shares, with their experts' biases if BIASED.
+// rows for each of x, which are summed by their shares, with their experts' biases if BIASED; with PLACED they lie where `places` says.
   using namespace pippin;
   constexpr int VEC = 16 / int(sizeof(T)), ROW = H / VEC;
   const size_t first = size_t(block_x) * ROW;
@@ -19,7 +19,7 @@
     for (int m = 0; m < EACH; m++) {
       const size_t pair = size_t(block_x) * EACH + m;
       const float share = float(shares[pair]);
-      const Pack<T> b = ((const DEVICE Pack<T>*)r)[pair * ROW + i];
+      const Pack<T> b = ((const DEVICE Pack<T>*)r)[size_t(PLACED ? places[pair] : int(pair)) * ROW + i];
       if (BIASED) c = ((const DEVICE Pack<T>*)bias)[size_t(indices[pair]) * ROW + i];
       UNROLL
       for (int e = 0; e < VEC; e++) more[e] += share * (float(b.v[e]) + (BIASED ? float(c.v[e]) : 0.0f));

@@ -1,4 +1,5 @@
-// out = the sum of EACH rows of y by their shares, with their experts' biases if BIASED, and plus another row with PLUS.
+// out = the sum of EACH rows of y by their shares, with their experts' biases if BIASED, and plus another row with PLUS. With
+// PLACED, a row lies where `places` says.
 // Block (x, y): row of out, part y of its packs.
   using namespace pippin;
   constexpr int VEC = 16 / int(sizeof(T)), ROW = WIDTH / VEC;
@@ -13,7 +14,7 @@
     for (int n = 0; n < EACH; n++) {
       const size_t pair = size_t(block_x) * EACH + n;
       const float share = float(shares[pair]);
-      a = ((const DEVICE Pack<T>*)y)[pair * ROW + i];
+      a = ((const DEVICE Pack<T>*)y)[size_t(PLACED ? places[pair] : int(pair)) * ROW + i];
       Pack<T> b;
       if (BIASED) b = ((const DEVICE Pack<T>*)bias)[size_t(indices[pair]) * ROW + i];
       UNROLL

@@ -123,9 +123,11 @@ def _record_routed(record: Launcher, shape: ModelShape, rows: int) -> None:
         routed.expert_gate(record, inner, inner, _gate(shape))
     if shape.hidden and fused.takes_rows(shape.hidden, shape.dtype):
         x, shares = (mx.zeros((rows, n), dtype=shape.dtype) for n in (shape.hidden, each))
-        routed.add_weighed_rms_norm(record, x, outer, shares, fused.Norm(x[0], 1e-6))
-        for plus in (None, x):
-            routed.weighed_sum(record, outer, shares, plus)
+        places = routed.sort_pairs(record, outer.indices, each).places
+        for pairs in (outer, replace(outer, places=places)):
+            routed.add_weighed_rms_norm(record, x, pairs, shares, fused.Norm(x[0], 1e-6))
+            for plus in (None, x):
+                routed.weighed_sum(record, pairs, shares, plus)
 
 
 def _pairs(shape: ModelShape, count: int, n: int) -> Pairs:
