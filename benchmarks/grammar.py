@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,26 +68,54 @@ def shaped_core(shape: str, config: EngineConfig, directory: Path, vocab_size: i
 
 
 def large_tokenizer(vocab: int) -> str:
-    """The shipped model's tokenizer with made-up merges, up to ``vocab`` ids, or with its first so many."""
+    """The shipped model's tokenizer with made-up merges, up to ``vocab`` ids, or with its first so many.
+
+    What a mask costs hangs on how many tokens may end a string or must be escaped in one. Of cl100k's 100 256 tokens
+    and o200k's 199 998, 1.3 and 0.6 % have a quotation mark, 3.5 and 1.7 % a control character, and they are 6.4 and
+    7.0 bytes long on average. Of the made-up ones 1.3 and 3.5 %, and 6.6.
+    """
     from pippin.demo import demo_model_path
 
     data = json.loads((demo_model_path() / "tokenizer.json").read_text(encoding="utf-8"))
     known: dict[str, int] = data["model"]["vocab"]
-    source, pieces = random.Random(0), [piece for piece in known if len(piece) < 8]
+    source, pieces = random.Random(0), _Pieces(known)
     next_id = max([*known.values(), *(token["id"] for token in data["added_tokens"])]) + 1
     known = {piece: id for piece, id in known.items() if id < vocab}
     data["model"]["merges"] = [m for m in data["model"]["merges"] if {*m, "".join(m)} <= known.keys()]
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab]
     while next_id < vocab:
-        left, right = source.choice(pieces), source.choice(pieces)
+        left, right = pieces.draw(source), pieces.draw(source)
         if left + right not in known:
             known[left + right] = next_id
             data["model"]["merges"].append([left, right])
             next_id += 1
-            if len(left + right) < 8:
-                pieces.append(left + right)
     data["model"]["vocab"] = known
     return json.dumps(data)
+
+
+class _Pieces:
+    """Short tokens of a byte-level vocabulary, by what strings in JSON make of them."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        short = [piece for piece in known if len(piece) <= _LONGEST]
+        self._kinds = {
+            "quoted": [p for p in short if '"' in p],
+            "control": [p for p in short if '"' not in p and any("\u0100" <= c < "\u0120" for c in p)],
+            "foreign": [p for p in short if _plain(p) and any("\u007f" < c != "\u0120" for c in p)],
+            "plain": [p for p in short if _plain(p) and all(c < "\u007f" or c == "\u0120" for c in p)],
+        }
+
+    def draw(self, source: random.Random) -> str:
+        kind = source.choices(list(_SHARES), list(_SHARES.values()))[0]
+        return source.choice(self._kinds[kind])
+
+
+_LONGEST = 5
+_SHARES = {"quoted": 0.0065, "control": 0.0175, "foreign": 0.1, "plain": 0.876}
+
+
+def _plain(piece: str) -> bool:
+    return not any(c in '"\\' or "\u0100" <= c < "\u0120" for c in piece)
 
 
 class Round(NamedTuple):

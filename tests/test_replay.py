@@ -41,7 +41,7 @@ def test_recorded_steps_draw_the_same_tokens(checkpoint: Path, monkeypatch: pyte
     _, want = served(checkpoint, None, monkeypatch)
     core, found = served(checkpoint, recorder, monkeypatch, disable_overlap_schedule=not overlap)
     assert found == want
-    assert recorder.launches > core.stats.graph_replays > 100
+    assert recorder.launches > core.stats.graph_replays > core.stats.steps / 2
     assert core.stats.overlapped_steps > 50 or not overlap
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pippin.backend import import_mlx_lm, prepare
@@ -162,12 +163,16 @@ def _build_runner(
         graph_rows=0 if config.disable_graph else config.graph_max_rows,
         extend_rows=config.graph_max_tokens,
         fusions=choice.fusions,
-        open_replays=lambda: None if config.disable_graph_replay else cuda_replays(device_bytes()),
+        open_replays=_no_replays if config.disable_graph_replay else partial(cuda_replays, plan.left_bytes),
     )
     if not config.skip_server_warmup:
         runner.warm_up(loaded.context_length, lambda done, whole: tell(Progress("compile", done, whole)))
         ahead.note()
     return runner, _info(config, loaded, choice, plan, sizes, vocabulary)
+
+
+def _no_replays() -> None:
+    return None
 
 
 def _window_table(plan: MemoryPlan, page: int) -> WindowTable | None:

@@ -77,6 +77,11 @@ class MemoryPlan:
     reach: int = 0
 
     @property
+    def left_bytes(self) -> int:
+        """What the plan gives to nobody."""
+        return self.device_bytes - self.budget_bytes
+
+    @property
     def total_bytes(self) -> int:
         states = self.state_bytes + self.snapshot_bytes
         weights = self.weight_bytes + self.adapter_bytes

@@ -30,8 +30,8 @@ Made = tuple[mx.array, mx.array, mx.array]
 StepFunction = Callable[[mx.array, mx.array], Made]
 """From the device table [lines] and a step's inputs in one array, both int32."""
 
-# Of the device's memory, what recorded steps may hold: the memory plan leaves a fifth.
-_SHARE = 1 / 32
+# Of the memory that the plan leaves to others, a fifth of a GPU's by default, what recorded steps may hold.
+_SHARE = 1 / 3
 _NO_LIMIT = 1 << 60
 
 
@@ -237,8 +237,8 @@ def _same(replay: Replay, run: StepFunction, table: mx.array, packed: mx.array) 
     return all(bool(mx.array_equal(a, b, equal_nan=True).item()) for a, b in zip(got, want, strict=True))
 
 
-def cuda_replays(device_bytes: int) -> Replays | None:
-    """Where steps are recorded; None where MLX doesn't queue through CUDA."""
+def cuda_replays(left_bytes: int) -> Replays | None:
+    """Where steps are recorded, in a part of ``left_bytes``; None where MLX doesn't queue through CUDA."""
     if kernels.backend() != "cuda":
         return None
-    return Replays(CudaRecorder, gpu_launcher("cuda"), int(device_bytes * _SHARE))
+    return Replays(CudaRecorder, gpu_launcher("cuda"), int(left_bytes * _SHARE))

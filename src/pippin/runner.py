@@ -109,7 +109,7 @@ class MlxModelRunner:
             self.model,
             self.backend,
             self.pool,
-            most_decodes=self._graph_rows,
+            most_decodes=min(self._graph_rows, self._max_running),
             most_rows=self._extend_rows,
             most_works=self._max_running,
             fusions=self.fusions,

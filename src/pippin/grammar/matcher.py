@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,9 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from pippin.errors import RequestError
 from pippin.masks import EVERY, RowMasks, words
 from pippin.types import Token
+
+# That make masks. A step waits for its slowest mask, which is often one of a few, so more would only have to be woken.
+_THREADS = 4
 
 
 class GrammarMatcher:
@@ -76,7 +80,8 @@ class Masks:
         self._words = words(vocab_size)
         self._stride = max(self._words, words(known))
         self._last = np.uint32(2 ** ((vocab_size - 1) % 32 + 1) - 1)  # the bits of the last word that are tokens
-        self._executor = LLExecutor()
+        self._executor = LLExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) - 1)))
+        self._taking = LLExecutor(1)  # a token takes a matcher less time than it takes to wake a thread
         self._bits = np.zeros((0, self._stride), np.int32)
         self._made: dict[GrammarMatcher, tuple[int, int]] = {}
         self.computed = 0
@@ -88,7 +93,7 @@ class Masks:
             matcher.settle()
         if not left:
             return
-        moved = self._executor.consume_token_par([(m._compiled, token) for m, token in left])
+        moved = self._taking.consume_token_par([(m._compiled, token) for m, token in left])
         for (matcher, token), good in zip(left, moved, strict=True):
             matcher._ahead = token if good else None
             matcher.moves += 1
@@ -158,15 +163,21 @@ class Masks:
 
 def _bar(masks: npt.NDArray[np.uint32], which: Sequence[bool], tokens: Sequence[Token]) -> None:
     """Takes ``tokens`` out of those masks that allow something else."""
-    kept = masks[which]
-    for token in tokens:
-        kept[:, token // 32] &= np.uint32(EVERY ^ 1 << token % 32)
+    bits = np.array([[token // 32, 1 << token % 32] for token in tokens], np.uint32)
+    rows = np.flatnonzero(np.array(which) & (masks[:, bits[:, 0]] & bits[:, 1]).any(axis=1))
+    if not len(rows):
+        return
+    kept = masks[rows]
+    for word, bit in bits:
+        kept[:, word] &= ~bit
     others = kept.any(axis=1)
-    masks[np.flatnonzero(which)[others]] = kept[others]
+    masks[rows[others]] = kept[others]
 
 
 def _single(masks: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """Which of these allow one token and no other."""
-    largest = masks.max(axis=1)
-    single: npt.NDArray[np.bool_] = ((masks != 0).sum(axis=1) == 1) & (largest & (largest - np.uint32(1)) == 0)
+    single: npt.NDArray[np.bool_] = np.count_nonzero(masks, axis=1) == 1
+    if single.any():
+        words = masks[single].max(axis=1)
+        single[single] = words & (words - np.uint32(1)) == 0
     return single
