@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from pippin import kernels
 from pippin.kernels import contest, products
+from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.contest import Contests, Way, queued
+from pippin.kernels.launch import Launch
 from pippin.kernels.products import Weights
 from pippin.models import seam
 from pippin.models.matrices import matrices
@@ -148,6 +151,41 @@ def test_decodes_are_measured_first_and_of_these_the_largest_matrices(
     held.clear()
     kernels.measure_products(found, mx.bfloat16)
     assert held == [], "once"
+
+
+class Compiling(BuiltCuda):
+    """Notes which kernels are compiled together, and what runs after."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.refused = None
+        self.prepared: list[str] = []
+        self._gpu = gpu
+
+    def prepare(self, launches: Iterable[Recorded]) -> None:
+        self.prepared += [what.source.name for what, _ in launches]
+
+    def __call__(self, what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        return self._gpu(what, inputs)
+
+
+@needs_compiler
+def test_kernels_that_are_compared_are_compiled_together(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first of them runs, each once."""
+    launch = Compiling(gpu)
+    monkeypatch.setattr(kernels, "gpu_launcher", lambda platform, stream=None: launch)
+    winning(monkeypatch, lambda key, ways: next(iter(ways)))
+    kernels.verify(mx.bfloat16, "products")
+    assert "gated_mma" in launch.prepared
+    gpu.launched.clear()
+    launch.prepared.clear()
+    found = [weights("mxfp4", 6), weights("affine-4")]
+    kernels.measure_products(found, mx.bfloat16)
+    assert gpu.launched == []
+    rows = [size for size in products.ROWS if size <= 2 * products.MOST_ROWS]
+    assert Counter(launch.prepared) == {"expert_mma": len(products.PAIRS), "rows_mma": len(rows)}
+    launch.prepared.clear()
+    kernels.measure_products(found, mx.bfloat16)
+    assert launch.prepared == [], "what is known needs nothing"
 
 
 def test_what_can_not_be_kept_or_read_is_no_fault(tmp_path: Path) -> None:
