@@ -38,14 +38,29 @@ TEXT = (
     "The river was wide and slow, and nobody in the village could say where it began. On market days the ferryman "
     "told a new story about it, and every story ended with the same three words. "
 )
-ADDS = "adds.json"
+ADDS, PACE = "adds.json", "pace.json"
+CHUNK = 2048
+SLACK = 0.001  # by which a step that begins late is not behind
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How fast the engine is: a step takes ``seconds``, and each token of a prompt in it ``prompt_seconds`` more."""
+
+    seconds: float
+    prompt_seconds: float = 0.0
 
 
 class Paced(FakeCore):
-    """Each request gets a token of ``words`` a step; steps begin ``seconds`` apart, or as soon as they may."""
+    """Each request gets a token of ``words`` a step, once its prompt is through; steps follow each other at a pace.
 
-    def __init__(self, seconds: float, folder: Path) -> None:
-        super().__init__(seconds)
+    A step has ``CHUNK`` tokens of prompts at most, those of whoever came first.
+    """
+
+    def __init__(self, pace: Pace, folder: Path) -> None:
+        super().__init__(pace.seconds)
+        self.pace = pace
+        self.unread: dict[str, int] = {}
+        self.prompts: list[int] = []
         tokenizer = load_tokenizer(demo_path())
         self.words = tokenizer.encode(TEXT * 3, add_special_tokens=False)
         self.info = msgspec.structs.replace(
@@ -66,27 +81,44 @@ class Paced(FakeCore):
     def add(self, submit: Submit) -> None:
         super().add(submit)
         self.adds.append(time.perf_counter())
+        self.unread[submit.id] = len(submit.tokens)
         if submit.params.max_new_tokens == 1:  # the last of a round: what came before is told
-            (self.folder / ADDS).write_text(json.dumps(self.adds[:-1]))
-            self.adds = []
+            (self.folder / ADDS).write_text(json.dumps([self.adds[:-1], self.prompts]))
+            self.adds, self.prompts = [], []
 
     def draw(self, submit: Submit, tokens: list[int]) -> int:
         return self.words[len(tokens) % len(self.words)]
 
     def step(self) -> StepOutput | None:
+        read = self._read()
+        seconds = self.pace.seconds + sum(read.values()) * self.pace.prompt_seconds
         now = time.perf_counter()
+        self.due = max(self.due, now - SLACK) + seconds
         time.sleep(max(0.0, self.due - now))
-        self.due = max(self.due, now - self.seconds) + self.seconds
         self.steps += 1
         outputs, self.notices = self.notices, []
-        outputs += [self._advance(submit, tokens) for submit, tokens in list(self.running.values())]
+        ready = [self.running[id] for id in self.running if not self.unread.get(id)]
+        outputs += [self._advance(submit, tokens) for submit, tokens in ready]
         return StepOutput(outputs, self.stats)
+
+    def _read(self) -> dict[str, int]:
+        """How much of which prompts a step computes."""
+        read, room = dict[str, int](), CHUNK
+        for id, left in list(self.unread.items()):
+            if id not in self.running:
+                del self.unread[id]
+            elif left and room:
+                read[id] = min(left, room)
+                self.unread[id], room = left - read[id], room - read[id]
+        if read:
+            self.prompts.append(sum(read.values()))
+        return read
 
 
 def load(config: EngineConfig, progress: Callable[[Progress], None]) -> FakeCore:
-    """``model_path`` is a folder; in it a file ``pace`` says how many seconds a step takes."""
+    """``model_path`` is a folder, in which a file has the Pace."""
     folder = Path(config.model_path or "")
-    return Paced(float((folder / "pace").read_text()), folder)
+    return Paced(msgspec.json.decode((folder / PACE).read_bytes(), type=Pace), folder)
 
 
 @dataclass(slots=True)
@@ -145,9 +177,9 @@ def request_of(path: str, prompt: str, tokens: int) -> bytes:
 
 
 @contextmanager
-def serving(seconds: float, folder: Path) -> Iterator[Server]:
-    """The server in a process, its engine in another; steps take so many seconds."""
-    (folder / "pace").write_text(str(seconds))
+def serving(pace: Pace, folder: Path) -> Iterator[Server]:
+    """The server in a process, its engine in another."""
+    (folder / PACE).write_bytes(msgspec.json.encode(pace))
     port = folder / "port"
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"}
     log = folder / "log"
@@ -202,7 +234,7 @@ def measure(server: Server, folder: Path, path: str, count: int, tokens: int, ch
     streams = asyncio.run(load_with(port, requests))
     seconds, used = time.perf_counter() - began, (cpu_seconds(server) or 0.0) - used
     asyncio.run(load_with(port, [request_of("/v1/completions", "enough", 1)]))
-    adds = sorted(json.loads((folder / ADDS).read_text()))
+    adds, prompts = json.loads((folder / ADDS).read_text())
     start = min(stream.sent for stream in streams)
     firsts = sorted(stream.times[0] - start for stream in streams)
     return {
@@ -214,6 +246,7 @@ def measure(server: Server, folder: Path, path: str, count: int, tokens: int, ch
         "tokens_per_second": round(count * tokens / seconds),
         "reads_per_token": round(sum(len(stream.times) for stream in streams) / (count * tokens), 3),
         "added_ms": [round(1000 * (adds[i] - start), 1) for i in (0, len(adds) // 2, -1)],
+        "prompt_tokens_of_steps": prompts[:10],
         "first_token_ms": [round(1000 * firsts[i], 1) for i in (0, len(firsts) // 2, -1)],
     }
 
@@ -253,6 +286,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--rate", type=float, default=140.0, help="tokens a second of a stream; 0: as fast as can be")
+    parser.add_argument("--prefill", type=float, default=0.0, help="tokens of prompts a second; 0: they take no time")
     parser.add_argument("--characters", type=int, default=1000, help="of each prompt")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--paths", nargs="+", default=PATHS)
@@ -264,7 +298,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with serving(1 / options.rate if options.rate else 0.0, folder) as server:
+        pace = Pace(*(1 / rate if rate else 0.0 for rate in (options.rate, options.prefill)))
+        with serving(pace, folder) as server:
             size = (options.streams, options.tokens, options.characters)
             measure(server, folder, options.paths[0], options.streams, 5, options.characters)  # everything is loaded
             with profiled(server, options.profile):

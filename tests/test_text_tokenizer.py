@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,20 @@ names = st.sampled_from(sorted(TOKENIZERS))
 def test_byte_level_round_trip(text: str) -> None:
     tokenizer = byte_level()
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_others_go_on_while_much_is_encoded_or_decoded(work: str) -> None:
+    tokenizer = load_tokenizer(None)
+    text = "".join(f"{i} once upon a time " for i in range(30_000))
+    tokens = tokenizer.encode(text)
+    thread = threading.Thread(target=lambda: tokenizer.encode(text) if work == "encode" else tokenizer.decode(tokens))
+    count = 0
+    thread.start()
+    while thread.is_alive():
+        count += 1
+        time.sleep(0.0001)
+    assert count > 20  # two, where the thread keeps the others from running
 
 
 @given(st.text(max_size=50))

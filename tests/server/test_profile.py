@@ -96,6 +96,8 @@ def test_both_processes_are_in_one_file_on_one_clock(demo: Running, tmp_path: Pa
     asked = [e for e in lanes[HTTP] if e["name"] == "POST /v1/completions"]
     assert len(asked) == 12
     assert {e["args"]["status"] for e in asked} == {200}
+    assert min(e["args"]["bytes"] for e in asked) > 50  # streamed or whole
+    assert sum(e["name"] == "to first byte" for e in lanes[HTTP]) == 12
     steps = lanes[DEVICE]
     for kind in ("prefill", "decode", "cached"):
         assert sum(e["args"][f"{kind}_tokens"] for e in steps) == after[f"{kind}_tokens"] - before[f"{kind}_tokens"]

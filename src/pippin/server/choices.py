@@ -123,8 +123,10 @@ class ChatShape:
 
     def parts(self, index: int, number: int, delta: Delta) -> list[Json]:
         step = self._step(delta)
-        found = [] if index in self._calls else [self._part(index, {"role": "assistant", "content": ""})]
-        self._calls.setdefault(index, 0)
+        found = []
+        if index not in self._calls:
+            self._calls[index] = 0
+            found.append(self._part(index, {"role": "assistant", "content": ""}))
         shown = [self._part(index, content) for part in step.parts if (content := self._content(index, part))]
         if delta.logprobs:  # of all tokens, whatever their text came to
             shown = shown or [self._part(index, {"content": ""})]

@@ -24,6 +24,7 @@ from pippin.errors import EngineError, RequestError
 from pippin.logs import fields, request_id
 from pippin.server.http import error_response
 from pippin.server.shapes import shape_of
+from pippin.server.turns import Turns
 
 log = logging.getLogger("pippin.access")
 
@@ -143,11 +144,12 @@ class Guard:
         self._origins = Origins(self.config)
         size = self.config.max_body_mb * 2**20
         self._bodies = Bodies(BODIES * size, size)
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        passage = Passage(scope, receive, send, self._bodies)
+        passage = Passage(scope, receive, send, self._bodies, self._turns)
         token = request_id.set(passage.id)
         try:
             try:
@@ -174,8 +176,9 @@ class Guard:
 class Passage:
     """One request on its way: its body is counted and timed, its answer gets the request's id."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies) -> None:
-        self._scope, self._receive, self._send, self._bodies = scope, receive, send, bodies
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, turns: Turns) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._bodies, self._turns = bodies, turns
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self._began = time.monotonic()
@@ -198,6 +201,8 @@ class Passage:
             self._bodies.take(size, self._size)
             self._size += size
             self._whole = not message.get("more_body", False)
+            if self._whole:  # what it asks for is looked at in its turn
+                await self._turns.take()
         return message
 
     async def send(self, message: Message) -> None:

@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 
 from pippin.errors import EngineError, RequestError
 from pippin.server.protocol import Body, build, read
-from pippin.text.tokenizer import LONG_TEXT
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +27,9 @@ encode = msgspec.json.Encoder().encode
 
 MOST_CONTAINERS = 250_000
 """Lists and objects of a body, and brackets in its texts: five million take ten seconds, and hold up everyone."""
+
+OFF_LOOP = 4_000
+"""Characters of a text, or tokens, with which a thread deals. The tokenizer lets others run meanwhile."""
 
 RETRY_SECONDS = "1"
 
@@ -130,7 +132,7 @@ async def primed(request: Request, items: AsyncGenerator[T, None]) -> AsyncGener
 
 async def off_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """Call it, in a thread if there is much to do: a long text must not hold up everyone's streams."""
-    return await asyncio.to_thread(function, *arguments) if size > LONG_TEXT else function(*arguments)
+    return await asyncio.to_thread(function, *arguments) if size > OFF_LOOP else function(*arguments)
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:

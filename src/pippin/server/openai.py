@@ -159,7 +159,7 @@ class Answer(Generic[C]):
         async with aclosing(deltas):
             async for number, delta in deltas:
                 self._count(number, delta)
-                choices.setdefault(self._index(number, delta), self._shape.collect(number)).add(delta)
+                choices.setdefault(number * self._request.n + delta.index, self._shape.collect(number)).add(delta)
         shown = [self._shape.choice(i, choices[i], choices[i - i % self._request.n]) for i in sorted(choices)]
         return {**self._head(self._shape.whole), "choices": shown, "usage": self._usage()}
 
@@ -180,7 +180,7 @@ class Answer(Generic[C]):
     def _chunks(self, number: int, delta: Delta) -> bytes:
         """A delta's events, in one piece."""
         self._count(number, delta)
-        parts = self._shape.parts(self._index(number, delta), number, delta)
+        parts = self._shape.parts(number * self._request.n + delta.index, number, delta)
         return self._chunk(parts[0]) if len(parts) == 1 else b"".join(map(self._chunk, parts))
 
     def _chunk(self, choice: Json) -> bytes:
@@ -194,9 +194,6 @@ class Answer(Generic[C]):
     def _opening(self) -> bytes:
         """What all chunks begin with, up to the choice."""
         return b"data: " + encode(self._head(self._shape.chunk)).removesuffix(b"}") + b',"choices":['
-
-    def _index(self, number: int, delta: Delta) -> int:
-        return number * self._request.n + delta.index
 
     def _count(self, number: int, delta: Delta) -> None:
         self._generated += len(delta.tokens)

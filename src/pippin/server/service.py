@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ from pippin.types import Pooling, SamplingParams
 if TYPE_CHECKING:
     from pippin.server.weights import Weights
 
+Held = AbstractContextManager[None]
+
 Track = AbstractContextManager[Callable[[Delta], None]]
 """Gives what is to be told of each delta; how the block ends, and when, is how the request did."""
 
@@ -49,6 +51,11 @@ class Job:
     priority: int = 0
     shown: frozenset[int] = frozenset()
     client: Client | None = None
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, most: int, field: str) -> list[int]:
+    tokenizer.check_length(text, most, field)
+    return tokenizer.encode(text, add_special_tokens)
 
 
 @dataclass
@@ -117,8 +124,9 @@ class Service:
         self, text: str, add_special_tokens: bool = True, most: int | None = None, field: str = "prompt"
     ) -> list[int]:
         """The tokens of a prompt, which may be long. Raises RequestError for one that is too long by far."""
-        await off_loop(len(text), self.tokenizer.check_length, text, most or longest_prompt(self.info), field)
-        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+        return await off_loop(
+            len(text), encode, self.tokenizer, text, add_special_tokens, most or longest_prompt(self.info), field
+        )
 
     def adapter_of(self, model: str | None) -> str | None:
         """The LoRA adapter that a model's name asks for: by its own, or behind the model's (``base:adapter``).
@@ -146,23 +154,29 @@ class Service:
         """A checked job. Raises RequestError if the prompt doesn't fit."""
         return Job(tokens, check_prompt(tokens, params, self.info, field), rid, priority)
 
-    async def run(self, jobs: Sequence[Job], rid: str | None = None) -> AsyncGenerator[tuple[int, Delta], None]:
+    def run(self, jobs: Sequence[Job], rid: str | None = None) -> AsyncGenerator[tuple[int, Delta], None]:
         """Deltas of all jobs as they come, each with its job's number. Closing it aborts what is unfinished.
 
         ``rid`` names them all, if their own ids don't.
         """
+        held = self._held(jobs, rid)
+        deltas = self._one(0, jobs[0], held) if len(jobs) == 1 else self._several(jobs, held)
+        limit = self.config.request_timeout
+        return deltas if limit is None else in_time(deltas, limit)
+
+    @contextmanager
+    def _held(self, jobs: Sequence[Job], rid: str | None) -> Iterator[None]:
+        """While this lasts, the jobs have been taken in. Raises EngineError or RequestError if they can't be."""
         ids = {job.rid: answer_ids(job.rid, job.params.n) for job in jobs}
         if rid is not None:
             ids[rid] = [id for part in ids.values() for id in part]
-        with (
-            self.admission.admit(sum(job.params.n for job in jobs), [len(job.tokens) for job in jobs]),
-            self._named(ids),
-        ):
-            streams = [self._one(i, job) for i, job in enumerate(jobs)]
-            deltas = merge(streams) if len(streams) > 1 else streams[0]
-            if self.config.request_timeout is not None:
-                deltas = in_time(deltas, self.config.request_timeout)
-            async with aclosing(deltas):
+        sizes = [len(job.tokens) for job in jobs]
+        with self.admission.admit(sum(job.params.n for job in jobs), sizes), self._named(ids):
+            yield
+
+    async def _several(self, jobs: Sequence[Job], held: Held) -> AsyncGenerator[tuple[int, Delta], None]:
+        with held:
+            async with aclosing(merge([self._one(i, job, nullcontext()) for i, job in enumerate(jobs)])) as deltas:
                 async for delta in deltas:
                     yield delta
 
@@ -195,8 +209,17 @@ class Service:
             for name in ids:
                 del self.running[name]
 
-    async def _one(self, number: int, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
-        deltas = complete(
+    async def _one(self, number: int, job: Job, held: Held) -> AsyncGenerator[tuple[int, Delta], None]:
+        with held, ExitStack() as stack:
+            notes = [stack.enter_context(track) for track in self._tracks(job)]
+            async with aclosing(self._answers(job)) as deltas:
+                async for delta in deltas:
+                    for note in notes:
+                        note(delta)
+                    yield number, delta
+
+    def _answers(self, job: Job) -> AsyncGenerator[Delta, None]:
+        return complete(
             job.client or self.client,
             self.tokenizer,
             job.tokens,
@@ -206,13 +229,6 @@ class Service:
             self.client.draw_seed,
             job.shown,
         )
-        with ExitStack() as stack:
-            notes = [stack.enter_context(track) for track in self._tracks(job)]
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    for note in notes:
-                        note(delta)
-                    yield number, delta
 
     def _tracks(self, job: Job) -> list[Track]:
         """Whoever wants to know of a job's deltas."""

@@ -24,7 +24,10 @@ CHARACTERS = 4
 """About how many a token has: where ``check_length`` begins to look."""
 
 LONG_TEXT = 20_000
-"""Characters of a text that is encoded without a look at its length; that many take about ten milliseconds."""
+"""Characters of a text that is encoded without a look at its length; that many take some milliseconds."""
+
+MANY_TOKENS = 5_000
+"""Of a sequence that is decoded without others' leave; that many take a millisecond or two."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
@@ -70,8 +73,8 @@ class Tokenizer:
         valid Unicode (half of a surrogate pair, which JSON can spell).
         """
         try:
-            if self._fast is not None:
-                return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            if self._fast is not None:  # `encode` counts characters too, and holds up all of the process' threads
+                return list(self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
             return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"the text is not valid Unicode: {_surrogate(text)}") from error
@@ -103,6 +106,8 @@ class Tokenizer:
         """
         if any(not 0 <= i < 2**32 for i in ids):
             raise RequestError("token ids must be 0 or above", "tokens")
+        if self._fast is not None and len(ids) > MANY_TOKENS:  # `decode` would hold up all of the process' threads
+            return str(self._fast.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
         if self._fast is not None:
             return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
         options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_special_tokens}
