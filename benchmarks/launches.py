@@ -115,8 +115,7 @@ def model_of(architecture: str, layers: int, options: argparse.Namespace) -> tup
     fusions = _chosen(_random(config), vocab).fusions
     model = _random(config)
     model.set_dtype(mx.bfloat16)
-    if options.experts == "mxfp4":
-        nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda _, m: isinstance(m, SwitchLinear))
+    nn.quantize(model, 32, 4, mode=options.experts, class_predicate=lambda _, m: isinstance(m, SwitchLinear))
     return model, replace(_chosen(model, vocab), fusions=fusions), vocab
 
 
@@ -152,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=FAMILIES)
     parser.add_argument("--rows", type=int, default=STEP.decodes)
-    parser.add_argument("--experts", choices=("bfloat16", "mxfp4"), default="mxfp4")
+    parser.add_argument("--experts", choices=("affine", "mxfp4"), default="mxfp4")
     parser.add_argument("--way", choices=("kernel", "mlx"), default="kernel")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--each", action="store_true")

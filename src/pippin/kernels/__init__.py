@@ -209,8 +209,7 @@ def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -
     if product_way(x.dtype, weights, pairs) != "kernel":
         return None
     if products.are_vectors(weights, pairs):
-        rows = products.row_of_pair(pairs, per)
-        return mx.gather_mm(x[:, None], weights.w.swapaxes(-1, -2), lhs_indices=rows, rhs_indices=indices)[:, 0]
+        return products.by_mlx_routed(x, weights, indices, per)
     launch = _product_launcher(x.dtype, weights)
     assert launch is not None
     return products.product(launch, x, weights, indices, per)

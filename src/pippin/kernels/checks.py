@@ -393,7 +393,7 @@ def check_sort_pairs(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) ->
 def _pairs(dtype: mx.Dtype, seed: int) -> routed.Pairs:
     """Nine rows of 1056 numbers, of five experts, shuffled."""
     keys = mx.random.split(mx.random.key(seed), 2)
-    y, bias = (4 * mx.random.normal((n, 1056), key=key) for n, key in zip((9, 5), keys, strict=True))
+    y, bias = (2 * mx.random.normal((n, 1056), key=key) for n, key in zip((9, 5), keys, strict=True))
     indices, places = ([4, 0, 2, 1, 4, 3, 0, 4, 2], [3, 1, 8, 0, 2, 7, 5, 6, 4])
     found = y.astype(dtype), mx.array(indices, mx.int32), bias.astype(dtype), mx.array(places, mx.int32)
     mx.eval(found)
