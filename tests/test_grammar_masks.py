@@ -93,9 +93,9 @@ def spelled_as(tokenizer: Tokenizer, token: int) -> bytes:
     return tokenizer.token_bytes(token)
 
 
-def judged(tokenizer: Tokenizer, pattern: str, said: bytes) -> set[int]:
+def judged(tokenizer: Tokenizer, pattern: bytes, said: bytes) -> set[int]:
     """By brute force."""
-    compiled = regex.compile(pattern.encode())
+    compiled = regex.compile(pattern)
     special = tokenizer.special_ids
     found = set()
     for token in range(tokenizer.vocab_size):
@@ -110,14 +110,38 @@ def judged(tokenizer: Tokenizer, pattern: str, said: bytes) -> set[int]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(pattern=patterns(), data=st.data())
 def test_a_token_is_allowed_if_some_text_goes_on_with_it(name: str, pattern: str, data: st.DataObject) -> None:
+    compare_masks(name, pattern, pattern.encode(), data)
+
+
+# A character that stands in a JSON string as it is, and that in UTF-8.
+TEXT = r'[^"\\\x00-\x1F\x7F]'
+TEXT_BYTES = (
+    rb"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    rb"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})"
+)
+
+
+@pytest.mark.parametrize("name", ["fallback", "gemma", "python_bytes"])
+@given(bounds=st.tuples(st.integers(0, 4), st.integers(0, 12)), data=st.data())
+def test_strings_of_bounded_length_are_as_long_as_they_may(
+    name: str, bounds: tuple[int, int], data: st.DataObject
+) -> None:
+    """Tokens that may stand in a string are judged many at once, by how long they are (``vocabulary.SLICES``)."""
+    least, most = bounds[0], sum(bounds)
+    count = f"{{{least},{most}}}"
+    compare_masks(name, f'"{TEXT}{count}"', b'"' + TEXT_BYTES + count.encode() + b'"', data)
+
+
+def compare_masks(name: str, pattern: str, in_bytes: bytes, data: st.DataObject) -> None:
+    """Draws a text token by token, and judges each mask on the way."""
     tokenizer, made = compiler(name)
     matcher = matcher_of(made, Grammar("regex", pattern))
     said = b""
     for _ in range(12):
         if matcher.ended:
-            assert not judged(tokenizer, pattern, said) - set(tokenizer.eos_ids)
+            assert not judged(tokenizer, in_bytes, said) - set(tokenizer.eos_ids)
             break
-        allowed, expected, forced = mask_of(made, matcher), judged(tokenizer, pattern, said), matcher.forced()
+        allowed, expected, forced = mask_of(made, matcher), judged(tokenizer, in_bytes, said), matcher.forced()
         if forced:  # then only the tokenizer's own way of writing what must come
             text = b"".join(spelled_as(tokenizer, t) for t in forced)
             spelled = [spelled_as(tokenizer, t) for t in expected]
