@@ -253,6 +253,32 @@ def test_leaving_an_async_stream_aborts_the_request(slow: Engine) -> None:
     until_idle(slow)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ctrl_c_while_a_request_is_handed_over_aborts_it(
+    slow: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """It runs by then, and the caller has nothing in hand yet."""
+    real, asking = slow._loop.call_soon_threadsafe, threading.current_thread()
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        handle = real(*arguments, **more)
+        if threading.current_thread() is asking:
+            patch.undo()
+            until(lambda: bool(slow._client.live))
+            raise KeyboardInterrupt
+        return handle
+
+    def ask() -> None:
+        found = slow.generate("a", ENDLESS, stream=stream)
+        next(iter(found))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow._loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    until_idle(slow)
+
+
 def test_ctrl_c_aborts_the_request(slow: Engine) -> None:
     for ask in (lambda: slow.generate("a", ENDLESS), lambda: list(slow.generate("a", ENDLESS, stream=True))):
         with ctrl_c(lambda: slow._client.live):

@@ -100,6 +100,7 @@ config <- preflight
 backend <- preflight
 logs <- preflight <- server
 preflight <- engine
+handover <- engine
 messages <- exchange <- engine
 config <- exchange <- server
 messages <- preflight

@@ -26,6 +26,7 @@ from pippin.config import EngineConfig
 from pippin.embedding import Prompt, Vector, check_tokens, encoded, longest_text, text_pooling, vectors_of
 from pippin.errors import ConfigError, EngineError, ModelError, RequestError
 from pippin.exchange import Door, config_for
+from pippin.handover import hand_over
 from pippin.messages import ModelInfo, Progress
 from pippin.preflight import check
 from pippin.profile.control import ProfileOptions
@@ -164,7 +165,9 @@ class Engine:
         if not self._door.is_open:
             await asyncio.to_thread(self._door.wait)
         call = self._prepared(arguments, priority)
-        return self._iterate_async(call) if stream else await asyncio.wrap_future(self._call(self._collect(call)))
+        if stream:
+            return self._iterate_async(call)
+        return await asyncio.wrap_future(self._call(self._collect(call), Future()))
 
     def chat(
         self,
@@ -369,27 +372,30 @@ class Engine:
 
     # --- between the caller's thread and the loop's ---
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def _call(self, work: Coroutine[Any, Any, T], future: Future[T]) -> Future[T]:
+        """Begins the work, of which the future hears; cancelling it ends the work."""
         with self._lock:  # between the question and the answer the loop must not stop
             if self._open:
-                return asyncio.run_coroutine_threadsafe(work, self._loop)
+                hand_over(work, self._loop, future)
+                return future
         work.close()
         raise EngineError("the engine was shut down", 503)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = self._call(work)
+        future = Future[T]()
         try:
-            return future.result()
+            return self._call(work, future).result()
         except BaseException:
             future.cancel()  # Ctrl-C while waiting: the request must not run on
             raise
 
     def _iterate(self, call: Call) -> Generator[Answered, None, None]:
         box: SimpleQueue[tuple[int, Delta] | None] = SimpleQueue()
-        future = self._call(_pump(self._deltas(call), box.put))
+        future = Future[None]()
         so_far = SoFar(call.asked, call.single)
         item: tuple[int, Delta] | None = None
         try:
+            self._call(_pump(self._deltas(call), box.put), future)
             while (item := box.get()) is not None:
                 yield so_far.add(*item)
             future.result()
@@ -401,9 +407,10 @@ class Engine:
     async def _iterate_async(self, call: Call) -> AsyncGenerator[Answered, None]:
         loop = asyncio.get_running_loop()
         box: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
-        future = self._call(_pump(self._deltas(call), lambda item: _call_in(loop, box.put_nowait, item)))
+        future = Future[None]()
         so_far = SoFar(call.asked, call.single)
         try:
+            self._call(_pump(self._deltas(call), lambda item: _call_in(loop, box.put_nowait, item)), future)
             while (item := await box.get()) is not None:
                 yield so_far.add(*item)
             await asyncio.wrap_future(future)
