@@ -163,7 +163,7 @@ class Connection(H11Protocol):
 
 
 class Pieces:
-    """Sends pieces of one response's body, whose length its head did not tell, framed as h11 would, and no less fast
+    """Sends pieces of one response's body, whose length its head did not tell, framed as h11 would, and no faster
     than the client reads. h11 looks at every piece anew, though none changes what may follow.
     """
 
