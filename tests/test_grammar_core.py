@@ -184,6 +184,23 @@ def test_answers_that_lose_their_slots_come_back_to_their_place(checkpoint: Path
     assert small.stats.forced_tokens > 0
 
 
+def test_among_many_only_long_runs_are_forced_ahead(core: EngineCore) -> None:
+    """Of short ones each token is drawn, and is the same."""
+    grammars = [Grammar("regex", r"([0-9]{2}xqz){9}"), Grammar("regex", r"([0-9]{2} and then some more; ){9}")]
+
+    def forced(count: int, grammar: Grammar) -> tuple[int, list[list[int]]]:
+        before = core.stats.forced_tokens
+        params = SamplingParams(max_new_tokens=60, seed=4, grammar=grammar)
+        found = answers(core, [Submit(f"m{i}", [3 + i] * 4, 4, params) for i in range(count)])
+        return (core.stats.forced_tokens - before) // count, [tokens for tokens, _ in found.values()]
+
+    (short, one), (shorter, all_short) = forced(1, grammars[0]), forced(24, grammars[0])
+    (long, other), (longer, all_long) = forced(1, grammars[1]), forced(24, grammars[1])
+    assert short > 0 == shorter
+    assert long >= longer > 0
+    assert (all_short[0], all_long[0]) == (one[0], other[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"page_size": 8, "graph_max_rows": 4}, {"disable_graph": True}], ids=str)
 def test_answers_are_the_same_as_on_a_gpu(
     checkpoint: Path, core: EngineCore, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -16,9 +16,10 @@ from pippin.types import Finish, Request, Token, Work, failed
 
 log = logging.getLogger(__name__)
 
-LEAST_FORCED = 2
-"""How many tokens must be forced at once to be appended. Fewer are drawn, from masks that leave nothing else: rows of
-several new tokens cost a step more than they save."""
+LEAST_FORCED, ROWS_A_TOKEN = 2, 8
+"""How many tokens must be forced at once to be appended: two, and one more for so many requests that run. Fewer are
+drawn, from masks that leave nothing else: a row of several new tokens saves one request steps, and costs all a longer
+one. With 64 of an 8B on an H200 that was a quarter longer."""
 
 
 class GrammarRequests:
@@ -90,7 +91,7 @@ class GrammarRequests:
         except Exception as error:
             self._scheduler.fail(request, self._broken(request, error))
             return output_of(request)
-        if len(tokens) < LEAST_FORCED:
+        if len(tokens) < LEAST_FORCED + len(self._scheduler.runs.running) // ROWS_A_TOKEN:
             return None
         finish = self.follow(request, tokens)
         if finish is not None and finish.reason == "error":
