@@ -279,11 +279,10 @@ def is_likely(weights: Weights) -> bool:
 
 
 def ways(launch: Launcher | None, weights: Weights, dtype: mx.Dtype, rows: int) -> dict[str, Callable[[], mx.array]]:
-    """How ``rows`` rows of zeros, or pairs spread over the experts, can be multiplied; ``launch`` runs the kernel."""
+    """How ``rows`` random rows, or pairs of random experts, can be multiplied; ``launch`` runs the kernel."""
     if weights.w.ndim == 3:
         return {} if launch is None else _routed_ways(launch, weights, dtype, rows)
-    x = mx.zeros((rows, weights.width), dtype)
-    mx.eval(x)
+    x = _random_rows(rows, weights, dtype)
     found: dict[str, Callable[[], mx.array]] = {"mlx": lambda: by_mlx(x, weights)}
     if launch is not None and rows <= 2 * MOST_ROWS:
         found["kernel"] = lambda: product(launch, x, weights)
@@ -300,11 +299,20 @@ def record(launch: Launcher, weights: Weights, dtype: mx.Dtype, rows: int) -> No
 
 
 def _routed_ways(launch: Launcher, weights: Weights, dtype: mx.Dtype, pairs: int) -> dict[str, Callable[[], mx.array]]:
-    x = mx.zeros((pairs, weights.width), dtype)
-    order = mx.arange(pairs, dtype=mx.int32)
-    indices = mx.sort(order % weights.experts) if pairs >= SORTED else order % weights.experts
-    mx.eval(x, indices)
-    return {
-        "kernel": lambda: product(launch, x, weights, indices),
-        "mlx": lambda: by_mlx_routed(x, weights, indices),
-    }
+    x = _random_rows(pairs, weights, dtype)
+    indices = mx.random.randint(0, weights.experts, (pairs,), mx.int32, key=mx.random.key(1))
+    order = mx.argsort(indices).astype(mx.int32)
+    ordered = indices[order]
+    mx.eval(indices, order, ordered)
+
+    def by_mlx() -> mx.array:  # many pairs it wants in order, and somebody must put them into that
+        return by_mlx_routed(x[order], weights, ordered) if pairs >= SORTED else by_mlx_routed(x, weights, indices)
+
+    return {"kernel": lambda: product(launch, x, weights, indices), "mlx": by_mlx}
+
+
+def _random_rows(count: int, weights: Weights, dtype: mx.Dtype) -> mx.array:
+    """Not zeros, over which a GPU may be faster than over anything else."""
+    x = mx.random.normal((count, weights.width), key=mx.random.key(0)).astype(dtype)
+    mx.eval(x)
+    return x
