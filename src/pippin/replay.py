@@ -7,7 +7,8 @@ these, and the driver launches its graph. MLX is not asked: queuing 265 operatio
 What a recorded step computes on its way lies in buffers that MLX holds for free. They are taken out of its hands:
 right after a recording they are all that MLX keeps for its next allocations, so arrays of just these sizes get them.
 All recorded steps may use the same ones, for what they return too, since one runs after the other, and what a step
-returns is read by operations that are queued before the next.
+returns is read by operations that are queued before the next. The host looks at none of what a recorded step reads or
+writes, weights included: MLX moves an array to where the host sees it, and the graph would not know.
 """
 
 from __future__ import annotations
