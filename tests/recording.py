@@ -45,13 +45,14 @@ class AgainGraph:
 
 @dataclass
 class AgainRecorder:
-    """``fault`` changes what runs, in a graph's later runs; ``refuse`` is from which record on the driver refuses.
+    """``fault`` changes what runs, in a graph's later runs; from record ``refuse`` on ``refusal`` is raised.
 
     Steps of as many rows share ``each`` bytes a row.
     """
 
     fault: Callable[[Run], Run] = lambda run: run
     refuse: int = 1 << 30
+    refusal: CudaError = field(default_factory=lambda: CudaError("the driver refused (CUDA error 2)"))
     each: int = 1000
     graphs: list[AgainGraph] = field(default_factory=list)
     launches: int = 0
@@ -62,7 +63,7 @@ class AgainRecorder:
 
     def record(self, run: Run) -> tuple[Graph, Sequence[mx.array]]:
         if len(self.graphs) >= self.refuse:
-            raise CudaError("the driver refused to make a program (CUDA error 2)")
+            raise self.refusal
         made = [mx.array(np.array(array)) for array in run()]
         mx.eval(made)
         graph = AgainGraph(self, self.fault(run), made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from pippin.core import EngineCore
 from pippin.mlx_cuda import CudaError, UnknownMlxError
-from pippin.replay import Replays, cuda_replays
+from pippin.replay import CudaRecorder, LostMemoryError, Replays, cuda_replays
 from tests.recording import AgainGraph, AgainRecorder, Run, play_recorder
 from tests.test_graph import GREEDY, KINDS, as_on_a_gpu, checkpoint, load, make_core, runner_of, serve, tokens_of
 
@@ -111,6 +111,21 @@ def test_what_the_driver_refuses_is_left_to_mlx(
     assert "CUDA error 2" in caplog.text
 
 
+def test_once_memory_is_lost_no_recorded_step_is_launched(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may have got it, so those recorded before are closed too: the fifth is tried while the engine serves."""
+    recorder = AgainRecorder(refuse=4, refusal=LostMemoryError("MLX does not lend steps' memory: 8 bytes are left"))
+    with caplog.at_level(logging.WARNING, "pippin.replay"):
+        core, found = served(checkpoint, recorder, monkeypatch, skip_server_warmup=True)
+    _, want = served(checkpoint, None, monkeypatch)
+    assert found == want
+    assert len(recorder.graphs) == 4
+    assert all(graph.closed for graph in recorder.graphs)
+    assert len(replays_of(core)) == 0
+    assert caplog.text.count("all steps are queued by MLX") == 1
+
+
 @pytest.mark.parametrize("room", [0, 4])
 def test_they_hold_no_more_than_they_may(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Room for steps of up to so many rows; how much a row takes is known once the smallest is recorded."""
@@ -157,6 +172,46 @@ def test_a_launch_that_fails_ends_one_step(checkpoint: Path, monkeypatch: pytest
     assert all(graph.closed for graph in before)
     assert len(recorder.graphs) > len(before)
     assert any(not graph.closed for graph in recorder.graphs)
+
+
+class FakeCuda:
+    """A queue of MLX's that keeps ``freed`` bytes, and gives a graph or raises."""
+
+    def __init__(self, freed: list[int], error: Exception | None = None) -> None:
+        self.sizes, self.error, self.graph = freed, error, AgainGraph(AgainRecorder(), list, [])
+
+    def record(self, run: Callable[[], None]) -> AgainGraph:
+        run()
+        if self.error is not None:
+            raise self.error
+        return self.graph
+
+    def freed(self) -> list[int]:
+        return self.sizes
+
+
+@pytest.mark.parametrize("error", [None, CudaError("refused")])
+@pytest.mark.parametrize("left", [0, 8])
+def test_memory_is_held_whatever_comes_of_a_recording(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, left: int
+) -> None:
+    """Graphs so far need it too; the limits of MLX's memory are what they were."""
+    cuda, limits = FakeCuda([8, 16384, 40960, 16384], error), [mx.set_cache_limit(5000), mx.set_memory_limit(1 << 40)]
+    monkeypatch.setattr("pippin.replay.MlxCuda", lambda: cuda)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: left)
+    try:
+        recorder = CudaRecorder()
+        if left or error is not None:
+            with pytest.raises(LostMemoryError if left else CudaError, match="8 bytes" if left else "refused"):
+                recorder.record(lambda: [mx.ones(3) + 1])
+        else:
+            graph, made = recorder.record(lambda: [mx.ones(3) + 1])
+            assert (graph, [m.tolist() for m in made]) == (cuda.graph, [[2, 2, 2]])
+        assert sorted(array.nbytes for array in recorder._kept) == sorted(cuda.sizes)
+        assert recorder.held == sum(cuda.sizes)
+        assert cuda.graph.closed == (left > 0 and error is None)
+    finally:
+        assert (mx.set_cache_limit(limits[0]), mx.set_memory_limit(limits[1])) == (5000, 1 << 40)
 
 
 def test_asked_for_nothing_is_recorded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import mlx.core as mx
@@ -36,6 +36,10 @@ _SHARE = 1 / 3
 _NO_LIMIT = 1 << 60
 
 
+class LostMemoryError(CudaError):
+    """Others may have got what recorded steps need: none may be launched any more."""
+
+
 class Recorder(Protocol):
     """Takes the graph of what is evaluated, and holds the memory that it needs."""
 
@@ -47,7 +51,8 @@ class Recorder(Protocol):
     def record(self, run: Callable[[], Sequence[mx.array]]) -> tuple[Graph, Sequence[mx.array]]:
         """Evaluates what ``run`` makes of arrays that exist. Its graph, and the arrays that this computes anew.
 
-        Raises CudaError if that can't be.
+        It must have been run before: nothing but these arrays may be made now, and stay. Raises CudaError if it can't
+        be recorded, and LostMemoryError if the graphs so far can't be launched any more either.
         """
         ...
 
@@ -74,25 +79,28 @@ class CudaRecorder:
 
         mx.synchronize()
         mx.clear_cache()
-        with _all_kept():
+        with _all_kept(), ExitStack() as undone:
             self._kept = []  # the next graph takes what the others have
             try:
                 graph = self._cuda.record(evaluate)
+                undone.callback(graph.close)
             finally:
-                held = self._hold()
-        if not held:
-            graph.close()
-            raise CudaError(f"MLX does not lend a step's memory ({mx.get_cache_memory()} bytes are left)")
+                self._hold()
+            undone.pop_all()
         return graph, made
 
-    def _hold(self) -> bool:
-        """Takes all that MLX keeps for its next allocations; whether it could."""
-        mx.synchronize()
-        # Copies of a number that is there already: nothing else is allocated for them, and freed again.
-        self._kept = [mx.contiguous(mx.broadcast_to(self._zero, (size,))) for size in self._cuda.freed()]
-        mx.eval(self._kept)
-        mx.synchronize()
-        return mx.get_cache_memory() == 0
+    def _hold(self) -> None:
+        """Takes all that MLX keeps for its next allocations. Raises LostMemoryError if it doesn't get it."""
+        try:
+            mx.synchronize()
+            # Copies of a number that is there already: nothing else is allocated for them, and freed again.
+            self._kept = [mx.contiguous(mx.broadcast_to(self._zero, (size,))) for size in self._cuda.freed()]
+            mx.eval(self._kept)
+            mx.synchronize()
+        except RuntimeError as error:
+            raise LostMemoryError(f"MLX does not lend steps' memory: {error}") from error
+        if left := mx.get_cache_memory():
+            raise LostMemoryError(f"MLX does not lend steps' memory: {left} bytes are left")
 
 
 @contextmanager
@@ -184,12 +192,12 @@ class Replays:
         return step(table, packed)
 
     def close(self) -> None:
-        """Waits for what is queued, and gives all memory back."""
+        """Waits for what is queued, and gives all memory back; nothing is recorded from then on."""
         mx.synchronize()
         for step in self._steps.values():
             if step is not None:
                 step.close()
-        self._steps.clear()
+        self._steps = dict.fromkeys(self._steps)
         self._recorder = None
         self._refused = True
 
@@ -217,6 +225,10 @@ class Replays:
         mx.eval(places, others, run(table, first))  # what compiles does so now
         try:
             graph, made = recorder.record(lambda: run(*places))
+        except LostMemoryError as error:
+            log.warning("all steps are queued by MLX each time from now on, which is slower: %s", error)
+            self.close()
+            return None
         except RuntimeError as error:  # the driver's or MLX's, out of memory too
             log.warning("steps of %d rows are queued by MLX each time, which is slower: %s", rows, error)
             return None
