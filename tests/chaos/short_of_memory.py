@@ -18,6 +18,7 @@ from pippin.types import Batch
 FOLDER = "PIPPIN_TEST_SHORT"
 STEP_TOKENS = 24  # less than the longest prompt has, so that one step asks for more however requests arrive
 SPARE = 1 << 20
+AT_ONCE = 8
 
 _ballast: list[bytearray] = []
 
@@ -52,8 +53,23 @@ def starved(config: EngineConfig, progress: Callable[[Progress], None]) -> Engin
     core, marker = load_core(config, progress), folder() / "starved"
     if not marker.exists():
         marker.touch()
+        assert core._grammars._compiler is not None
+        core._grammars._compiler._vocabulary.result()  # what loading it takes on the way would be room later
         starve()
+        gather(core, AT_ONCE)
     return core
+
+
+def gather(core: EngineCore, count: int) -> None:
+    """Lets the first step wait until so many requests have come: one by one they may find room."""
+    schedule, arrived = core._scheduler.schedule, False
+
+    def gathered() -> Batch | None:
+        nonlocal arrived
+        arrived = arrived or len(core._scheduler.runs.waiting) >= count
+        return schedule() if arrived else None
+
+    core._scheduler.schedule = gathered  # type: ignore[method-assign]
 
 
 def starve() -> None:
