@@ -84,7 +84,23 @@ def test_a_step_that_is_not_the_same_again_is_left_to_mlx(
     assert found == want
     assert len(replays_of(core)) == 0
     assert all(graph.closed for graph in recorder.graphs)
+    assert replays_of(core).held == recorder.held, "what was dropped holds nothing"
     assert "recorded, they are not right" in caplog.text
+
+
+def test_a_step_that_is_not_launched_again_is_left_to_mlx(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(run: Run) -> Run:
+        def launch() -> Sequence[mx.array]:
+            raise CudaError("the driver refused to launch a recorded step (CUDA error 1)")
+
+        return launch
+
+    recorder = AgainRecorder(fault=refused)
+    core, found = served(checkpoint, recorder, monkeypatch)
+    _, want = served(checkpoint, None, monkeypatch)
+    assert found == want
+    assert all(graph.closed for graph in recorder.graphs)
+    assert core.stats.retractions == len(replays_of(core)) == 0
 
 
 def test_one_wrong_number_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
