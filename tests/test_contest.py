@@ -278,7 +278,7 @@ def test_without_a_measurement_what_an_h200_found_goes_by_the_kernel_and_experts
     kernels.measure_products([w], mx.bfloat16)  # for which there is no time
     mx.eval(kernels.quantized_product(x, w))
     assert gpu.launched == ["rows_mma"] * kernel
-    pairs = kernels.expert_product(x, weights(name, 4), mx.zeros(20, mx.int32), 4)
+    pairs = kernels.expert_product(x, weights(name, 4), kernels.Routed(mx.zeros(20, mx.int32)), 4)
     assert pairs is not None
     assert gpu.launched == ["rows_mma"] * kernel + ["expert_mma"]
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from pippin import kernels
 from pippin.kernels import experts, fused, paged, products, reference, routed
-from pippin.kernels.checks import EXPERT_CHECKS, PRODUCT_CHECKS
+from pippin.kernels.expert_checks import EXPERT_CHECKS
+from pippin.kernels.grouped import Routed
 from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.product_checks import PRODUCT_CHECKS
 from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Choice, Gate, Pairs
 from tests.planted import assert_found
@@ -233,14 +235,14 @@ def test_kernels_that_are_wrong_are_left_out_one_by_one(wrong: Gpu) -> None:
     x, indices = normal(1, 2, 64, dtype=mx.bfloat16), mx.array([0, 1, 1, 0], mx.int32)
     weights, _ = quantized("affine-4", normal(2, 2, 32, 64, dtype=mx.bfloat16))
     assert experts.route(x, x, Choice(2)) is None
-    assert experts.gated_product(x, Gated(weights, weights, None, Gate()), indices, 2) is None
+    assert experts.gated_product(x, Gated(weights, weights, None, Gate()), Routed(indices), 2) is None
     pairs = Pairs(normal(3, 4, 64, dtype=mx.bfloat16), indices)
     assert experts.weighed_sum(pairs, normal(4, 2, 2)) is None
     wrong.launched.clear()
     norm = fused.Norm(normal(5, 64, dtype=mx.bfloat16), 1e-5)
     assert experts.expert_gate(pairs, pairs, Gate()) is not None
     assert experts.add_weighed_rms_norm(x, pairs, normal(4, 2, 2), norm) is not None
-    assert kernels.expert_product(x, weights, indices, 2) is not None
+    assert kernels.expert_product(x, weights, Routed(indices), 2) is not None
     assert wrong.launched == ["expert_gate", "add_weighed_rms_norm", "expert_mma"]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pippin.kernels import fused, paged, products, reference
-from pippin.kernels.checks import CHECKS, PRODUCT_CHECKS, check_product
+from pippin.kernels.checks import CHECKS
 from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.product_checks import PRODUCT_CHECKS, check_product
 from pippin.kernels.products import Weights
 from tests.planted import assert_found
 

@@ -21,13 +21,15 @@ from typing import Literal
 import mlx.core as mx
 
 from pippin.folders import cache_folder
-from pippin.kernels import drawing, fused, latent, paged, products, reference, select, tuning
+from pippin.kernels import drawing, fused, grouped, latent, paged, products, reference, select, tuning
 from pippin.kernels.build.prebuilt import BuiltCuda, prefer_built
-from pippin.kernels.checks import KernelName, Kind, fingerprint, verdicts
+from pippin.kernels.checking import KernelName
+from pippin.kernels.checks import Kind, fingerprint, verdicts
 from pippin.kernels.contest import Contests
 from pippin.kernels.drawing import MOST_TOPS, Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads, Norm, Rope
+from pippin.kernels.grouped import Routed
 from pippin.kernels.launch import Launch, Launcher, gpu_launcher
 from pippin.kernels.packing import PACKINGS, PackedPool, Packing, Pool, packed, packing_of, storage
 from pippin.kernels.paged import tile_rows
@@ -49,6 +51,7 @@ __all__ = [
     "Pairs",
     "Pool",
     "Rope",
+    "Routed",
     "Weights",
     "add_rms_norm",
     "backend",
@@ -198,28 +201,28 @@ def quantized_product(x: mx.array, weights: Weights) -> mx.array:
     return products.by_whole(x, weights) if way == "whole" else products.by_mlx(x, weights)
 
 
-def expert_product(x: mx.array, weights: Weights, indices: mx.array, per: int) -> mx.array | None:
-    """Row i is row i // per of x [T, K] by the weights [experts, N, K] of expert ``indices[i]`` [P] int32: [P, N].
+def expert_product(x: mx.array, weights: Weights, chosen: Routed, per: int) -> mx.array | None:
+    """Row i is row i // per of x [T, K] by the weights [experts, N, K] of the expert of pair i of ``chosen``: [P, N].
 
-    None where there is no kernel for it, where MLX's own was found to be faster, or with too many rows for a kernel
-    that reads each weight for each of them. The rows of one token go through MLX's own product of a vector, which is
-    faster for them.
+    None where there is no kernel for it, or where MLX's own was found to be faster. The rows of one token go through
+    MLX's own product of a vector, which is faster for them.
     """
-    pairs = indices.shape[0]
-    if product_way(x.dtype, weights, pairs) != "kernel":
+    pairs = chosen.pairs
+    way = product_way(x.dtype, weights, pairs)
+    if way == "mlx":
         return None
     if products.are_vectors(weights, pairs):
-        return products.by_mlx_routed(x, weights, indices, per)
-    launch = _product_launcher(x.dtype, weights)
+        return products.by_mlx_routed(x, weights, chosen.indices, per)
+    launch = _product_launcher(x.dtype, weights, way)
     assert launch is not None
-    return products.product(launch, x, weights, indices, per)
+    if way == "tiles":
+        return grouped.product(launch, x, weights, chosen.tiles(launch, weights.experts), per)
+    return products.product(launch, x, weights, chosen.indices, per)
 
 
 def product_way(dtype: mx.Dtype, weights: Weights, pairs: int) -> str:
-    """How so many pairs of a row and its expert's weights are multiplied best: ``kernel`` or ``mlx``."""
-    if backend() is None or pairs > products.MOST_PAIRS:
-        return "mlx"
-    return _product_way(dtype, weights, products.size_of(pairs, products.PAIRS))
+    """How so many pairs of a row and its expert's weights are multiplied best: ``kernel``, ``tiles`` or ``mlx``."""
+    return "mlx" if backend() is None else _product_way(dtype, weights, products.size_of(pairs, products.PAIRS))
 
 
 def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
@@ -243,6 +246,9 @@ def measure_products(found: Iterable[Weights], dtype: mx.Dtype) -> None:
     _compile_products(rounds, dtype)
     for weights, size in rounds:
         ways = products.ways(_product_launcher(dtype, weights), weights, dtype, size)
+        by_tiles = _product_launcher(dtype, weights, "tiles") if grouped.takes(weights, size) else None
+        if by_tiles is not None:
+            ways |= grouped.ways(by_tiles, weights, dtype, size)
         first = _usual_way(dtype, weights, size)
         if first in ways:
             held.hold(products.key_of(weights, dtype, size), {first: ways.pop(first), **ways})
@@ -264,6 +270,8 @@ def _compile_products(rounds: Iterable[tuple[Weights, int]], dtype: mx.Dtype) ->
     for weights, size in rounds:
         if _product_launcher(dtype, weights) is not None:
             products.record(record, weights, dtype, size)
+        if grouped.takes(weights, size) and _product_launcher(dtype, weights, "tiles") is not None:
+            grouped.ways(record, weights, dtype, size)["tiles"]()
     launch.prepare(found)
 
 
@@ -271,12 +279,12 @@ _known_ways: dict[tuple[object, ...], str] = {}
 
 
 def _product_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
-    """kernel, mlx or whole."""
+    """kernel, tiles, mlx or whole."""
     key = (tuple(weights.w.shape), weights.bits, weights.group, weights.mode, dtype, size)
     if key not in _known_ways:
         won = contests(backend() or "cuda").known(products.key_of(weights, dtype, size))
         usual = _usual_way(dtype, weights, size)
-        able = won != "kernel" or _product_launcher(dtype, weights) is not None
+        able = won not in ("kernel", "tiles") or _product_launcher(dtype, weights, won) is not None
         _known_ways[key] = won if won is not None and able else usual
     return _known_ways[key]
 
@@ -285,7 +293,8 @@ def _usual_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
     """What to do where nothing was measured."""
     if weights.w.ndim == 2 and size > products.MOST_ROWS:
         return "whole" if backend() == "cuda" else "mlx"
-    return "kernel" if products.is_likely(weights) and _product_launcher(dtype, weights) is not None else "mlx"
+    way = "kernel" if size <= products.MOST_PAIRS else "tiles"
+    return way if products.is_likely(weights) and _product_launcher(dtype, weights, way) is not None else "mlx"
 
 
 def boundary(
@@ -509,11 +518,15 @@ def tuning_for(
     return tuning.choose(backend() or "cuda", kernel, k_pool.dtype, units, q.shape[1], k_pool.shape[1], seen)
 
 
-def _product_launcher(dtype: mx.Dtype, weights: Weights) -> Launcher | None:
-    """What runs the product, None for plain MLX; only CUDA's dialect has matrix products of fragments."""
+def _product_launcher(dtype: mx.Dtype, weights: Weights, way: str = "kernel") -> Launcher | None:
+    """What runs the product in a way of ours, None for plain MLX; only CUDA's dialect has products of fragments."""
     if backend() != "cuda" or not products.takes(dtype, weights):
         return None
-    return _gpu("cuda") if _verdicts("cuda", dtype, "products")[products.checks_of(weights)[0]] else None
+    if way == "tiles":
+        right = _verdicts("cuda", dtype, "tiles")[grouped.check_of(weights)]
+    else:
+        right = _verdicts("cuda", dtype, "products")[products.checks_of(weights)[0]]
+    return _gpu("cuda") if right else None
 
 
 def rows_per_tile(heads: int, kv_heads: int, dtype: mx.Dtype) -> int:

@@ -13,7 +13,7 @@ import math
 import platform as system
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -21,52 +21,24 @@ from typing import Literal
 import mlx.core as mx
 
 from pippin.folders import cache_folder
-from pippin.kernels import drawing, fused, latent, paged, products, reference, routed, select
+from pippin.kernels import drawing, fused, latent, paged, reference, select
 from pippin.kernels.build import store
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
+from pippin.kernels.checking import Check, KernelName, close
 from pippin.kernels.drawing import Filters
+from pippin.kernels.expert_checks import EXPERT_CHECKS
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher, dialect_digest
 from pippin.kernels.packing import PackedPool, Packing, Pool, packed, storage
+from pippin.kernels.product_checks import PRODUCT_CHECKS, TILES_CHECKS
 
 log = logging.getLogger(__name__)
 
-KernelName = Literal[
-    "kv_write",
-    "kv_gather",
-    "paged_decode",
-    "paged_decode_write",
-    "paged_extend",
-    "rope_kv_write",
-    "add_rms_norm",
-    "swiglu",
-    "product",
-    "product_8",
-    "product_mxfp4",
-    "product_mxfp8",
-    "product_nvfp4",
-    "gated",
-    "gated_8",
-    "gated_mxfp4",
-    "gated_mxfp8",
-    "gated_nvfp4",
-    "route",
-    "expert_gate",
-    "weighed_sum",
-    "add_weighed_rms_norm",
-    "sort_pairs",
-    "latent_decode",
-    "boundary",
-    "draw",
-    "top_logprobs",
-]
 Slots = Packing | Literal["latents"]
 """What lies in slots, where that is not heads of full numbers."""
-Kind = Slots | Literal["products", "experts", "limits", "draws"]
+Kind = Slots | Literal["products", "tiles", "experts", "limits", "draws"]
 """What has checks and a verdict of its own, so that only those pay for it who use it."""
 
-# Of results about 1 in size: both sides round once, and matrix products round the weights too.
-_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 2e-2}
 _PAGE, _SCALE = 4, 0.125
 
 
@@ -135,7 +107,7 @@ def check_kv_gather(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kin
     got = paged.kv_gather(launch, s.k_pool, s.v_pool, s.table, _PAGE)
     want = reference.kv_gather(s.k_pool, s.v_pool, s.table, page_size=_PAGE)
     quantized = isinstance(s.k_pool, PackedPool)
-    same = _close if quantized else lambda a, b: bool(mx.array_equal(a, b).item())
+    same = close if quantized else lambda a, b: bool(mx.array_equal(a, b).item())
     return all(same(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -148,7 +120,7 @@ def check_paged_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, 
     split = paged.paged_decode(
         launch, s.q, s.k_pool, s.v_pool, s.table, s.lengths, rich, replace(tuning, splits=4), sinks=sinks
     )
-    return _close(whole, _decode(s, plain)) and _close(split, _decode(s, rich, sinks))
+    return close(whole, _decode(s, plain)) and close(split, _decode(s, rich, sinks))
 
 
 def check_paged_decode_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -166,7 +138,7 @@ def _writes_and_attends(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning)
     mx.eval(got)
     want = reference.paged_decode(s.q, want_k, want_v, s.table, s.lengths, form)
     # Padding rows have no slot of their own here; the kernel leaves scratch alone, the reference writes it.
-    return _close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
+    return close(got, want) and _equal_pools(s, want_k, want_v, skip=_PAGE)
 
 
 def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
@@ -179,7 +151,7 @@ def check_paged_extend(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, 
     want = reference.paged_extend(q, s.k_pool, s.v_pool, table, lengths, tiles, form)
     tunings = (replace(tuning, splits=splits, unroll=2) for splits in (1, 2))
     found = [paged.paged_extend(launch, q, s.k_pool, s.v_pool, table, lengths, tiles, form, cut) for cut in tunings]
-    return all(_close(got, want) for got in found)
+    return all(close(got, want) for got in found)
 
 
 def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, kind: Slots | None = None) -> bool:
@@ -207,7 +179,7 @@ def check_rope_kv_write(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning,
         want.append(want_q)
         samples.append((s, want_pools))
     mx.eval(got)
-    return all(map(_close, got, want)) and all(_turned_pools(s, *pools, kind) for s, pools in samples)
+    return all(map(close, got, want)) and all(_turned_pools(s, *pools, kind) for s, pools in samples)
 
 
 def _turned_pools(s: Sample, k_pool: Pool, v_pool: Pool, kind: Slots | None) -> bool:
@@ -215,7 +187,7 @@ def _turned_pools(s: Sample, k_pool: Pool, v_pool: Pool, kind: Slots | None) -> 
     if kind is not None:
         return _equal_pools(s, k_pool, v_pool)
     same = bool(mx.array_equal(storage(s.v_pool), storage(v_pool)).item())
-    return same and _close(storage(s.k_pool), storage(k_pool))
+    return same and close(storage(s.k_pool), storage(k_pool))
 
 
 def check_add_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -224,7 +196,7 @@ def check_add_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) 
     x, r = (mx.random.normal((3, 1056), key=k).astype(dtype) for k in keys[:2])
     norm = fused.Norm((1 + 0.1 * mx.random.normal((1056,), key=keys[2])).astype(dtype), 1e-5)
     got, want = fused.add_rms_norm(launch, x, r, norm), reference.add_rms_norm(x, r, *norm)
-    return all(_close(a, b) for a, b in zip(got, want, strict=True))
+    return all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
 def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -232,75 +204,8 @@ def check_swiglu(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> boo
     y = 4 * mx.random.normal((3, 2112), key=mx.random.key(13))
     y = mx.where(mx.arange(2112) < 4, mx.array([-100.0, 100.0, 1e4, -1e4] * 528), y).astype(dtype)
     pairs = (fused.swiglu(launch, y), reference.swiglu(y)), (fused.geglu(launch, y), reference.geglu(y))
-    return all(_close(got / 16, want / 16) for got, want in pairs)
+    return all(close(got / 16, want / 16) for got, want in pairs)
 
-
-def check_product(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:
-    """Seven rows by quantized weights, and by those of three experts, two of which get rows; 40 columns, 160 wide."""
-    if not tuning.matrix or dtype == mx.float32:
-        return True  # nobody launches it there
-    x = mx.random.normal((7, 160), key=mx.random.key(14)).astype(dtype)
-    w, experts, near = _experts(dtype, bits, mode, 15)
-    scales, biases = experts.scales, experts.biases
-    assert scales is not None
-    indices = mx.array(_TOLD, dtype=mx.int32)
-    one = replace(experts, w=experts.w[1], scales=scales[1], biases=None if biases is None else biases[1])
-    mx.eval(x, indices, one.w, one.scales, [] if one.biases is None else one.biases)
-    got = [products.product(launch, x, one), products.product(launch, x, experts, indices, 2)]
-    wide, pairs = x.astype(mx.float32), mx.arange(14) // 2
-    want = [wide @ near[1].astype(mx.float32).T, _routed(wide[pairs], near, indices)]
-    if bits == 4 and mode == "affine":
-        got.append(products.product(launch, x, products.Weights(w), indices, 2))
-        want.append(_routed(wide[pairs], w, indices))
-    return all(_close(a, b.astype(dtype)) for a, b in zip(got, want, strict=True))
-
-
-_TOLD = [2, 0, 0, 2, 2, 2, 0, 2, 0, 0, 2, 2, 2, 0]
-
-
-def _experts(dtype: mx.Dtype, bits: int, mode: str, seed: int) -> tuple[mx.array, products.Weights, mx.array]:
-    """Three experts' weights [40, 160]: as they are, quantized, and made whole again."""
-    w = (mx.random.normal((3, 40, 160), key=mx.random.key(seed)) / 16).astype(dtype)
-    group = 16 if mode == "nvfp4" else 32
-    packed, scales, *rest = mx.quantize(w, group, bits, mode)
-    biases = rest[0] if rest else None
-    near = mx.dequantize(packed, scales, biases, group, bits, mode, dtype=dtype)
-    mx.eval(w, packed, scales, rest, near)
-    return w, products.Weights(packed, scales, biases, bits, group, mode), near
-
-
-def check_gated(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:
-    """Seven rows by the gates of three experts and by what they gate: with biases and clipped, and without."""
-    if not tuning.matrix or dtype == mx.float32:
-        return True  # nobody launches it there
-    keys = mx.random.split(mx.random.key(17), 3)
-    x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
-    of_gate, of_up = (mx.random.normal((3, 40), key=key).astype(dtype) for key in keys[1:])
-    gate, up = (_experts(dtype, bits, mode, seed) for seed in (15, 16))
-    indices, pairs = mx.array(_TOLD, dtype=mx.int32), mx.arange(14) // 2
-    clipped = routed.Gate(True, 1.702, 1.0)
-    mx.eval(x, of_gate, of_up, indices)
-    layers = [(gate[1], up[1], gate[2], up[2])]
-    if bits == 4 and mode == "affine":
-        layers.append((products.Weights(gate[0]), products.Weights(up[0]), gate[0], up[0]))
-    got, want = [], []
-    for one, other, near, near_up in layers:
-        g, u = (_routed(x.astype(mx.float32)[pairs], w, indices) for w in (near, near_up))
-        plain = products.Gated(one, other, None, routed.Gate())
-        rich = products.Gated(one, other, (of_gate, of_up), clipped)
-        got += [products.gated_product(launch, x, layer, indices, 2) for layer in (rich, plain)]
-        with_biases = routed.Pairs(g, indices, of_gate), routed.Pairs(u, indices, of_up)
-        want.append(reference.expert_gate(*with_biases, clipped))
-        want.append(reference.expert_gate(routed.Pairs(g, indices), routed.Pairs(u, indices), routed.Gate()))
-    return all(_close(a / 4, b.astype(dtype) / 4) for a, b in zip(got, want, strict=True))
-
-
-def _routed(x: mx.array, w: mx.array, indices: mx.array) -> mx.array:
-    """Each row by the weights of its expert."""
-    return (x[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0]
-
-
-Check = Callable[[Launcher, mx.Dtype, paged.Tuning], bool]
 
 CHECKS: dict[KernelName, Check] = {
     "kv_write": check_kv_write,
@@ -311,107 +216,6 @@ CHECKS: dict[KernelName, Check] = {
     "rope_kv_write": check_rope_kv_write,
     "add_rms_norm": check_add_rms_norm,
     "swiglu": check_swiglu,
-}
-
-PRODUCT_CHECKS: dict[KernelName, Check] = {
-    "product": check_product,
-    "product_8": partial(check_product, bits=8),
-    "product_mxfp4": partial(check_product, mode="mxfp4"),
-    "product_mxfp8": partial(check_product, bits=8, mode="mxfp8"),
-    "product_nvfp4": partial(check_product, mode="nvfp4"),
-    "gated": check_gated,
-    "gated_8": partial(check_gated, bits=8),
-    "gated_mxfp4": partial(check_gated, mode="mxfp4"),
-    "gated_mxfp8": partial(check_gated, bits=8, mode="mxfp8"),
-    "gated_nvfp4": partial(check_gated, mode="nvfp4"),
-}
-
-
-def check_route(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Among 100 columns, of which many are equal: the same ones in the same order, for each way to share."""
-    keys = mx.random.split(mx.random.key(19), 2)
-    x, values = (mx.round(3 * mx.random.normal((5, 100), key=key)).astype(dtype) for key in keys)
-    mx.eval(x, values)
-    choices = [
-        (values, routed.Choice(4, later=True, soft=True)),
-        (values, routed.Choice(2, smallest=True, factor=2.5)),
-        (x, routed.Choice(8, before=True, divided=True)),
-        (x, routed.Choice(3, before=True)),
-    ]
-    found = [routed.route(launch, x, of, choice) for of, choice in choices]
-    wanted = [reference.route(x, of, choice) for of, choice in choices]
-    same = [bool(mx.array_equal(mine[0], theirs[0]).item()) for mine, theirs in zip(found, wanted, strict=True)]
-    return all(same) and all(_close(m[1] / 8, w[1] / 8) for m, w in zip(found, wanted, strict=True))
-
-
-def check_expert_gate(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Rows of 1056 numbers, clipped with biases and without either."""
-    gate, up = (replace(_pairs(dtype, key), places=None) for key in (20, 21))
-    clipped, bare = routed.Gate(True, 1.702, 7.0), [replace(p, bias=None) for p in (gate, up)]
-    cases = [(gate, up, clipped), (bare[0], bare[1], routed.Gate())]
-    found = [routed.expert_gate(launch, *case) for case in cases]
-    return all(_close(a / 16, reference.expert_gate(*case) / 16) for a, case in zip(found, cases, strict=True))
-
-
-def check_weighed_sum(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """Three rows a token, with biases, places and shares in float32, and without these but with a row more."""
-    pairs, shares = _pairs(dtype, 22), _shares()
-    plus = mx.random.normal((3, 1056), key=mx.random.key(23)).astype(dtype)
-    mx.eval(plus)
-    found = [
-        routed.weighed_sum(launch, pairs, shares),
-        routed.weighed_sum(launch, replace(pairs, bias=None, places=None), shares.astype(dtype), plus),
-    ]
-    wanted = [
-        reference.weighed_sum(pairs, shares),
-        reference.weighed_sum(replace(pairs, bias=None, places=None), shares.astype(dtype), plus),
-    ]
-    return all(_close(a / 4, b / 4) for a, b in zip(found, wanted, strict=True))
-
-
-def check_add_weighed_rms_norm(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """The same beside a residual, and normed."""
-    pairs, shares = _pairs(dtype, 24), _shares()
-    x = mx.random.normal((3, 1056), key=mx.random.key(25)).astype(dtype)
-    norm = fused.Norm((1 + 0.1 * mx.random.normal((1056,), key=mx.random.key(26))).astype(dtype), 1e-5)
-    mx.eval(x, norm.weight)
-    got = routed.add_weighed_rms_norm(launch, x, pairs, shares, norm)
-    total = reference.weighed_sum(pairs, shares, x)
-    return _close(got[0] / 4, total / 4) and _close(got[1], reference.rms_norm(total, *norm))
-
-
-def check_sort_pairs(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
-    """More pairs than a block takes, of seven experts, one of whom has none."""
-    indices = (mx.arange(300, dtype=mx.int32) * 37 + 11) % 61 % 8
-    indices = mx.where(indices == 3, 5, indices).astype(mx.int32)
-    mx.eval(indices)
-    got, want = routed.sort_pairs(launch, indices, 4), reference.sort_pairs(indices, 4)
-    same = [(got.places, want.places), (got.experts, want.experts), (got.rows, want.rows)]
-    return all(bool(mx.array_equal(mine, theirs).item()) for mine, theirs in same)
-
-
-def _pairs(dtype: mx.Dtype, seed: int) -> routed.Pairs:
-    """Nine rows of 1056 numbers, of five experts, shuffled."""
-    keys = mx.random.split(mx.random.key(seed), 2)
-    y, bias = (2 * mx.random.normal((n, 1056), key=key) for n, key in zip((9, 5), keys, strict=True))
-    indices, places = ([4, 0, 2, 1, 4, 3, 0, 4, 2], [3, 1, 8, 0, 2, 7, 5, 6, 4])
-    found = y.astype(dtype), mx.array(indices, mx.int32), bias.astype(dtype), mx.array(places, mx.int32)
-    mx.eval(found)
-    return routed.Pairs(*found)
-
-
-def _shares() -> mx.array:
-    shares = mx.softmax(mx.random.normal((3, 3), key=mx.random.key(27)), axis=-1)
-    mx.eval(shares)
-    return shares
-
-
-EXPERT_CHECKS: dict[KernelName, Check] = {
-    "route": check_route,
-    "expert_gate": check_expert_gate,
-    "weighed_sum": check_weighed_sum,
-    "add_weighed_rms_norm": check_add_weighed_rms_norm,
-    "sort_pairs": check_sort_pairs,
 }
 
 
@@ -427,7 +231,7 @@ def check_latent_decode(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning,
         latent.latent_decode(launch, q, turned, s.k_pool, s.v_pool, s.table, s.lengths, form, replace(cut, splits=n))
         for n in (1, 3)
     ]
-    return all(_close(got, want) for got in found)
+    return all(close(got, want) for got in found)
 
 
 def check_boundary(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning) -> bool:
@@ -558,6 +362,8 @@ def checks_for(kind: Kind | None) -> dict[KernelName, Check]:
         return CHECKS
     if kind == "products":
         return PRODUCT_CHECKS
+    if kind == "tiles":
+        return TILES_CHECKS
     if kind == "experts":
         return EXPERT_CHECKS
     if kind == "limits":
@@ -657,11 +463,6 @@ def _passes(name: str, check: Check, launch: Launcher, dtype: mx.Dtype, tuning: 
 
 def _decode(s: Sample, form: Form, sinks: mx.array | None = None) -> mx.array:
     return reference.paged_decode(s.q, s.k_pool, s.v_pool, s.table, s.lengths, form, sinks=sinks)
-
-
-def _close(got: mx.array, want: mx.array) -> bool:
-    difference = mx.abs(got.astype(mx.float32) - want.astype(mx.float32))
-    return bool(mx.all(difference <= _TOLERANCE[want.dtype]).item())
 
 
 def _equal_pools(s: Sample, k_pool: Pool, v_pool: Pool, skip: int = 1) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pippin import kernels
-from pippin.kernels import fused, products, routed
-from pippin.kernels.checks import KernelName
+from pippin.kernels import fused, grouped, products, routed
+from pippin.kernels.checking import KernelName
 from pippin.kernels.fused import Norm
+from pippin.kernels.grouped import Routed
 from pippin.kernels.launch import Launcher
 from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Choice, Gate, Order, Pairs
@@ -28,24 +29,27 @@ def route(keys: mx.array, values: mx.array, choice: Choice) -> tuple[mx.array, m
     return None if launch is None else routed.route(launch, keys, values, choice)
 
 
-def gated_product(x: mx.array, layer: Gated, indices: mx.array, per: int) -> mx.array | None:
-    """Row i is row i // per of x [T, K] by the gate, and what it gates, of expert ``indices[i]`` [P] int32: [P, N]."""
-    pairs = indices.shape[0]
-    if products.are_vectors(layer.gate, pairs) or kernels.product_way(x.dtype, layer.gate, pairs) != "kernel":
+def gated_product(x: mx.array, layer: Gated, chosen: Routed, per: int) -> mx.array | None:
+    """Row i is row i // per of x [T, K] by the gate of pair i's expert, and by what it gates, together: [P, N]."""
+    pairs = chosen.pairs
+    way = "mlx" if products.are_vectors(layer.gate, pairs) else kernels.product_way(x.dtype, layer.gate, pairs)
+    if way == "mlx":
         return None
+    if way == "tiles":
+        launch = kernels.launcher_of(grouped.check_of(layer.gate), x.dtype, "tiles")
+        assert launch is not None
+        return grouped.gated_product(launch, x, layer, chosen.tiles(launch, layer.gate.experts), per)
     launch = kernels.launcher_of(products.checks_of(layer.gate)[1], x.dtype, "products")
-    return None if launch is None else products.gated_product(launch, x, layer, indices, per)
+    return None if launch is None else products.gated_product(launch, x, layer, chosen.indices, per)
 
 
-def product(x: mx.array, weights: Weights, indices: mx.array, per: int, ordered: bool = False) -> mx.array | None:
-    """``kernels.expert_product``, or MLX's own unless it wants many pairs in another order.
-
-    ``ordered``: they are in the order of their experts, and ``per`` is 1.
-    """
-    found = kernels.expert_product(x, weights, indices, per)
-    if found is not None or kernels.backend() is None or (indices.shape[0] >= products.SORTED and not ordered):
+def product(x: mx.array, weights: Weights, chosen: Routed, per: int) -> mx.array | None:
+    """``kernels.expert_product``, or MLX's own unless it wants many pairs in another order."""
+    found = kernels.expert_product(x, weights, chosen, per)
+    disordered = chosen.pairs >= products.SORTED and not chosen.ordered
+    if found is not None or kernels.backend() is None or disordered:
         return found
-    return products.by_mlx_routed(x, weights, indices, per)
+    return products.by_mlx_routed(x, weights, chosen.indices, per)
 
 
 def sort_pairs(indices: mx.array, each: int, dtype: mx.Dtype) -> Order | None:

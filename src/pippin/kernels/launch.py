@@ -120,7 +120,7 @@ def _text(path: str) -> str:
 
 
 # The modules that say how launches are cut.
-_CUTTING = ("paged", "latent", "fused", "products", "packing", "select", "drawing", "routed")
+_CUTTING = ("paged", "latent", "fused", "products", "packing", "select", "drawing", "routed", "grouped")
 
 
 def dialect_digest(dialect: str) -> str:

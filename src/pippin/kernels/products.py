@@ -42,7 +42,7 @@ MOST_PAIRS = 2048
 MOST_VECTORS = 16
 # Rows, or pairs of a row and its expert, for which ways are compared; what lies between goes by the next of them.
 ROWS = (1, 8, 32, 128, 512, 2048)
-PAIRS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PAIRS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 # Up to so many are steps of decodes, which are measured first.
 MOST_DECODES = 256
 # Numbers of a matrix up to which it may be made whole for a measurement: half a GiB.
@@ -122,10 +122,10 @@ def product(launch: Launcher, x: mx.array, weights: Weights, indices: mx.array |
         (kind, weights.bits, weights.group or weights.width),
         dtype,
     )
-    return launch(what, [x, *_words(weights, dtype), nothing(mx.int32) if indices is None else indices])[0]
+    return launch(what, [x, *words(weights, dtype), nothing(mx.int32) if indices is None else indices])[0]
 
 
-def _words(weights: Weights, dtype: mx.Dtype) -> list[mx.array]:
+def words(weights: Weights, dtype: mx.Dtype) -> list[mx.array]:
     """Codes, scales and biases; something where there are none."""
     none = nothing(dtype)
     return [weights.w, *(none if a is None else a for a in (weights.scales, weights.biases))]
@@ -157,7 +157,7 @@ def gated_product(launch: Launcher, x: mx.array, layer: Gated, indices: mx.array
         dtype,
         (layer.biases is not None, layer.form.clipped),
     )
-    inputs = [x, *_words(weights, dtype), indices, *_words(layer.up, dtype), *(layer.biases or (none, none))]
+    inputs = [x, *words(weights, dtype), indices, *words(layer.up, dtype), *(layer.biases or (none, none))]
     return launch(what, [*inputs, layer.form.params])[0]
 
 
@@ -299,16 +299,23 @@ def record(launch: Launcher, weights: Weights, dtype: mx.Dtype, rows: int) -> No
 
 
 def _routed_ways(launch: Launcher, weights: Weights, dtype: mx.Dtype, pairs: int) -> dict[str, Callable[[], mx.array]]:
-    x = _random_rows(pairs, weights, dtype)
-    indices = mx.random.randint(0, weights.experts, (pairs,), mx.int32, key=mx.random.key(1))
+    x, indices = random_pairs(weights, dtype, pairs)
     order = mx.argsort(indices).astype(mx.int32)
     ordered = indices[order]
-    mx.eval(indices, order, ordered)
+    mx.eval(order, ordered)
 
     def by_mlx() -> mx.array:  # many pairs it wants in order, and somebody must put them into that
         return by_mlx_routed(x[order], weights, ordered) if pairs >= SORTED else by_mlx_routed(x, weights, indices)
 
-    return {"kernel": lambda: product(launch, x, weights, indices), "mlx": by_mlx}
+    found = {"kernel": lambda: product(launch, x, weights, indices)} if pairs <= MOST_PAIRS else {}
+    return found | {"mlx": by_mlx}
+
+
+def random_pairs(weights: Weights, dtype: mx.Dtype, pairs: int) -> tuple[mx.array, mx.array]:
+    """Rows [P, K], and the experts [P] int32 that they go to."""
+    indices = mx.random.randint(0, weights.experts, (pairs,), mx.int32, key=mx.random.key(1))
+    mx.eval(indices)
+    return _random_rows(pairs, weights, dtype), indices
 
 
 def _random_rows(count: int, weights: Weights, dtype: mx.Dtype) -> mx.array:

@@ -23,7 +23,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 
 from pippin import kernels
 from pippin.errors import ModelError
-from pippin.kernels import Pairs, cpu, experts
+from pippin.kernels import Pairs, Routed, cpu, experts
 from pippin.kernels.turns import rotating
 from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_gelu, joined_swiglu, settled
 from pippin.models.routing import Said, open_to_routing, routing
@@ -336,30 +336,30 @@ class _Routing(nn.Module):  # type: ignore[misc]  # mlx.nn has no types
     def _said(self, x: mx.array, chosen: mx.array) -> Pairs | None:
         each, indices = chosen.shape[-1], chosen.reshape(-1).astype(mx.int32)
         rows, bias = x.reshape(-1, x.shape[-1]), self.down_proj.get("bias")
-        y = self._multiplied(rows, indices, each)
+        y = self._multiplied(rows, Routed(indices), each)
         if y is not None:
             return Pairs(y, indices, bias)
         order = experts.sort_pairs(indices, each, x.dtype)
-        y = None if order is None else self._multiplied(rows[order.rows], order.experts, 1, ordered=True)
+        y = None if order is None else self._multiplied(rows[order.rows], Routed(order.experts, ordered=True), 1)
         return None if y is None or order is None else Pairs(y, indices, bias, order.places)
 
-    def _multiplied(self, x: mx.array, indices: mx.array, each: int, ordered: bool = False) -> mx.array | None:
+    def _multiplied(self, x: mx.array, routed: Routed, each: int) -> mx.array | None:
         """What the experts' last product makes of x, but for its bias; None where MLX wants another order."""
-        inner = self._gated(x, indices, each, ordered)
-        weights = weights_of(self.down_proj)
-        return None if inner is None else experts.product(inner, weights, indices, 1, ordered)
+        inner = self._gated(x, routed, each)
+        return None if inner is None else experts.product(inner, weights_of(self.down_proj), routed, 1)
 
-    def _gated(self, x: mx.array, indices: mx.array, each: int, ordered: bool) -> mx.array | None:
+    def _gated(self, x: mx.array, routed: Routed, each: int) -> mx.array | None:
         """What the experts' last product takes."""
         layers, form = (self.gate_proj, self.up_proj), gate_of(self.activation)
         gate, up = (weights_of(layer) for layer in layers)
         biases = tuple(layer["bias"] for layer in layers if "bias" in layer)
         if form is not None and gate.like(up) and len(biases) in (0, 2):
-            made = experts.gated_product(x, kernels.Gated(gate, up, biases or None, form), indices, each)
+            made = experts.gated_product(x, kernels.Gated(gate, up, biases or None, form), routed, each)
             if made is not None:
                 return made
-        found = [experts.product(x, weights, indices, each, ordered) for weights in (gate, up)]
-        pairs = [Pairs(y, indices, layer.get("bias")) for y, layer in zip(found, layers, strict=True) if y is not None]
+        found = [experts.product(x, weights, routed, each) for weights in (gate, up)]
+        both, of = zip(found, layers, strict=True), routed.indices
+        pairs = [Pairs(y, of, layer.get("bias")) for y, layer in both if y is not None]
         if len(pairs) < 2:
             return None
         made = None if form is None else experts.expert_gate(pairs[0], pairs[1], form)
