@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from pippin import kernels
-from pippin.kernels import contest, products
+from pippin.kernels import contest, grouped, products
 from pippin.kernels.build.prebuilt import BuiltCuda, Recorded
 from pippin.kernels.contest import Contests, Way, queued
 from pippin.kernels.launch import Launch
@@ -175,14 +175,18 @@ def test_kernels_that_are_compared_are_compiled_together(gpu: Gpu, monkeypatch: 
     monkeypatch.setattr(kernels, "gpu_launcher", lambda platform, stream=None: launch)
     winning(monkeypatch, lambda key, ways: next(iter(ways)))
     kernels.verify(mx.bfloat16, "products")
-    assert "gated_mma" in launch.prepared
+    kernels.verify(mx.bfloat16, "tiles")
+    assert {"gated_mma", "grouped_gated_mma"} <= set(launch.prepared)
     gpu.launched.clear()
     launch.prepared.clear()
     found = [weights("mxfp4", 6), weights("affine-4")]
     kernels.measure_products(found, mx.bfloat16)
     assert gpu.launched == []
     rows = [size for size in products.ROWS if size <= 2 * products.MOST_ROWS]
-    assert Counter(launch.prepared) == {"expert_mma": len(products.PAIRS), "rows_mma": len(rows)}
+    pairs = [size for size in products.PAIRS if size <= products.MOST_PAIRS]
+    tiles = [size for size in products.PAIRS if size >= grouped.LEAST_PAIRS]
+    by_tiles = {"expert_tiles": len(tiles), "grouped_mma": len(tiles)}
+    assert Counter(launch.prepared) == {"expert_mma": len(pairs), "rows_mma": len(rows)} | by_tiles
     launch.prepared.clear()
     kernels.measure_products(found, mx.bfloat16)
     assert launch.prepared == [], "what is known needs nothing"

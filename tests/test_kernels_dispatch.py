@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from pippin import kernels
 from pippin.kernels import checks, contest, paged, reference
+from pippin.kernels.checking import KernelName
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.launch import Launch, Launcher
+from pippin.kernels.product_checks import PRODUCT_CHECKS, TILES_CHECKS
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
 
@@ -283,7 +285,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault(gpu: Gpu, tmp_path: Path) ->
         ("paged_extend", "lengths[first_row + r] : 0", "stop : 0"),
     ],
 )
-def test_each_check_finds_its_fault(check: checks.KernelName, line: str, planted: str) -> None:
+def test_each_check_finds_its_fault(check: KernelName, line: str, planted: str) -> None:
     def edited(text: str) -> str:
         return text.replace(line, planted)
 
@@ -294,10 +296,10 @@ def test_each_check_finds_its_fault(check: checks.KernelName, line: str, planted
 
 
 @needs_compiler
-@pytest.mark.parametrize("check", [*checks.CHECKS, *checks.PRODUCT_CHECKS])
+@pytest.mark.parametrize("check", [*checks.CHECKS, *PRODUCT_CHECKS, *TILES_CHECKS])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_matrix_products_pass_each_check(check: checks.KernelName, dtype: mx.Dtype) -> None:
-    assert {**checks.CHECKS, **checks.PRODUCT_CHECKS}[check](host_launcher(), dtype, paged.Tuning(matrix=True))
+def test_matrix_products_pass_each_check(check: KernelName, dtype: mx.Dtype) -> None:
+    assert {**checks.CHECKS, **PRODUCT_CHECKS, **TILES_CHECKS}[check](host_launcher(), dtype, paged.Tuning(matrix=True))
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from pippin.kernels import drawing, fused, latent, paged, products, routed, select
+from pippin.kernels import drawing, fused, grouped, latent, paged, products, routed, select
 from pippin.kernels.build.prebuilt import Recorded
 from pippin.kernels.build.shapes import ModelShape
 from pippin.kernels.form import Form
@@ -197,9 +197,20 @@ def _record_products(record: Launcher, shape: ModelShape) -> None:
             indices = mx.zeros(pairs, dtype=mx.int32)
             products.product(record, x, weights, indices, per)
             if per > 1 and not products.are_vectors(weights, pairs):
-                bias = _bias(shape, n)
-                biases = None if bias is None else (bias, bias)
-                products.gated_product(record, x, Gated(weights, weights, biases, _gate(shape)), indices, per)
+                products.gated_product(record, x, _gated(shape, weights), indices, per)
+        for rows in (64, 128) if weights is not None else ():
+            assert weights is not None
+            tiles = grouped.tiles(record, mx.zeros(8, dtype=mx.int32), weights.experts, rows)
+            x = mx.zeros((8, k), dtype=shape.dtype)
+            grouped.product(record, x, weights, tiles, per)
+            if per > 1:
+                grouped.gated_product(record, x, _gated(shape, weights), tiles, per)
+
+
+def _gated(shape: ModelShape, weights: Weights) -> Gated:
+    """A gate with what it gates, and their biases where the model has them."""
+    bias = _bias(shape, weights.rows)
+    return Gated(weights, weights, None if bias is None else (bias, bias), _gate(shape))
 
 
 def _matrices(shape: ModelShape) -> Iterator[tuple[int, int]]:
