@@ -30,6 +30,7 @@ MODELS = Path(__file__).parents[1] / "docs" / "models.md"
         ("gemma2", {}),
         ("deepseek_v3", {}),
         ("gpt_oss", {"max_total_tokens": 500}),
+        ("gpt_oss", {"max_total_tokens": 500, "max_running_requests": 3, "chunked_prefill_size": 32}),
         ("qwen3_next", {"max_running_requests": 3, "max_mamba_cache_size": 5}),
     ],
 )
@@ -40,6 +41,7 @@ def test_the_estimate_is_what_loading_finds(tmp_path: Path, family: str, options
     assert found.plan.weight_bytes == info.weight_bytes
     assert found.plan.slots == info.max_total_tokens
     assert found.plan.pool_bytes == info.pool_bytes
+    assert (found.plan.window_slots, found.plan.reach) == (info.window_slots, info.window)
     assert found.plan.state_bytes + found.plan.snapshot_bytes == info.state_bytes
     assert found.context_length == info.context_length
     assert found.max_running == info.max_running_requests

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pippin.attention import backends_to_try
@@ -18,6 +18,7 @@ from pippin.config import EngineConfig
 from pippin.core import EngineCore
 from pippin.errors import ConfigError, ModelError
 from pippin.memory import MemoryPlan, plan_memory
+from pippin.planner import HEADROOM
 from pippin.probe import Choice
 from pippin.types import CacheMiss, Request
 from tests.checkpoints import WINDOW, make_checkpoint
@@ -158,6 +159,102 @@ def test_no_more_run_than_there_are_windows_for() -> None:
     assert loop.scheduler.stats().retractions == 0
 
 
+def most_at_a_time(loop: Loop) -> int:
+    """Runs all requests; how many ran together at the most, each of whom stayed until its end."""
+    most = 0
+    while loop.scheduler.has_work:
+        loop.step()
+        most = max(most, loop.scheduler.stats().num_running)
+    assert loop.scheduler.stats().retractions == 0
+    return most
+
+
+def test_a_chunk_is_not_set_aside_that_nobody_computes() -> None:
+    """gpt-oss' windows and chunks of 8192: 32 prompts fill one step, and then need no more than their windows."""
+    pages = least_pages(128, 16, 8192, 8)
+    loop = Loop(page=16, num_pages=1317, chunk=8192, max_running=32, window=(128, pages - span(128, 16)))
+    for i in range(32):
+        loop.add([i % 3, *[3 + i] * 255], endless(101))
+    assert most_at_a_time(loop) == 32
+    assert [len(batch.works) for batch in loop.batches] == [32] * 101
+
+
+def test_a_long_prompt_moves_on_beside_short_ones_that_come_and_go() -> None:
+    """It is cut to what windows leave, at least half a chunk, and newcomers take none of that."""
+    loop = Loop(num_pages=4000, chunk=64, max_running=16, window=(8, 100), cache=False)
+    for i in range(9):
+        loop.add([i] * 20, endless(12))
+    loop.step()
+    long = loop.add([12] * 1000, endless(4))
+    for i in range(60):
+        loop.add([i] * 20, endless(12))
+    begun = False
+    while long.computed < 1000 and loop.scheduler.has_work:
+        batch = loop.step()
+        work = next((w for w in batch.works if w.request is long), None) if batch is not None else None
+        assert not begun or (work is not None and work.end - work.start >= min(32, 1000 - work.start))
+        begun = begun or work is not None
+    assert most_at_a_time(loop) > 4
+    assert long.finish is not None
+
+
+def test_prompts_that_go_first_leave_others_the_windows_they_grow_to() -> None:
+    """Six that come to 20 tokens, two windows of 40, and 10 for both prompts' chunks, which are of 16."""
+    loop = Loop(num_pages=9000, chunk=16, max_running=8, window=(40, 6 * 20 + 2 * 40 + 10 - 40), cache=False)
+    for i in range(6):
+        loop.add([i], endless(20))
+    loop.step()
+    for i in range(2):
+        loop.add([7 + i] * 600, priority=1)
+    assert most_at_a_time(loop) == 8
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_windows_that_have_grown_beyond_the_pool_leave_each_prompt_a_next_token(page: int) -> None:
+    loop = Loop(page=page, num_pages=4000, chunk=16, max_running=16, window=(40, 60), cache=False)
+    for i in range(12):
+        loop.add([i], endless(60))
+    loop.add([12] * 300)
+    while loop.scheduler.has_work:
+        loop.step()
+        running, windows = loop.scheduler.runs.running, windows_of(loop)
+        windows.advance(running)
+        for request in running:
+            claim = -(-(request.computed + 1) // page)
+            assert request.computed < windows.ahead(request, claim, -100) <= request.computed + page
+    assert loop.scheduler.stats().retractions > 0
+
+
+@settings(max_examples=20)
+@example(page=4, reach=16, chunk=200, more=60, length=60, drawn=30)
+@example(page=1, reach=8, chunk=40, more=32, length=2, drawn=12)
+@given(
+    page=st.sampled_from([1, 4, 16]),
+    reach=st.integers(2, 70),
+    chunk=st.sampled_from([8, 40, 200]),
+    more=st.integers(2, 60),
+    length=st.integers(2, 150),
+    drawn=st.integers(2, 40),
+)
+def test_as_many_run_as_there_are_windows_for(
+    page: int, reach: int, chunk: int, more: int, length: int, drawn: int
+) -> None:
+    """As many as are said to, if they draw for long enough; no one makes room where none outgrows what he claimed."""
+    loop = Loop(page=page, num_pages=3000, chunk=chunk, max_running=12, window=(reach, more), cache=False)
+    for i in range(12):
+        loop.add([i] * length, endless(drawn))
+    windows = windows_of(loop)
+    said = min(12, streams(windows.num_pages * page, reach, page, chunk, length + drawn - 1))
+    most = 0
+    while loop.scheduler.has_work:
+        loop.step()
+        most = max(most, loop.scheduler.stats().num_running)
+    if drawn > 12 * (1 + 2 * length // chunk):
+        assert most >= said
+    if drawn <= HEADROOM:
+        assert loop.scheduler.stats().retractions == 0
+
+
 # --- the memory plan ---
 
 FULL, PART = LayerShape(8, 64, 64, mx.bfloat16), LayerShape(8, 64, 64, mx.bfloat16, window=128)
@@ -213,6 +310,23 @@ def test_both_pools_stay_within_the_budget(
         assert not found.reach
     if ratio is not None and found.window_slots:
         assert found.window_slots <= max(ratio * found.slots, least_pages(reach, 16, 1) * 16)
+
+
+def test_memory_that_is_left_goes_to_the_windows_of_all_that_may_run() -> None:
+    layers = [PART, FULL] * 12
+    most = least_pages(128, 16, 1024, 32)
+    found = plan(layers, 32768, max_total_tokens=20000, max_running_requests=32)
+    assert found.window_slots == most * 16 > 20000 / 6
+    assert streams(found.window_slots, 128, 16, 2048, 32768) == 32
+    assert plan(layers, 32768, max_total_tokens=8000).window_slots == 8000 // 32 * 16, "half as many as others"
+    base = plan(layers, 32768, max_total_tokens=20000, swa_full_tokens_ratio=1 / 6)
+    assert base.window_slots == 20000 // 6 // 16 * 16, "as asked for"
+    more, taken = found.pool_bytes - base.pool_bytes, found.total_bytes - found.pool_bytes + base.pool_bytes
+    for spare, eased in ((2 * more + 100, True), (2 * more - 100, False)):
+        tight = plan(layers, 32768, int((taken + spare) / 0.8), max_total_tokens=20000, max_running_requests=32)
+        assert tight.slots == 20000
+        assert tight.window_slots == (found if eased else base).window_slots
+        assert tight.total_bytes <= tight.budget_bytes
 
 
 def test_only_windows_that_are_shorter_than_the_context_count() -> None:

@@ -74,7 +74,7 @@ class EngineConfig:
     swa_full_tokens_ratio: float | None = option(
         None,
         "Slots of layers with a sliding window, as a share of those of all others. If left out a sixth, but "
-        "enough for eight requests and a long prompt's chunk, and no more than --max-running-requests can use.",
+        "enough for eight requests and a long prompt's chunk; where memory is left, for --max-running-requests.",
     )
     disable_hybrid_swa_memory: bool = option(
         False, "Keep as many slots in layers with a sliding window as in all others."

@@ -39,6 +39,10 @@ _CPU_SNAPSHOTS = 128
 # Slots of windowed layers, as a share of all others', where none is asked for; but whole windows of so many requests.
 _WINDOW_SHARE = 1 / 6
 _WINDOW_STREAMS = 8
+# Where memory is left that nobody else has use for, windowed layers may have so large a share of it, until all that may
+# run find their windows; but not so many slots that the pool of all others isn't at least twice as large.
+_WINDOW_SPARE = 1 / 2
+_WINDOW_MOST = 1 / 2
 _SPARE_BYTES = 256 << 20
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -218,6 +222,7 @@ def plan_memory(
             f"{others} leave no room for KV slots in {_gb(budget)}; use --quantization, a smaller "
             "--chunked-prefill-size or --context-length, or a larger --mem-fraction-static"
         )
+    sizes = sizes.eased(slots, left)
     return MemoryPlan(
         device,
         budget,
@@ -239,7 +244,8 @@ def plan_memory(
 class _PoolSizes:
     """Bytes of a slot: ``full`` in layers that see everything, ``part`` in windowed ones that have slots of their own.
 
-    Of these there are a ``ratio`` of the others, but at least ``least`` and at most ``most``.
+    Of these there are a ``ratio`` of the others, but at least ``least`` and at most ``most``. ``whole`` are what
+    all that may run find their windows in, if there is memory for it.
     """
 
     page: int
@@ -249,6 +255,7 @@ class _PoolSizes:
     ratio: float = 1.0
     least: int = 0
     most: int = 0
+    whole: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, layout: CacheLayout, context: int, running: int, chunk: int) -> _PoolSizes:
@@ -263,7 +270,15 @@ class _PoolSizes:
         few = least_pages(reach, page, chunk, min(running, _WINDOW_STREAMS)) * page
         # Nobody ever needs more: each running request's window, as much of ends that are kept, and a step.
         most = least_pages(reach, page, chunk, 2 * running) * page
-        return cls(page, every - part, part, reach, _WINDOW_SHARE, few, most)
+        whole = least_pages(reach, page, chunk // 2, running) * page
+        return cls(page, every - part, part, reach, _WINDOW_SHARE, few, most, whole)
+
+    def eased(self, slots: int, left: int) -> _PoolSizes:
+        """With more for windowed layers beside so many ``slots``, where ``left`` bytes have room for it."""
+        wanted = min(self.whole, int(slots * _WINDOW_MOST) // self.page * self.page)
+        found = replace(self, least=max(self.least, wanted))
+        spare = left - self.nbytes(slots)
+        return found if found.nbytes(slots) - self.nbytes(slots) <= spare * _WINDOW_SPARE else self
 
     def window_slots(self, slots: int) -> int:
         """Slots of windowed layers beside so many of all others, without scratch pages; 0: they share the others'."""

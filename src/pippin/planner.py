@@ -49,6 +49,7 @@ class Planner:
         self._chunk, self._policy = chunk, policy
         self._lpm_turn = 0
         self._blocked: tuple[Request, int, int] | None = None  # for whom there was no room, with which tree, prefix
+        self._spare: int | None = None  # pages that no one takes in this step; None: to be counted
 
     def plan(self) -> Batch | None:
         """The next step, or None if no one can run before a step in flight is read.
@@ -58,6 +59,7 @@ class Planner:
         """
         plan: dict[Request, int] = {}  # where each request's Work starts; it ends at request.computed
         self._holdings.plan(self._runs.running)
+        self._spare = None
         if self._suspects and self._alone(min(self._suspects, key=rank), plan):
             return self._batch(plan)
         before = self._runs.retractions
@@ -162,6 +164,7 @@ class Planner:
         self._blocked = None
         request.entered = time.monotonic() if request.entered is None else request.entered
         self._runs.enter(request, found)
+        self._spend(self._takes(request))
         return True
 
     def _is_blocked(self, request: Request, claimed: int) -> bool:
@@ -175,12 +178,26 @@ class Planner:
         """Whether a waiting request's window finds room beside those that run; alone it makes do with what there is."""
         if self._windows is None or not self._runs.running:
             return True
-        return self._windows.admits(map(self._claim, (*self._runs.running, request)), self._chunk)
+        return self._windows.begins_with(self._claim(request), self._chunk) <= self._left_by_windows()
+
+    def _left_by_windows(self) -> int:
+        """Pages of windowed layers that a step's prompts may have beside what all that run take."""
+        if self._windows is not None and self._spare is None:
+            self._spare = self._windows.num_pages - sum(map(self._takes, self._runs.running))
+        return self._spare or 0
+
+    def _takes(self, request: Request) -> int:
+        return self._windows.takes(request, self._claim(request)) if self._windows is not None else 0
+
+    def _spend(self, pages: int) -> None:
+        if self._spare is not None:
+            self._spare -= pages
 
     def _compute(self, request: Request, budget: int, plan: dict[Request, int]) -> int:
         """Plans up to ``budget`` more tokens of a request, as far as pages go; returns how many."""
         self._runs.at = request
         prefill = _is_prefill(request)
+        spare, before = (self._left_by_windows(), self._takes(request)) if prefill else (0, 0)
         if prefill and request not in plan:
             self._holdings.rematch(request)
         elif prefill and self._holdings.is_known(request):
@@ -191,7 +208,11 @@ class Planner:
         end = min(request.length, begin + budget)
         if request.scored < request.num_prompt and request.params.prompt_logprobs:
             end = min(end, plan.get(request, begin) + _SCORED_CHUNK)
+        if prefill and self._windows is not None:  # others are to find their windows beside it
+            left = spare + before - self._takes(request)
+            end = min(end, self._windows.ahead(request, self._claim(request), left))
         end = self._holdings.reach(request, self._holdings.boundary(request, begin, end) if prefill else end)
+        self._spend(self._takes(request) - before if prefill else 0)
         if end <= begin:
             return 0
         plan.setdefault(request, begin)

@@ -69,22 +69,27 @@ def span(reach: int, page_size: int) -> int:
     return -(-(reach - 1) // page_size) + 1
 
 
+def begins_with(pages: int, reach: int, page_size: int, chunk: int) -> int:
+    """Pages with which a request of so many ``pages`` begins beside others, in steps of up to ``chunk`` prompt tokens.
+
+    That is its window and half a chunk, which is what prompts in progress get while others wait; or all of it.
+    """
+    return min(pages, least_pages(reach, page_size, chunk // 2))
+
+
 def streams(window_slots: int, reach: int, page_size: int, chunk: int, length: int) -> int:
     """Requests of ``length`` tokens that may run at a time, by their windows: one, if no more.
 
-    A step's prompts beside them take up to ``chunk`` tokens more than their windows.
+    The last one begins where all others have whole windows.
     """
-    each = min(-(-length // page_size), span(reach, page_size))
-    return max(1, (window_slots // page_size - _ahead(chunk, page_size)) // each)
+    pages = -(-length // page_size)
+    others = window_slots // page_size - begins_with(pages, reach, page_size, chunk)
+    return 1 + max(0, others) // min(pages, span(reach, page_size))
 
 
 def least_pages(reach: int, page_size: int, chunk: int, streams: int = 1) -> int:
     """Pages with which ``streams`` requests run whose windows are full, and compute ``chunk`` tokens in a step."""
-    return streams * span(reach, page_size) + _ahead(chunk, page_size)
-
-
-def _ahead(chunk: int, page_size: int) -> int:
-    return -(-chunk // page_size) + 1
+    return streams * span(reach, page_size) + -(-chunk // page_size) + 1
 
 
 @dataclass(slots=True)
@@ -141,10 +146,23 @@ class WindowPages:
         """Pages that can be had without taking them from a running request."""
         return self._allocator.num_free + len(self._behind) + len(self._ends)
 
-    def admits(self, claims: Iterable[int], chunk: int) -> bool:
-        """Whether requests that hold so many pages each can run together, a step of ``chunk`` prompt tokens too."""
-        most = self.table.span
-        return sum(min(claim, most) for claim in claims) + _ahead(chunk, self._size) <= self.num_pages
+    # --- how many run together, and how much they compute in a step ---
+
+    def begins_with(self, claim: int, chunk: int) -> int:
+        """Pages with which a request of ``claim`` pages may begin beside others; see the function."""
+        return begins_with(claim, self.table.reach, self._size, chunk)
+
+    def takes(self, request: Request, claim: int) -> int:
+        """Pages that are a running request's, of ``claim`` in all: those it holds, or its whole window if that's more.
+
+        So what all others take leaves, a step's prompts may have beside their windows, and no one has to make room.
+        """
+        held = self._held_to(request) - self._spans[request].first
+        return max(min(claim, self.table.span), held)
+
+    def ahead(self, request: Request, claim: int, spare: int) -> int:
+        """Up to which token a request may compute with ``spare`` pages more than it ``takes``: always the next one."""
+        return (self._spans[request].first + self.takes(request, claim) + max(0, spare)) * self._size
 
     # --- pages ---
 
