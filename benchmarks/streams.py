@@ -79,7 +79,8 @@ class Paced(FakeCore):
         return Stats(num_running=len(self.running), steps=self.steps)
 
     def add(self, submit: Submit) -> None:
-        super().add(submit)
+        # Some tokens make a FakeCore fail.
+        super().add(msgspec.structs.replace(submit, tokens=[0] * len(submit.tokens)))
         self.adds.append(time.perf_counter())
         self.unread[submit.id] = len(submit.tokens)
         if submit.params.max_new_tokens == 1:  # the last of a round: what came before is told

@@ -73,6 +73,8 @@ types <- penalties <- sampler <- graph_inputs <- graph <- sampler_graphs <- runn
 pooling <- flight <- runner
 cache <- warmup <- runner
 inputs <- warmup
+types <- pieces <- inputs
+kernels <- pieces
 sampler <- flight <- core
 inputs <- pooling <- runner
 inputs <- models

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from pippin import kernels
+from pippin.pieces import Pieces
 from pippin.probe import Choice, choose_attention
 from pippin.runner import MlxModelRunner
 from pippin.types import Batch, Request, SamplingParams, Work
@@ -76,6 +77,25 @@ def test_several_rows_of_a_sequence_attend_at_once(gpu: Gpu, family: str, page_s
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
     layers = len(choice.shapes)
     # The prefixes but the first chunk's are short too: what is gathered is the last work's alone.
+    assert gpu.launched.count("paged_extend") == 2 * layers
+    assert gpu.launched.count("paged_decode") == layers
+    assert gpu.launched.count("kv_gather") == layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_works_that_are_cut_attend_as_whole_ones(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, family: str, page_size: int
+) -> None:
+    model = tiny(family)
+    choice = choose_attention(model, "rows", VOCAB, fuse=False)
+    want = alone(model, page_size)
+    monkeypatch.setattr(Pieces, "of", staticmethod(lambda several: Pieces(4, planned=True)))
+    gpu.launched.clear()
+    got = logits(model, choice, page_size)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    # Of the fourth work tokens 8 to 23 gather; 3 to 7 go with all others, 24 with the single token.
+    layers = len(choice.shapes)
     assert gpu.launched.count("paged_extend") == 2 * layers
     assert gpu.launched.count("paged_decode") == layers
     assert gpu.launched.count("kv_gather") == layers

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pippin.cache.state import OpenStates
 from pippin.cache.windows import WindowTable
+from pippin.pieces import Pieces
 from pippin.types import Work
 from pippin.uploads import upload
 
@@ -158,19 +159,21 @@ def row_step(
     all works of up to ``several`` tokens another. With ``windows``, the groups of windowed layers begin where the
     window of each work's first token does: positions count from there, which is all the same to a mask.
     """
-    order = sorted(range(len(works)), key=lambda i: _group_key(works[i], several))
-    ordered = [works[i] for i in order]
+    cut = Pieces.of(several if page_size is not None else 1)
+    pieces = cut.cut(works)
+    ordered = [piece for _, piece in pieces]
     lines = np.zeros((5, sum(w.end - w.start for w in works)), np.int32)
-    lasts = dict(zip(order, lay_out(ordered, lines), strict=True))
+    ends = zip(pieces, lay_out(ordered, lines), strict=True)
+    lasts = {i: last for (i, piece), last in ends if piece.end == works[i].end}
     windowed = None
     if windows is not None:
-        groups = _groups(ordered, page_size, several, _Tails(windows))
+        groups = _groups(ordered, page_size, cut, _Tails(windows))
         windowed = Places(upload(windows.slots(lines[4])), tuple(groups))
     return Step(
         tokens=_with_unseen(lines[0], lines[1] * lines[2], last_token)[:, None],
         positions=upload(lines[3]),
         write_slots=upload(lines[4]),
-        groups=tuple(_groups(ordered, page_size, several)),
+        groups=tuple(_groups(ordered, page_size, cut)),
         lasts=tuple(lasts[i] for i in range(len(works))),
         decodes=all(w.decodes for w in works),
         windowed=windowed,
@@ -245,14 +248,8 @@ class _Tails:
 _ALL = _Contexts()
 
 
-def _group_key(work: Work, several: int) -> tuple[int, int]:
-    """Single tokens first, shortest context first, so that neighbours pad little; then works of few; then the rest."""
-    count = work.end - work.start
-    return (0, work.end) if count == 1 else (1 if count <= several else 2, 0)
-
-
-def _groups(works: Sequence[Work], page_size: int | None, several: int, read: _Contexts | _Tails = _ALL) -> list[Group]:
-    """Cuts works, as ``_group_key`` orders them, into runs that can attend together.
+def _groups(works: Sequence[Work], page_size: int | None, cut: Pieces, read: _Contexts | _Tails = _ALL) -> list[Group]:
+    """Cuts works, as ``Pieces.cut`` orders them, into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
     works attend together only where both their rows and their contexts are equal, which needs no mask.
@@ -262,9 +259,11 @@ def _groups(works: Sequence[Work], page_size: int | None, several: int, read: _C
     while at < len(works):
         head = works[at]
         rows, stop = head.end - head.start, at + 1
-        few = page_size is not None and 1 < rows <= several
-        while stop < len(works) and _fits(head, works[stop], page_size is not None, several if few else 0):
+        few = page_size is not None and rows > 1 and cut.are_few(head)
+        while stop < len(works) and _fits(head, works[stop], page_size is not None, cut if few else None):
             stop += 1
+        if rows > 1 and not few:
+            stop = at + cut.together(stop - at)
         counts = [w.end - w.start for w in works[at:stop]]
         group = _group(works[at:stop], first, max(counts), page_size, read)
         groups.append(replace(group, counts=tuple(counts)) if few else group)
@@ -273,9 +272,9 @@ def _groups(works: Sequence[Work], page_size: int | None, several: int, read: _C
     return groups
 
 
-def _fits(head: Work, work: Work, paged: bool, several: int) -> bool:
-    if several:
-        return work.end - work.start <= several
+def _fits(head: Work, work: Work, paged: bool, few: Pieces | None) -> bool:
+    if few is not None:
+        return few.are_few(work)
     if work.end - work.start != head.end - head.start:
         return False
     if head.end - head.start == 1:
