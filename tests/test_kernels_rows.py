@@ -176,7 +176,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "rotation of another length": ("rope_kv_write", "params[2] * cos_of(angle)", "cos_of(angle)"),
     "half of gelu's tanh": ("swiglu", "1.5957691216f", "0.7978845608f"),
     "gate and up exchanged": ("swiglu", "row * 2 * ROW + i]", "(row * 2 + 1) * ROW + i]"),
-    "a part of K left out": ("product", "k += WARPS * STEP", "k += (WARPS + 1) * STEP"),
+    "a part of K left out": ("product", "k += SHARE * STEP", "k += (SHARE + 1) * STEP"),
     "rows of the wrong pair": ("product", "mine[i] / PER", "mine[i] / (PER + 1)"),
     "the next group's scale": ("product", "row * GROUPS + at / GROUP", "row * GROUPS + (at / GROUP + 1) % GROUPS"),
     "the second half's scale": ("product_nvfp4", "u * 8 / GROUP % SCALES", "0"),
@@ -185,8 +185,8 @@ PLANTED: dict[str, tuple[str, str, str]] = {
         "load_words(words, (row * K + at) / EACH)",
         "load_words(words, (row * K) / EACH)",
     ),
-    "nibbles meet others' numbers": ("product_mxfp4", "FAR ? far_pairs(p) : p", "p"),
-    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(bias_words, group) : 0u", "0u"),
+    "nibbles meet others' numbers": ("product_mxfp4", "far_pairs(b[j][m])", "b[j][m]"),
+    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(now.bias[t + h][p]) : 0u", "0u"),
     "warps not waited for": ("product", "      BARRIER();\n      for (int j = tid", "      for (int j = tid"),
 }
 

@@ -163,11 +163,22 @@ def gated_product(launch: Launcher, x: mx.array, layer: Gated, indices: mx.array
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a product is cut: a block has ``warps`` and computes ``columns`` (of 8) by ``rows`` (of 16) at once."""
+    """How a product is cut: ``share`` of a block's ``warps`` compute ``columns`` (even) by ``rows``, both of 8, at once.
+
+    They load ``packs`` of 16 bytes a lane and row for a step: the next step's before this one is multiplied if
+    ``ahead``, the first ones before pairs are counted if ``early``, and all where they are written if ``ordered``.
+    ``ballots``: each warp counts an expert's pairs by itself.
+    """
 
     columns: int
     rows: int
     warps: int
+    share: int
+    packs: int
+    ahead: bool = False
+    early: bool = False
+    ordered: bool = False
+    ballots: bool = False
 
 
 def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
@@ -175,10 +186,11 @@ def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
 
     Four warps keep enough loads in flight, and have less to join than eight; few columns where blocks are few.
     """
-    tiles = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
     few = experts * n // 32 < _FULL
     warps = 8 if few and bits < 16 else 4
-    return Cut(4 if few else 8, tiles, max(1, min(warps, k // (128 if bits == 4 else 64))))
+    warps = max(1, min(warps, k // (128 if bits == 4 else 64)))
+    return Cut(4 if few else 8, tiles, warps, warps, 2 if bits == _DENSE else 1)
 
 
 @lru_cache(maxsize=4096)
@@ -202,6 +214,12 @@ def _launch(
         ("NT", cut.columns),
         ("MT", cut.rows),
         ("WARPS", cut.warps),
+        ("SHARE", cut.share),
+        ("PACKS", cut.packs),
+        ("AHEAD", cut.ahead),
+        ("EARLY", cut.early),
+        ("ORDERED", cut.ordered),
+        ("BALLOTS", cut.ballots),
         ("KIND", kind),
         ("GROUP", group),
         ("PER", per),
@@ -210,7 +228,7 @@ def _launch(
         *(() if gated is None else (("BIASED", gated[0]), ("CLIPPED", gated[1]))),
     )
     source = _GATED if gated is not None else _EXPERTS if routed else _ROWS
-    blocks = -(-columns // (8 * cut.columns)), min(experts, pairs) if routed else 1
+    blocks = -(-columns // (8 * cut.columns * (cut.warps // cut.share))), min(experts, pairs) if routed else 1
     return Launch(source, constants, blocks, 32 * cut.warps, (((pairs, n), dtype),))
 
 

@@ -51,12 +51,20 @@ INLINE Words from_codes(Words packed, int u, unsigned scale, unsigned bias) {
   return x;
 }
 
-// A group's scale in both halves of a word.
-template <typename T, int KIND, typename S>
-INLINE unsigned scale_of(const DEVICE S* scales, size_t group) {
-  if (KIND == AFFINE4 || KIND == AFFINE8) return ((const DEVICE unsigned short*)scales)[group] * 0x10001u;
-  const unsigned code = ((const DEVICE unsigned char*)scales)[group];
-  const float scale = KIND == NVFP4 ? e4m3(code) : float_of(code > 0u ? code << 23 : 0x00400000u);
+// A group's scale, or bias, as it is kept. ORDERED: loaded where it is asked for.
+template <bool ORDERED, int KIND, typename S>
+INLINE unsigned kept_scale(const DEVICE S* scales, size_t group) {
+  const DEVICE unsigned short* pairs = (const DEVICE unsigned short*)scales + group;
+  const DEVICE unsigned char* codes = (const DEVICE unsigned char*)scales + group;
+  if (KIND == AFFINE4 || KIND == AFFINE8) return ORDERED ? fetch(pairs) : *pairs;
+  return ORDERED ? fetch(codes) : *codes;
+}
+
+// The same in both halves of a word.
+template <typename T, int KIND>
+INLINE unsigned scale_of(unsigned kept) {
+  if (KIND == AFFINE4 || KIND == AFFINE8) return kept * 0x10001u;
+  const float scale = KIND == NVFP4 ? e4m3(kept) : float_of(kept > 0u ? kept << 23 : 0x00400000u);
   return two<T>(scale, scale);
 }
 

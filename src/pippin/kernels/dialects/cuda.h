@@ -101,6 +101,34 @@ struct Nibble<__half> {
   static constexpr unsigned BITS = 0x64006400, ONE = 0x3c003c00, MINUS = 0xe400e400;
 };
 
+// Loads that are issued where they are written: ptxas else moves each to where it is used, and few are on their way at
+// once. 16 bytes that no one reads again soon leave what else lies in the L1 cache alone.
+INLINE void fetch_once(const void* p, unsigned (&x)[4]) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "l"(p));
+}
+// 16 bytes that others read too; zeros if there are not `any`.
+INLINE void fetch(const void* p, bool any, unsigned (&x)[4]) {
+  asm volatile("{.reg .pred any; setp.ne.u32 any, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+               "@any ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+               : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2]), "=&r"(x[3])
+               : "l"(p), "r"(unsigned(any)));
+}
+INLINE unsigned fetch(const unsigned char* p) {
+  unsigned x;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+INLINE unsigned fetch(const unsigned short* p) {
+  unsigned short x;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(p));
+  return x;
+}
+
+// The lanes of a warp for which x holds, as bits; all of them call it.
+INLINE unsigned lanes_where(bool x) { return __ballot_sync(0xffffffffu, x); }
+INLINE int bits_in(unsigned x) { return __popc(x); }
 INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 INLINE unsigned shuffle_xor(unsigned x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 

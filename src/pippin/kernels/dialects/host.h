@@ -171,6 +171,25 @@ INLINE unsigned transpose(unsigned x) {
   return y;
 }
 
+INLINE void fetch_once(const void* p, unsigned (&x)[4]) { memcpy(x, p, sizeof x); }
+INLINE void fetch(const void* p, bool any, unsigned (&x)[4]) {
+  memset(x, 0, sizeof x);
+  if (any) memcpy(x, p, sizeof x);
+}
+INLINE unsigned fetch(const unsigned char* p) { return *p; }
+INLINE unsigned fetch(const unsigned short* p) { return *p; }
+
+INLINE unsigned lanes_where(bool x) {
+  fibers[self].words[0] = x;
+  shuffle_xor(0.0f, 0);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; i++) bits |= fibers[self - self % 32 + i].words[0] << i;
+  shuffle_xor(0.0f, 0);
+  return bits;
+}
+
+INLINE int bits_in(unsigned x) { return __builtin_popcount(x); }
+
 template <typename T>
 INLINE unsigned fma_two(unsigned a, unsigned b, unsigned c) {
   unsigned d = 0;

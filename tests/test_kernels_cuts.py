@@ -1,0 +1,78 @@
+"""Other cuts of products than the machine's own: each gives what the reference does, and each fault in it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pippin.kernels import paged, products, reference
+from pippin.kernels.checks import PRODUCT_CHECKS
+from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.products import Cut, Gated
+from pippin.kernels.routed import Pairs
+from tests.planted import assert_found
+from tests.test_kernels_experts import CLIPPED, normal, quantized
+from tests.test_kernels_rows import TOLERANCE, distance
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
+
+# Columns (of 8), rows (of 8), warps, those that share columns, packs; then ahead, early, ordered, ballots.
+CUTS = {
+    "alone": Cut(4, 1, 4, 1, 2, True, True, True, True),
+    "in twos": Cut(2, 1, 4, 2, 4, True, False, True, True),
+    "all together": Cut(4, 3, 2, 2, 1, False, True, False, True),
+    "counted in turns": Cut(2, 1, 2, 1, 1, True, True, True, False),
+}
+
+
+@pytest.fixture
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cut]:
+    chosen = CUTS[request.param]
+    monkeypatch.setattr(products, "cut_of", lambda *_: chosen)
+    products._launch.cache_clear()
+    yield chosen
+    products._launch.cache_clear()
+
+
+@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@pytest.mark.parametrize("form", ["whole", "affine-4", "affine-8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("tokens", "each", "count"), [(40, 2, 4), (2, 3, 9)], ids=["many", "few"])
+def test_products_are_those_of_the_weights(cut: Cut, form: str, tokens: int, each: int, count: int) -> None:
+    dtype, n, k, pairs = mx.bfloat16, 72, 288, tokens * each
+    x = normal(1, tokens, k, dtype=dtype)
+    # Expert 1 has nothing to do, and expert 0 more than a tile of rows if pairs are many.
+    indices = mx.array(np.random.default_rng(2).choice([i for i in range(count) if i != 1], pairs).astype(np.int32))
+    (gate, near), (up, near_up) = (quantized(form, normal(s, count, n, k, dtype=dtype) / k**0.5) for s in (3, 4))
+    biases = normal(5, count, n, dtype=dtype), normal(6, count, n, dtype=dtype)
+    rows = x.astype(mx.float32)[mx.arange(pairs) // each]
+    y, z = ((rows[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for w in (near, near_up))
+    layer = Gated(gate, up, biases, CLIPPED)
+    want = reference.expert_gate(Pairs(y, indices, biases[0]), Pairs(z, indices, biases[1]), CLIPPED)
+    for schedule in (0, 1, 2):
+        assert distance(products.product(host_launcher(schedule), x, gate, indices, each), y) < TOLERANCE[dtype]
+    assert distance(products.gated_product(host_launcher(2), x, layer, indices, each), want) < TOLERANCE[dtype]
+
+
+# In place of garbage, by which the host would write anywhere.
+ANY_PAIR = "for (int i = 0; i < total; i++) mine[i] = larger(mine[i], 0);"
+PLANTED = {
+    "another's pair": ("product", "= from + j * 32;", "= from / 2 + j * 32;"),
+    "pairs not waited for": ("product", "return;\n    BARRIER();", f"return;\n    {ANY_PAIR}"),
+    "the next step twice": ("product", "load(next, k + SHARE * STEP)", "load(next, k)"),
+    "the first step later": ("product", "if (EARLY) load(now, begin)", "if (EARLY) load(now, begin + STEP)"),
+    "another team's columns": ("product", "warp / SHARE * WIDTH + t", "t"),
+    "rows beyond K": ("product", "here[m] && at < K", "here[m]"),
+}
+
+
+@pytest.mark.parametrize("cut", ["alone"], indirect=True)
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_found(cut: Cut, fault: str) -> None:
+    name, line, planted = PLANTED[fault]
+    check, tuning = PRODUCT_CHECKS[name], paged.Tuning(matrix=True)  # type: ignore[index]
+    with mx.stream(mx.cpu):
+        assert check(host_launcher(1), mx.bfloat16, tuning)
+    assert_found(line, planted, lambda launch: check(launch, mx.bfloat16, tuning))
