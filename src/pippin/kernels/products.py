@@ -163,7 +163,7 @@ def gated_product(launch: Launcher, x: mx.array, layer: Gated, indices: mx.array
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a product is cut: ``share`` of a block's ``warps`` compute ``columns`` (even) by ``rows``, both of 8, at once.
+    """How a product is cut: ``share`` of a block's ``warps`` compute ``columns`` (even) by ``rows``, both of 8.
 
     They load ``packs`` of 16 bytes a lane and row for a step: the next step's before this one is multiplied if
     ``ahead``, the first ones before pairs are counted if ``early``, and all where they are written if ``ordered``.
