@@ -18,7 +18,7 @@ from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Choice, Gate, Pairs
 
 # Rows for which a product is cut differently.
-_ROWS = (16, 32, products.MOST_ROWS)
+_ROWS = (8, 16, 32, products.MOST_ROWS)
 
 
 def variants(shape: ModelShape, tunings: Sequence[paged.Tuning]) -> list[Recorded]:
