@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pippin.kernels import paged, products, reference
-from pippin.kernels.checks import PRODUCT_CHECKS
 from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.product_checks import PRODUCT_CHECKS
 from pippin.kernels.products import Cut, Gated
 from pippin.kernels.routed import Pairs
 from tests.planted import assert_found

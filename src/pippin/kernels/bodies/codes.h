@@ -68,4 +68,9 @@ INLINE unsigned scale_of(unsigned kept) {
   return two<T>(scale, scale);
 }
 
+template <typename T, int KIND, typename S>
+INLINE unsigned scale_of(const DEVICE S* scales, size_t group) {
+  return scale_of<T, KIND>(kept_scale<false, KIND>(scales, group));
+}
+
 }  // namespace pippin
