@@ -91,7 +91,7 @@ def rows(core: EngineCore, options: argparse.Namespace) -> Iterator[dict[str, An
     """A row for each spread and each time between requests, both ways."""
     for number, (spread, apart) in enumerate(itertools.product(options.spread, options.apart)):
         for way in ("whole", "cut"):
-            tokens = options.tokens + number  # so that what one row planned is little use to the next
+            tokens = options.tokens + 1 + number  # so that what one row planned is little use to the next
             with uncut() if way == "whole" else nullcontext():
                 found = measure(core, options.requests, tokens, spread, apart / 1000, options.rounds)
             yield {"way": way, "tokens": tokens, "spread": spread, "apart_ms": apart, **found}
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--apart", type=float, nargs="+", default=[0.0, 1.0], help="milliseconds between requests")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    longest = options.tokens + max(options.spread) + len(options.spread) * len(options.apart) + NEW
+    longest = options.tokens + max(options.spread) + 1 + len(options.spread) * len(options.apart) + NEW
     core = make_core(
         make_model(options.shape),
         max_total_tokens=options.requests * (longest + 32) + 1024,
@@ -114,7 +114,8 @@ def main() -> None:
         context_length=max(1024, 2 * longest),
         disable_radix_cache=True,
     )
-    measure(core, options.requests, 60, 3, 0.001, 2)  # what steps of decodes compile, and short prompts
+    for spread, apart in itertools.product(options.spread, options.apart):  # what is compiled, all but plans
+        measure(core, options.requests, options.tokens, spread, apart / 1000, 2)
     with loaded_left_alone():
         for row in rows(core, options):
             print(json.dumps(row), flush=True)

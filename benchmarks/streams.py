@@ -3,8 +3,8 @@
 ``python -m benchmarks.streams``: a server whose engine computes nothing and gives all its streams a token a step, at
 a pace; clients that read and throw away. Printed are microseconds of the HTTP process's processor time a token (its
 own, whoever else runs), its writes and how late tokens come; and of requests that all come at one moment, when the
-engine had the first, the middle and the last of them, and when their clients had a token. ``--profile`` takes py-spy's
-stacks on the way.
+engine had the first, the middle and the last of them, and when their clients had a token. ``--bench`` sends bursts by
+the client that measures servers instead. ``--profile`` takes py-spy's stacks on the way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -28,6 +29,9 @@ from typing import Any
 import msgspec
 
 from benchmarks.servers import Server, cpu_seconds, wait_until_healthy
+from pippin.bench.serving_api import BACKENDS
+from pippin.bench.serving_data import Conversation, Ruler, Turn
+from pippin.bench.serving_load import Run, Target, run_load, session
 from pippin.config import EngineConfig, ServerConfig
 from pippin.messages import Progress, Stats, StepOutput, Submit
 from pippin.server.launch import run
@@ -237,7 +241,6 @@ def measure(server: Server, folder: Path, path: str, count: int, tokens: int, ch
     asyncio.run(load_with(port, [request_of("/v1/completions", "enough", 1)]))
     adds, prompts = json.loads((folder / ADDS).read_text())
     start = min(stream.sent for stream in streams)
-    firsts = sorted(stream.times[0] - start for stream in streams)
     return {
         "path": path,
         "streams": count,
@@ -246,10 +249,48 @@ def measure(server: Server, folder: Path, path: str, count: int, tokens: int, ch
         "http_cpu_us_per_token": round(1e6 * used / (count * tokens), 2),
         "tokens_per_second": round(count * tokens / seconds),
         "reads_per_token": round(sum(len(stream.times) for stream in streams) / (count * tokens), 3),
-        "added_ms": [round(1000 * (adds[i] - start), 1) for i in (0, len(adds) // 2, -1)],
+        "added_ms": spread(adds, start),
         "prompt_tokens_of_steps": prompts[:10],
-        "first_token_ms": [round(1000 * firsts[i], 1) for i in (0, len(firsts) // 2, -1)],
+        "first_token_ms": spread([stream.times[0] for stream in streams], start),
     }
+
+
+def measure_bench(server: Server, folder: Path, count: int, tokens: int, bursts: int) -> dict[str, Any]:
+    """So many bursts by ``pippin bench serving``'s own client, each when the answers of the one before end.
+
+    Of each: when requests were sent, when the engine had them, and when their clients had a token, from the first one's
+    sending on; and the middle one's time to its first token, by its own sending.
+    """
+    rng, ruler = random.Random(0), Ruler()
+    asked = [Conversation((Turn(f"{i}. {ruler.words(rng, 98)}", tokens),)) for i in range(count * bursts)]
+
+    async def load() -> Run:
+        target = Target(server.url, BACKENDS["sglang"])
+        async with session() as http:
+            return await run_load(http, target, asked, [0.0] * len(asked), count)
+
+    answers = sorted(asyncio.run(load()).answers, key=lambda answer: answer.sent)
+    asyncio.run(load_with(int(server.url.rpartition(":")[2]), [request_of("/v1/completions", "enough", 1)]))
+    adds, prompts = json.loads((folder / ADDS).read_text())
+    found: dict[str, Any] = {"streams": count, "prompt_tokens_of_steps": prompts}
+    for i in range(bursts):
+        some, start = answers[count * i :][:count], answers[count * i].sent
+        times = {
+            "sent_ms": [answer.sent for answer in some],
+            "added_ms": adds[count * i :][:count],
+            "first_token_ms": [answer.arrivals[0] for answer in some],
+        }
+        found |= {f"{name}_{i}": spread(values, start) for name, values in times.items()}
+        found[f"median_ttft_ms_{i}"] = round(
+            1000 * statistics.median(answer.arrivals[0] - answer.sent for answer in some), 1
+        )
+    return found
+
+
+def spread(times: Sequence[float], start: float) -> list[float]:
+    """The first, the middle and the last of them, in milliseconds since ``start``."""
+    ordered = sorted(times)
+    return [round(1000 * (ordered[i] - start), 1) for i in (0, len(ordered) // 2, -1)]
 
 
 @contextmanager
@@ -291,6 +332,9 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=1000, help="of each prompt")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--paths", nargs="+", default=PATHS)
+    parser.add_argument(
+        "--bench", type=int, default=0, help="bursts by `pippin bench serving`'s client, in their place"
+    )
     parser.add_argument("--profile", help="a file for py-spy's stacks")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,6 +348,9 @@ def main() -> None:
             size = (options.streams, options.tokens, options.characters)
             measure(server, folder, options.paths[0], options.streams, 5, options.characters)  # everything is loaded
             with profiled(server, options.profile):
+                if options.bench:
+                    print(json.dumps(measure_bench(server, folder, options.streams, options.tokens, options.bench)))
+                    return
                 for path in options.paths:
                     rows = [measure(server, folder, path, *size) for _ in range(options.repeat)]
                     middle = statistics.median(row["http_cpu_us_per_token"] for row in rows)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from pippin.client import EngineClient, Live
@@ -21,6 +21,7 @@ from pippin.config import ServerConfig
 from pippin.messages import Command, Output, Ready, Stats, StepOutput, Submit
 from pippin.server import create_app
 from pippin.server.connection import Connection
+from pippin.server.guard import Guard
 from pippin.server.http import PIECES, EventStream, JsonResponse
 from pippin.server.launch import http_config
 from pippin.server.tally import Tokens
@@ -358,6 +359,69 @@ def test_one_turn_in_a_pass_in_the_order_of_asking(count: int, left: set[int]) -
         before = number
         await one(count)  # alone, it waits for nobody
         assert number == before
+        ticking.cancel()
+
+    run(main())
+
+
+def test_a_turn_that_is_still_held_is_not_asked_for_again() -> None:
+    async def main() -> None:
+        turns = Turns()
+        held = await turns.take()
+        others = [asyncio.create_task(turns.take()) for _ in range(3)]
+        await passes(1)
+        assert await turns.take(held) != held  # it was passed on: behind the others
+        assert all(task.done() for task in others)
+        later = [task.result() for task in others]
+        assert len({held, *later}) == 4
+
+        async def twice() -> tuple[int, int]:
+            turn = await turns.take()
+            return turn, await turns.take(turn)
+
+        pairs = await asyncio.gather(*(twice() for _ in range(4)))
+        assert all(first == second for first, second in pairs)
+
+    run(main())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_requests_of_one_moment_begin_in_turns(whole: bool) -> None:
+    """One begins in each pass, from its head on; one whose body came later gets a turn with that."""
+
+    async def main() -> None:
+        passed, begun, read = 0, list[int](), list[int]()
+
+        async def clock() -> None:
+            nonlocal passed
+            while True:
+                passed += 1
+                await asyncio.sleep(0)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            begun.append(passed)
+            await receive()
+            read.append(passed)
+
+        guard = Guard(app, ServerConfig())
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+        come = asyncio.Event()
+
+        async def body() -> Message:
+            if not whole:
+                await come.wait()
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def sent(message: Message) -> None: ...
+
+        ticking = asyncio.create_task(clock())
+        tasks = [asyncio.create_task(guard(dict(scope), body, sent)) for _ in range(5)]
+        await passes(20)
+        assert len(set(begun)) == len(begun) == 5
+        assert read == (begun if whole else [])
+        come.set()
+        await asyncio.gather(*tasks)
+        assert len(set(read)) == len(read) == 5
         ticking.cancel()
 
     run(main())

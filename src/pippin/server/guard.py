@@ -149,7 +149,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        passage = Passage(scope, receive, send, self._bodies, self._turns)
+        turn = await self._turns.take() if scope["method"] == "POST" else 0
+        passage = Passage(scope, receive, send, self._bodies, self._turns, turn)
         token = request_id.set(passage.id)
         try:
             try:
@@ -174,11 +175,11 @@ class Guard:
 
 
 class Passage:
-    """One request on its way: its body is counted and timed, its answer gets the request's id."""
+    """One request on its way, which begins in ``turn``: its body is counted and timed, its answer gets its id."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, turns: Turns) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies, turns: Turns, turn: int) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._bodies, self._turns = bodies, turns
+        self._bodies, self._turns, self._turn = bodies, turns, turn
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self._began = time.monotonic()
@@ -201,8 +202,8 @@ class Passage:
             self._bodies.take(size, self._size)
             self._size += size
             self._whole = not message.get("more_body", False)
-            if self._whole:  # what it asks for is looked at in its turn
-                await self._turns.take()
+            if self._whole:  # what it asks for is looked at in its turn, another one if it had to be waited for
+                self._turn = await self._turns.take(self._turn)
         return message
 
     async def send(self, message: Message) -> None:
