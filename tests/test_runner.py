@@ -20,6 +20,7 @@ from pippin.attention.padded import Padded
 from pippin.cache.disk import BLOCK
 from pippin.cache.pool import KVPool
 from pippin.config import EngineConfig
+from pippin.flight import check_slots
 from pippin.loading import load_core
 from pippin.probe import choose_attention
 from pippin.runner import MlxModelRunner
@@ -353,3 +354,21 @@ def test_slots_that_are_read_and_written_elsewhere_hold_the_same(
         runner.landing(1)
         with pytest.raises(AssertionError, match="without slots of the pool"):
             runner.write_landed([1, slot], [0], BLOCK - 2)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 300])
+def test_slots_outside_of_the_pool_are_refused_before_a_launch(count: int) -> None:
+    request = Request("r", [1] * (count + 2), count + 2, SamplingParams(), row=1)
+    slots = array("i", [0, *range(1, count + 1), 0])
+    work = Work(request, 1, count + 1, True)
+    request.slots = slots[:]
+    check_slots(work, count + 1)
+    for at in {1, count // 2 + 1, count}:
+        for wrong in (0, -1, count + 1):
+            request.slots = slots[:]
+            request.slots[at] = wrong
+            with pytest.raises(AssertionError, match="without slots of the pool"):
+                check_slots(work, count + 1)
+    request.slots = slots[:count]
+    with pytest.raises(AssertionError, match="without a row or slots"):
+        check_slots(work, count + 1)

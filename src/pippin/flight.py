@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from pippin.masks import RowMasks
 from pippin.pooling import Vectors, read_vectors
@@ -49,6 +50,9 @@ class ModelRunner(Protocol):
     def reset(self) -> None:
         """After a step that failed: forget what is stored and what is queued."""
         ...
+
+
+_MANY = 64  # slots that numpy looks through sooner than Python does
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +161,14 @@ def check_slots(work: Work, num_slots: int) -> None:
     check_range(slots, num_slots, f"{request.id} was scheduled")
 
 
+def _ends(values: npt.NDArray[np.int32]) -> tuple[int, int]:
+    return int(values.min()), int(values.max())
+
+
 def check_range(slots: Sequence[int], num_slots: int, what: str) -> None:
     """Raises AssertionError for slots that the pool doesn't have, or of scratch."""
-    if not 0 < min(slots) <= max(slots) < num_slots:
+    least, most = (min(slots), max(slots)) if len(slots) < _MANY else _ends(np.asarray(slots))
+    if not 0 < least <= most < num_slots:
         raise AssertionError(f"{what} without slots of the pool")
 
 

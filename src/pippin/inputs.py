@@ -311,7 +311,7 @@ def _known_tokens(work: Work) -> Ints:
     """tokens[start:end], 0 where the host has not seen the last one."""
     known = np.zeros(work.end - work.start, np.int32)
     seen = work.request.tokens[work.start : work.end]
-    known[: len(seen)] = seen
+    known[: len(seen)] = np.fromiter(seen, np.int32, len(seen))
     return known
 
 

@@ -34,6 +34,7 @@ from pippin.kernels import storage
 from pippin.landing import Landing
 from pippin.mask_table import MaskTable
 from pippin.models.deferred import Fusions
+from pippin.models.early import LEAST_TOKENS, EarlyQueue
 from pippin.models.lora import AdapterRows, adapter_rows
 from pippin.models.seam import NO_FUSIONS, Seam, active
 from pippin.penalties import TokenCounts
@@ -461,7 +462,8 @@ class MlxModelRunner:
     ) -> tuple[mx.array, mx.array | None]:
         """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows."""
         pooled = mx.array([*kept], dtype=mx.int32) if kept else None
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled, adapted)
+        early = EarlyQueue(step.tokens.size) if self.pool.in_place and step.tokens.size >= LEAST_TOKENS else None
+        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled, adapted, early)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         if step.states is not None and self.pool.states is not None:

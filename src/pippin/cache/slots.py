@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
+
 
 class FreedPages(Protocol):
     """Who is told of pages that are free again."""
@@ -90,9 +92,9 @@ class SlotAllocator:
         size = self.page_size
         if size == 1:
             return array("i", pages)
+        first = np.fromiter(pages, np.int32)[:, None] * size
         slots: array[int] = array("i")
-        for page in pages:
-            slots.extend(range(page * size, page * size + size))
+        slots.frombytes((first + np.arange(size, dtype=np.int32)).tobytes())
         return slots
 
     def pages_of(self, slots: array[int]) -> list[int]:

@@ -172,8 +172,8 @@ class WindowPages:
         got = self._allocator.allocate(len(pages))
         if got is None:
             raise AssertionError(f"no room for {len(pages)} pages in windowed layers")
+        self.table.pages[list(pages)] = got
         for page, mine in zip(pages, got, strict=True):
-            self.table.pages[page] = mine
             self._owners[mine].append(page)
             self._holds[mine] = 1
 

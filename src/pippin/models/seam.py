@@ -26,6 +26,7 @@ from pippin.errors import ModelError
 from pippin.kernels import Pairs, Routed, cpu, experts
 from pippin.kernels.turns import rotating
 from pippin.models.deferred import Attended, Fusions, Part, Residual, deferring, joined_gelu, joined_swiglu, settled
+from pippin.models.early import EarlyQueue
 from pippin.models.routing import Said, open_to_routing, routing
 
 NO_FUSIONS = Fusions()
@@ -49,7 +50,8 @@ class Seam:
     ``owners`` maps the identity of a keys array to the layer that stored it: layers that share another's K and V pass
     that layer's arrays and, some of them, no cache. ``selected`` [n] int32 are the flattened rows for the head.
     ``fusions`` says which values are deferred. ``pooled`` [m] int32 are flattened rows whose hidden states, as the head
-    would get them, are to be kept in ``hidden`` [m, n]. ``adapted`` are adapters' rows, if there are any.
+    would get them, are to be kept in ``hidden`` [m, n]. ``adapted`` are adapters' rows, if there are any. ``early`` is
+    told of each layer's attention, where a forward is begun before all of it is built.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Seam:
         fusions: Fusions = NO_FUSIONS,
         pooled: mx.array | None = None,
         adapted: Adapted | None = None,
+        early: EarlyQueue | None = None,
     ) -> None:
         self.owners: dict[int, tuple[mx.array | Part, LayerAttention]] = {}
         self.selected = selected
@@ -65,6 +68,7 @@ class Seam:
         self.pooled = pooled
         self.hidden: mx.array | None = None
         self.adapted = adapted
+        self.early = early
 
     def own(self, keys: mx.array | Part, layer: LayerAttention) -> None:
         """Claims ``keys``; holds the array too, so that its identity stays its own."""
@@ -166,6 +170,22 @@ def attention(
 ) -> mx.array | Attended:
     """Stands in for mlx-lm's ``scaled_dot_product_attention``, with its arguments."""
     seam = _active.get()
+    out = _attention(seam, queries, keys, values, cache, scale, mask, sinks)
+    if seam is not None and seam.early is not None:
+        seam.early.built(out)
+    return out
+
+
+def _attention(
+    seam: Seam | None,
+    queries: mx.array | Part,
+    keys: mx.array | Part,
+    values: mx.array | Part,
+    cache: object,
+    scale: float,
+    mask: object,
+    sinks: mx.array | None,
+) -> mx.array | Attended:
     owned = seam.owners.get(id(keys)) if seam is not None else None
     if owned is not None:
         return owned[1].attend(queries, scale, mask, sinks)
