@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from random import Random
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pippin.inputs import Group, padded_step, row_step
-from pippin.pieces import Pieces
 from pippin.types import Request, SamplingParams, Work
 
 
@@ -119,92 +115,6 @@ def test_works_of_few_tokens_are_one_group_that_reads_pages(works: list[Work], s
             first, seen = first + count, seen + 1
         assert first == at
     assert (at, seen) == (sum(counts), len(works))
-
-
-@st.composite
-def prompts(draw: st.DrawFn) -> list[Work]:
-    """Chunks of all lengths, some of which have more than their last row asked for."""
-    shapes = draw(
-        st.lists(st.tuples(st.sampled_from([0, 0, 5, 32, 40, 200]), st.integers(1, 300), st.booleans()), min_size=1)
-    )
-    made = [work(i, start, count, False) for i, (start, count, _) in enumerate(shapes)]
-    return [w._replace(logprobs_from=1 if asks else None) for w, (_, _, asks) in zip(made, shapes, strict=True)]
-
-
-FEW = Pieces(8, planned=True)  # so works are cut at multiples of 16, up to a context of 512
-
-
-@given(prompts())
-def test_pieces_are_all_of_each_work_in_few_shapes(works: list[Work]) -> None:
-    pieces = FEW.cut(works)
-    for i, w in enumerate(works):
-        mine = sorted((p for n, p in pieces if n == i), key=lambda p: p.start)
-        assert [p.start for p in mine] == [w.start, *(p.end for p in mine[:-1])]
-        assert mine[-1].end == w.end
-        assert [p.samples for p in mine] == [False] * (len(mine) - 1) + [True]
-        if len(works) > 1 and w.logprobs_from is not None:
-            assert mine == [w]
-        elif w.end <= FEW.farthest:
-            gathers = [p for p in mine if not FEW.are_few(p)]
-            assert len(gathers) <= 1
-            assert all(p.start % FEW.unit == p.end % FEW.unit == 0 for p in gathers)
-    if len(works) == 1:  # whoever asks for more rows than the last counts back from it
-        assert [p for _, p in pieces] == sorted((p for _, p in pieces), key=lambda p: p.start)
-
-
-@given(prompts(), st.sampled_from([1, 4, 16]))
-def test_a_step_of_pieces_holds_each_token_once(works: list[Work], page: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pieces, "of", staticmethod(lambda several: FEW))
-        step = row_step(works, LAST, page, 8)
-    positions, slots = np.asarray(step.positions), np.asarray(step.write_slots)
-    tokens = np.asarray(step.tokens)[:, 0]
-    wanted = sorted(
-        (w.request.slots[p], p, t)
-        for w in works
-        for p, t in zip(range(w.start, w.end), expected_tokens(w), strict=True)
-    )
-    assert sorted(zip(slots.tolist(), positions.tolist(), tokens.tolist(), strict=True)) == wanted
-    for w, last in zip(works, step.lasts, strict=True):
-        assert slots[last] == w.request.slots[w.end - 1]
-        if len(works) == 1 or w.logprobs_from is not None:
-            here = slice(last + 1 - (w.end - w.start), last + 1)
-            assert slots[here].tolist() == list(w.request.slots[w.start : w.end])
-    at = 0
-    for group in step.groups:
-        assert group.tokens.start == at
-        at = group.tokens.stop
-        if group.counts is None and group.rows > 1:
-            assert group.count.bit_count() == 1
-            assert not group.ragged
-    assert at == len(tokens)
-
-
-@given(st.lists(st.integers(2, 256), min_size=1, max_size=64))
-def test_short_prompts_of_all_lengths_attend_in_one_launch(lengths: list[int]) -> None:
-    pieces = Pieces(64, planned=True)
-    works = [work(i, 0, n, False) for i, n in enumerate(lengths)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pieces, "of", staticmethod(lambda several: pieces))
-        (group,) = row_step(works, LAST, 16, 64).groups
-    assert sorted(group.counts or ()) == sorted(lengths)
-
-
-def test_shapes_that_gather_are_few_whatever_comes() -> None:
-    """What 2 000 steps of up to eight prompts of 257 to 2 048 tokens ask of MLX's attention."""
-    random, cut, shapes, before = Random(0), Pieces(64, planned=True), set(), set()
-    for _ in range(2000):
-        works = [work(i, 0, random.randint(257, 2048), False) for i in range(random.randint(1, 8))]
-        before |= {(w.end - w.start, w.end) for w in works}
-        gathers = Counter((p.end - p.start, p.end) for _, p in cut.cut(works) if not cut.are_few(p))
-        shapes |= {(cut.together(n), *shape) for shape, n in gathers.items()}
-    assert len(shapes) < 60 < 1500 < len(before)
-
-
-def test_where_nothing_is_planned_works_stay_whole() -> None:
-    works = [work(0, 0, 300, False), work(1, 7, 100, False), work(2, 0, 3, False)]
-    assert [p for _, p in Pieces(8, planned=False).cut(works)] == [works[2], works[1], works[0]]
-    assert Pieces.of(64) == Pieces(64, planned=False)  # this machine has no GPU, or one that plans nothing
 
 
 def test_single_tokens_are_padded_to_at_most_twice_the_shortest_beyond_256() -> None:
