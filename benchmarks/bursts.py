@@ -109,7 +109,7 @@ def main() -> None:
     longest = options.tokens + max(options.spread) + 1 + len(options.spread) * len(options.apart) + NEW
     core = make_core(
         make_model(options.shape),
-        max_total_tokens=options.requests * (longest + 32) + 1024,
+        max_total_tokens=(options.requests * (longest + 32) + 1024) // 64 * 64,
         max_running_requests=options.requests,
         context_length=max(1024, 2 * longest),
         disable_radix_cache=True,

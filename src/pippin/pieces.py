@@ -24,8 +24,8 @@ _OF_MATRICES = 64
 class Pieces:
     """What attends by page and what gathers; a piece of a work is a Work.
 
-    Works of up to ``several`` tokens attend by page, and single tokens, wherever a kernel does that. The rest holds
-    only where shapes are ``planned``.
+    Works of up to ``several`` tokens attend by page wherever a kernel does that; all else holds only where shapes are
+    ``planned``, which makes twice as many worth it.
     """
 
     several: int
@@ -43,15 +43,15 @@ class Pieces:
 
     @property
     def farthest(self) -> int:
-        """The longest context that works are cut for: behind more, what attends by page takes longer than a plan."""
+        """The longest context that works are cut for: behind more, their ends by page may take longer than a plan."""
         return 64 * self.several
 
     def are_few(self, work: Work) -> bool:
         """Whether it attends by page: a few tokens, or more of them with little to see."""
         rows = work.end - work.start
-        if rows <= self.several or not self.planned:
+        if not self.planned:
             return rows <= self.several
-        return rows * work.end <= (4 * self.several) ** 2 or (rows < self.unit and work.end <= self.farthest)
+        return rows <= self.unit or rows * work.end <= (4 * self.several) ** 2
 
     def cut(self, works: Sequence[Work]) -> list[tuple[int, Work]]:
         """The works, or their pieces, each with its work's number, as they are to lie in the step.
