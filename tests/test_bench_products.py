@@ -17,6 +17,7 @@ def cases() -> list[Case]:
     return [
         *product_cases(launch, mx.bfloat16, 3, 64, 128),
         *expert_cases(launch, mx.bfloat16, 9, 4, 32, 64),
+        *expert_cases(launch, mx.bfloat16, 70, 4, 32, 64, by_tiles=True),
         *layer_cases(launch, mx.bfloat16, 5, 2, 4, 32, 64),
         latent_case(launch, paged.Tuning(), 1, 2, 20, mx.float32, heads=4),
     ]

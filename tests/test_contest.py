@@ -370,3 +370,19 @@ def test_nothing_is_measured_where_there_is_one_way_only(monkeypatch: pytest.Mon
         kernels.measure_products([weights("affine-4")], mx.bfloat16)
     assert held == []
     assert contest.SECONDS <= 5
+
+
+@pytest.mark.parametrize("pairs", [products.SORTED, 4])
+def test_mlx_gets_rows_that_lie_as_their_shape_says(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    """Of an axis that was put in, its product of sorted pairs on a GPU takes a stride for that of rows, which is 1."""
+    given: list[mx.array] = []
+
+    def gather(rows: mx.array, w: mx.array, **options: Any) -> mx.array:
+        given.append(rows)
+        return mx.zeros((rows.shape[0], 1, w.shape[-1]))
+
+    monkeypatch.setattr(mx, "gather_mm", gather)
+    x, indices = mx.ones((pairs, 8)), mx.zeros(pairs, mx.int32)
+    products.by_mlx_routed(x, Weights(mx.ones((2, 4, 8))), indices)
+    mx.eval(given)
+    assert memoryview(given[0]).strides == (32, 32, 4)  # type: ignore[arg-type]

@@ -29,22 +29,22 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the h
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=400), st.sampled_from([64, 128]), st.integers(0, 2))
-def test_tiles_hold_each_pair_once_by_expert_in_order(chosen: list[int], rows: int, schedule: int) -> None:
-    made = grouped.tiles(host_launcher(schedule), mx.array(chosen, mx.int32), 7, rows)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=400), st.integers(0, 2))
+def test_tiles_hold_each_pair_once_by_expert_in_order(chosen: list[int], schedule: int) -> None:
+    made = grouped.tiles(host_launcher(schedule), mx.array(chosen, mx.int32), 7)
     order, table = np.array(made.order).tolist(), np.array(made.table).tolist()
     assert order == sorted(range(len(chosen)), key=lambda i: chosen[i])
-    want = reference.tiles(mx.array(chosen, mx.int32), 7, rows)
+    want = reference.tiles(mx.array(chosen, mx.int32), 7)
     assert mx.array_equal(made.order, want.order)
     assert mx.array_equal(made.table, want.table)
     found: list[tuple[int, int]] = []
     for expert, first, count in table:
-        assert 0 <= count <= rows
+        assert 0 <= count <= grouped.ROWS
         found += [(expert, pair) for pair in order[first : first + count]]
     assert found == [(chosen[pair], pair) for pair in order]
     for expert in range(7):
         counts = [count for e, _, count in table if e == expert and count]
-        assert all(count == rows for count in counts[:-1]), "none but the last is not full"
+        assert all(count == grouped.ROWS for count in counts[:-1]), "none but the last is not full"
 
 
 # (tokens, N, K, experts, pairs a token)
@@ -56,11 +56,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_by_tiles_are_those_of_the_weights(shape: str, dtype: mx.Dtype, form: str, rows: int) -> None:
+def test_products_by_tiles_are_those_of_the_weights(shape: str, dtype: mx.Dtype, form: str) -> None:
     tokens, n, k, count, each = SHAPES[shape]
     x, top = normal(1, tokens, k, dtype=dtype), 1 if shape == "one-expert-has-all" else count
     indices = mx.array(np.random.default_rng(2).integers(0, top, tokens * each).astype(np.int32))
@@ -68,8 +67,8 @@ def test_products_by_tiles_are_those_of_the_weights(shape: str, dtype: mx.Dtype,
     biases = normal(5, count, n, dtype=dtype), normal(6, count, n, dtype=dtype)
     wide = x.astype(mx.float32)[mx.arange(tokens * each) // each]
     y, z = ((wide[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for w in (near, near_up))
-    launch = host_launcher(rows // 64)
-    tiles = grouped.tiles(launch, indices, count, rows)
+    launch = host_launcher(1)
+    tiles = grouped.tiles(launch, indices, count)
     got = grouped.product(launch, x, gate, tiles, each)
     assert got.dtype == dtype
     assert distance(got, y) < TOLERANCE[dtype]
@@ -84,9 +83,9 @@ def test_a_row_is_computed_alike_whoever_is_beside_it() -> None:
     x, w = normal(1, 200, 64, dtype=mx.bfloat16), Weights(normal(2, 3, 24, 64, dtype=mx.bfloat16))
     indices = mx.array(np.random.default_rng(3).integers(0, 3, 200).astype(np.int32))
     launch = host_launcher()
-    whole = grouped.product(launch, x, w, grouped.tiles(launch, indices, 3, 128), 1)
+    whole = grouped.product(launch, x, w, grouped.tiles(launch, indices, 3), 1)
     for part in (slice(0, 1), slice(37, 150)):
-        alone = grouped.product(launch, x[part], w, grouped.tiles(launch, indices[part], 3, 64), 1)
+        alone = grouped.product(launch, x[part], w, grouped.tiles(launch, indices[part], 3), 1)
         assert mx.array_equal(whole[part], alone)
 
 

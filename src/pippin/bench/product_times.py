@@ -9,7 +9,7 @@ from mlx_lm.models.activations import swiglu_oai
 
 from pippin.bench.kernel_checks import launcher
 from pippin.bench.kernel_times import Case, Step
-from pippin.kernels import latent, paged, products, tuning
+from pippin.kernels import grouped, latent, paged, products, tuning
 from pippin.kernels.launch import Launcher
 from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Gate
@@ -27,6 +27,8 @@ def contested_cases(quick: bool) -> Iterator[Case]:
             yield from product_cases(launch, mx.bfloat16, rows)
         for pairs in (64,) if quick else (8, 64, 512):
             yield from expert_cases(launch, mx.bfloat16, pairs)
+        for pairs in (512,) if quick else (4096, 32768):
+            yield from expert_cases(launch, mx.bfloat16, pairs, by_tiles=True)
         for tokens in (32,) if quick else (1, 4, 16, 32, 128):
             yield from layer_cases(launch, mx.bfloat16, tokens)
     for rows, context in latent.SAMPLES:
@@ -45,15 +47,26 @@ def product_cases(launch: Launcher, dtype: mx.Dtype, rows: int, n: int = 12288, 
 
 
 def expert_cases(
-    launch: Launcher, dtype: mx.Dtype, pairs: int, experts: int = 128, n: int = 768, k: int = 2048
+    launch: Launcher,
+    dtype: mx.Dtype,
+    pairs: int,
+    experts: int = 128,
+    n: int = 768,
+    k: int = 2048,
+    by_tiles: bool = False,
 ) -> Iterator[Case]:
-    """Pairs of a row and its expert, by 16-bit and by mxfp4 weights."""
+    """Pairs of a row and its expert, by 16-bit and by mxfp4 weights; many of them by tiles, made each time."""
     whole = mx.random.normal((experts, n, k)).astype(dtype) / k**0.5
     mx.eval(whole)
     for name, weights in (("16-bit", Weights(whole)), ("mxfp4", _in_mxfp4(whole, dtype))):
         shape = f"{pairs} pairs by {experts} of {n} x {k}"
         moved = weights.w.nbytes * min(experts, pairs) // experts + 2 * pairs * (n + k)
-        yield _case(f"expert_mma, {name}", shape, moved, launch, weights, dtype, pairs)
+        if by_tiles:
+            ways = grouped.ways(launch, weights, dtype, pairs) | products.ways(launch, weights, dtype, pairs)
+            ours, theirs = _step(ways["tiles"]), _step(ways["mlx"])
+            yield Case(f"grouped_mma, {name}", shape, moved, mx.zeros(1), ours, theirs, "apart", "apart")
+        else:
+            yield _case(f"expert_mma, {name}", shape, moved, launch, weights, dtype, pairs)
 
 
 def layer_cases(

@@ -25,6 +25,8 @@ GROUPED = Source("grouped_mma", "grouped_mma", _INPUTS, ("out",), (), _HEADERS)
 GATED = Source("grouped_gated_mma", "grouped_mma", _GATED_INPUTS, ("out",), ("GATED",), (*_HEADERS, "gates"))
 
 THREADS = 256
+# An H200 was slower with tiles of 128, which leave registers for one block a processor.
+ROWS = 64
 # Rows of a weight that a block takes at once.
 _COLUMNS = 128
 # Pairs from which on tiles are worth a contest: with fewer, most of a tile is empty.
@@ -36,11 +38,10 @@ _CHECKS: dict[str, TilesCheck] = {"mxfp4": "tiles_mxfp4", "mxfp8": "tiles_mxfp8"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """``order`` [P] int32: pairs by expert. ``table`` [n, 3] int32: tiles (expert, first, count) of up to ``rows``."""
+    """``order`` [P] int32: pairs by expert. ``table`` [n, 3] int32: tiles (expert, first, count) of up to ``ROWS``."""
 
     order: mx.array
     table: mx.array
-    rows: int
 
 
 class Routed:
@@ -70,11 +71,6 @@ def takes(weights: Weights, pairs: int) -> bool:
     return weights.w.ndim == 3 and pairs >= LEAST_PAIRS
 
 
-def rows_of(pairs: int, experts: int) -> int:
-    """Rows of a tile: 128 where most would be full, else 64."""
-    return 128 if pairs >= 96 * experts else 64
-
-
 def check_of(weights: Weights) -> TilesCheck:
     """The check that says whether the kernel is right for such weights."""
     if weights.mode != "affine":
@@ -82,29 +78,28 @@ def check_of(weights: Weights) -> TilesCheck:
     return "tiles_8" if weights.bits == 8 else "tiles"
 
 
-def tiles(launch: Launcher, indices: mx.array, experts: int, rows: int | None = None) -> Tiles:
-    """Of experts ``indices`` [P] int32, in so many rows, or as is best."""
-    rows = rows or rows_of(indices.shape[0], experts)
-    order, table = launch(_tiles_launch(indices.shape[0], experts, rows), [indices])
-    return Tiles(order, table, rows)
+def tiles(launch: Launcher, indices: mx.array, experts: int) -> Tiles:
+    """Of experts ``indices`` [P] int32."""
+    order, table = launch(_tiles_launch(indices.shape[0], experts), [indices])
+    return Tiles(order, table)
 
 
 @lru_cache(maxsize=1024)
-def _tiles_launch(pairs: int, experts: int, rows: int) -> Launch:
-    outputs = ((pairs,), mx.int32), ((pairs // rows + experts, 3), mx.int32)
-    return Launch(TILES, (("ROWS", rows), ("THREADS", THREADS)), (experts, 1), THREADS, outputs)
+def _tiles_launch(pairs: int, experts: int) -> Launch:
+    outputs = ((pairs,), mx.int32), ((pairs // ROWS + experts, 3), mx.int32)
+    return Launch(TILES, (("ROWS", ROWS), ("THREADS", THREADS)), (experts, 1), THREADS, outputs)
 
 
 def product(launch: Launcher, x: mx.array, weights: Weights, tiles: Tiles, per: int) -> mx.array:
     """Row i is row i // per of x [T, K] by the weights of its expert, as ``tiles`` say: [P, N]."""
-    what = _launch(tiles.order.shape[0], tiles.table.shape[0], tiles.rows, per, _form(weights), x.dtype)
+    what = _launch(tiles.order.shape[0], tiles.table.shape[0], per, _form(weights), x.dtype)
     return launch(what, [x, *products.words(weights, x.dtype), tiles.order, tiles.table])[0]
 
 
 def gated_product(launch: Launcher, x: mx.array, layer: Gated, tiles: Tiles, per: int) -> mx.array:
     """The same by the gate and by what it gates, together: [P, N]."""
     none, dtype, kind = nothing(x.dtype), x.dtype, (layer.biases is not None, layer.form.clipped)
-    what = _launch(tiles.order.shape[0], tiles.table.shape[0], tiles.rows, per, _form(layer.gate), dtype, kind)
+    what = _launch(tiles.order.shape[0], tiles.table.shape[0], per, _form(layer.gate), dtype, kind)
     gate, up = (products.words(weights, dtype) for weights in (layer.gate, layer.up))
     inputs = [x, *gate, tiles.order, tiles.table, *up, *(layer.biases or (none, none)), layer.form.params]
     return launch(what, inputs)[0]
@@ -120,7 +115,6 @@ def _form(weights: Weights) -> tuple[int, int, int, int]:
 def _launch(
     pairs: int,
     count: int,
-    rows: int,
     per: int,
     form: tuple[int, int, int, int],
     dtype: mx.Dtype,
@@ -133,7 +127,7 @@ def _launch(
         ("K", k),
         ("KIND", kind),
         ("GROUP", group),
-        ("ROWS", rows),
+        ("ROWS", ROWS),
         ("PER", per),
         *(() if gated is None else (("BIASED", gated[0]), ("CLIPPED", gated[1]))),
     )

@@ -256,7 +256,9 @@ def by_whole(x: mx.array, weights: Weights) -> mx.array:
 
 def by_mlx_routed(x: mx.array, weights: Weights, indices: mx.array, per: int = 1) -> mx.array:
     """MLX's own products of rows x [P / per, K], each by the weights of its experts; as sorted as the indices are."""
-    w, scales, rows, pairs = weights.w, weights.scales, x[:, None], indices.shape[0]
+    w, scales, pairs = weights.w, weights.scales, indices.shape[0]
+    # Not x[:, None]: of an axis that is put in, MLX's product of sorted pairs takes a stride for that of rows.
+    rows = x.reshape(-1, 1, x.shape[-1])
     # MLX wants uint32, and a cast is a launch.
     options: dict[str, Any] = {"rhs_indices": indices.view(mx.uint32), "sorted_indices": pairs >= SORTED}
     if pairs < SORTED:  # otherwise MLX makes them anew for each product; of sorted ones it wants none

@@ -18,7 +18,7 @@ import numpy as np
 from pippin.kernels.drawing import Filters
 from pippin.kernels.form import Form
 from pippin.kernels.fused import Heads
-from pippin.kernels.grouped import Tiles
+from pippin.kernels.grouped import ROWS, Tiles
 from pippin.kernels.packing import Pool
 from pippin.kernels.routed import Choice, Gate, Order, Pairs
 from pippin.kernels.select import Limits
@@ -243,16 +243,16 @@ def said(pairs: Pairs) -> mx.array:
     return replace(pairs, y=pairs.y.astype(mx.float32), bias=bias).in_order()
 
 
-def tiles(indices: mx.array, experts: int, rows: int) -> Tiles:
+def tiles(indices: mx.array, experts: int) -> Tiles:
     """See ``grouped.tiles``."""
-    chosen = np.array(indices)
+    chosen, rows = np.array(indices), ROWS
     starts = np.searchsorted(np.sort(chosen), np.arange(experts + 1))
     table = np.zeros((len(chosen) // rows + experts, 3), np.int32)
     for expert, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
         for at in range(start // rows + expert, end // rows + expert + 1):
             first = start + (at - start // rows - expert) * rows
             table[at] = expert, first, np.clip(end - first, 0, rows)
-    return Tiles(mx.array(np.argsort(chosen, kind="stable").astype(np.int32)), mx.array(table), rows)
+    return Tiles(mx.array(np.argsort(chosen, kind="stable").astype(np.int32)), mx.array(table))
 
 
 def sort_pairs(indices: mx.array, each: int) -> Order:

@@ -198,9 +198,8 @@ def _record_products(record: Launcher, shape: ModelShape) -> None:
             products.product(record, x, weights, indices, per)
             if per > 1 and not products.are_vectors(weights, pairs):
                 products.gated_product(record, x, _gated(shape, weights), indices, per)
-        for rows in (64, 128) if weights is not None else ():
-            assert weights is not None
-            tiles = grouped.tiles(record, mx.zeros(8, dtype=mx.int32), weights.experts, rows)
+        if weights is not None:
+            tiles = grouped.tiles(record, mx.zeros(8, dtype=mx.int32), weights.experts)
             x = mx.zeros((8, k), dtype=shape.dtype)
             grouped.product(record, x, weights, tiles, per)
             if per > 1:
