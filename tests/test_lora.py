@@ -162,9 +162,11 @@ def test_joined_projections_know_of_adapters(
     core = make_core(case.path, lora_paths=case.lora_paths, **options)
     seen: list[tuple[Fusions, bool]] = []
 
-    def counting(selected: mx.array | None, fusions: Fusions, pooled: mx.array | None, adapted: Adapted | None) -> Seam:
+    def counting(
+        selected: mx.array | None, fusions: Fusions, pooled: mx.array | None, adapted: Adapted | None, *more: Any
+    ) -> Seam:
         seen.append((fusions, adapted is not None))
-        return Seam(selected, fusions, pooled, adapted)
+        return Seam(selected, fusions, pooled, adapted, *more)
 
     monkeypatch.setattr("pippin.runner.Seam", counting)
     joined = frozenset({("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")})
