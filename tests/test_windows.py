@@ -260,11 +260,11 @@ def test_as_many_run_as_there_are_windows_for(
 FULL, PART = LayerShape(8, 64, 64, mx.bfloat16), LayerShape(8, 64, 64, mx.bfloat16, window=128)
 
 
-def plan(layers: list[LayerShape], context: int, device: int = 10**11, **options: Any) -> MemoryPlan:
+def plan(layers: list[LayerShape], context: int, device: int = 10**11, gpu: bool = True, **options: Any) -> MemoryPlan:
     config = EngineConfig(**options).with_pages(16)
     choice = Choice(backends_to_try("rows")[0], "", CacheLayout.of(layers))
     parts = {"weight_bytes": 10**9, "activation_bytes": 10**8, "context_length": context, "max_running": 32}
-    return plan_memory(config, choice, **parts, gpu=True, device=device)
+    return plan_memory(config, choice, **parts, gpu=gpu, device=device)
 
 
 def test_gpt_oss_at_32k_keeps_less_than_60_percent_of_its_k_and_v() -> None:
@@ -327,6 +327,13 @@ def test_memory_that_is_left_goes_to_the_windows_of_all_that_may_run() -> None:
         assert tight.slots == 20000
         assert tight.window_slots == (found if eased else base).window_slots
         assert tight.total_bytes <= tight.budget_bytes
+
+
+def test_on_a_cpu_that_nobody_gave_a_size_for_windows_get_no_more() -> None:
+    layers = [LayerShape(8, 64, 64, mx.bfloat16, window=512), FULL]
+    by_default, asked = (plan(layers, 32768, gpu=False, max_total_tokens=n) for n in (None, 32768))
+    assert (by_default.slots, by_default.window_slots) == (32768, 32768 // 6 // 16 * 16)
+    assert (asked.slots, asked.window_slots) == (32768, 16384)
 
 
 def test_only_windows_that_are_shorter_than_the_context_count() -> None:

@@ -202,7 +202,8 @@ def plan_memory(
     fit = sizes.fit(left)
     least = -(-_LEAST_SLOTS // page) * page
     want = min(fit, max(least, -(-max_running * context_length // page) * page))
-    if not gpu and config.mem_fraction_static is None:
+    modest = not gpu and config.mem_fraction_static is None
+    if modest:
         want = min(want, max(_CPU_SLOTS, least))
     if config.max_total_tokens is not None:
         want, least = config.max_total_tokens, page
@@ -222,7 +223,8 @@ def plan_memory(
             f"{others} leave no room for KV slots in {_gb(budget)}; use --quantization, a smaller "
             "--chunked-prefill-size or --context-length, or a larger --mem-fraction-static"
         )
-    sizes = sizes.eased(slots, left)
+    if not modest or config.max_total_tokens is not None:
+        sizes = sizes.eased(slots, left)
     return MemoryPlan(
         device,
         budget,

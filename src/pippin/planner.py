@@ -151,13 +151,13 @@ class Planner:
         ``whole``: only if no more tokens than that are left to compute.
         """
         self._runs.at = request
-        if self._is_blocked(request, claimed):
+        if self._is_blocked(request, claimed) or not self._windows_fit(request):
             return False
         found = self._holdings.find(request)
         cached = len(found.slots)
         wanted = self._claim(request) - self._holdings.pages(cached)
         cut = whole is not None and request.length - cached > whole
-        if wanted + claimed > self._holdings.room or cut or not self._windows_fit(request):
+        if wanted + claimed > self._holdings.room or cut:
             self._holdings.give_back(found)
             self._blocked = request, self._holdings.changes, cached
             return False
