@@ -291,7 +291,7 @@ def test_both_pools_stay_within_the_budget(
     windows: list[int | None], device: int, context: int, ratio: float | None, tokens: int | None
 ) -> None:
     layers = [LayerShape(1, 16, 16, mx.float16, window=w) for w in windows]
-    options = {"max_total_tokens": tokens, "chunked_prefill_size": 64, "swa_full_tokens_ratio": ratio}
+    options: dict[str, Any] = {"max_total_tokens": tokens, "chunked_prefill_size": 64, "swa_full_tokens_ratio": ratio}
     try:
         found = plan(layers, context, device, **options)
     except (ConfigError, ModelError):

@@ -44,6 +44,7 @@ from pippin.replay import Replays
 from pippin.sampler import Sampled, SamplingInputs, SamplingPlan, allow, sample, sampling_inputs
 from pippin.sampler_graphs import SamplerGraphs
 from pippin.types import Batch, Work
+from pippin.uploads import upload, upload_together
 from pippin.warmup import eager_steps, lent_windows, warm_attention
 
 log = logging.getLogger(__name__)
@@ -216,8 +217,8 @@ class MlxModelRunner:
             works, self._vocab_size, pad_to=size, counts=self._token_counts, compiled=sampler is not None
         )
         if rows is None:  # as they are now: who ends before the draws are queued has none any more
-            rows = mx.array([w.request.row for w in works] + [0] * spare, dtype=mx.int32)
-            some = mx.array([*range(len(works))] + [0] * spare, dtype=mx.int32)
+            drawing = [w.request.row for w in works], [*range(len(works))]
+            rows, some = upload_together([np.array(values + [0] * spare, np.int32) for values in drawing])
             logits, tokens = (logits[some], tokens[some]) if spare else (logits[:size], tokens)
         return partial(self._draw, sampler, works, plan, inputs, logits, tokens, rows)
 
@@ -444,7 +445,7 @@ class MlxModelRunner:
             tails.append(logits[len(rows) : len(rows) + len(more)])
             labelled.append(logits[len(rows) + len(more) :][: len(last)])
             states += [hidden] if hidden is not None else []
-            tokens.append(step.tokens.reshape(-1)[mx.array(rows, dtype=mx.int32)])
+            tokens.append(step.tokens.reshape(-1)[upload(np.array(rows, np.int32))])
             first += len(part)
             if len(forwards) > 1 and self.pool.in_place:
                 after = after + 0 * logits[0, :1].astype(mx.int32)  # the next forward writes when this one has read
@@ -463,7 +464,7 @@ class MlxModelRunner:
         """Logits [rows, vocab] of flattened rows, or of the first if there are none; hidden states of ``kept`` rows."""
         pooled = mx.array([*kept], dtype=mx.int32) if kept else None
         early = EarlyQueue(step.tokens.size) if self.pool.in_place and step.tokens.size >= LEAST_TOKENS else None
-        seam = Seam(mx.array([*rows] or [0], dtype=mx.int32), self.fusions, pooled, adapted, early)
+        seam = Seam(upload(np.array([*rows] or [0], np.int32)), self.fusions, pooled, adapted, early)
         with active(seam):
             logits: mx.array = self.model(step.tokens, cache=self.backend.layers(step, self.pool, seam))
         if step.states is not None and self.pool.states is not None:

@@ -63,7 +63,7 @@ def upload(values: npt.NDArray[np.generic]) -> mx.array:
     later is slower too (6.8 µs in place of 1.8 for a layer's rotation), and the host waits 80 µs to write the next. So
     it is written into memory that stays on the host, and copied from there into the GPU's own.
     """
-    if kernels.backend() != "cuda":
+    if kernels.backend() != "cuda" or not values.size:
         return mx.array(values)
     lines = _lines()
     if lines is not None and lines.takes(values):

@@ -15,6 +15,7 @@ from pippin.kernels import Form, Heads, paged_decode, paged_extend, rope_kv_writ
 from pippin.models.deferred import Attended, Part, settled
 from pippin.models.seam import Seam
 from pippin.types import Work
+from pippin.uploads import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class RowLayer:
         if tiles is None:
             most = rows_per_tile(q.shape[1], pools[0].shape[1], pools[0].dtype)
             tiles = self._once(
-                (group.first, "tiles", most), lambda: mx.array(tile_rows(group.counts or (), most, LEAST_INPUT))
+                (group.first, "tiles", most), lambda: upload(tile_rows(group.counts or (), most, LEAST_INPUT))
             )
         lengths, after = self._lengths(group), self._written
         return paged_extend(
