@@ -46,7 +46,7 @@ def chunks(draw: st.DrawFn) -> list[Work]:
 
 @given(chunks())
 def test_pieces_are_all_of_each_work_in_few_shapes(works: list[Work]) -> None:
-    pieces = FEW.cut(works)
+    pieces = FEW.parts(works)
     for i, w in enumerate(works):
         mine = sorted((p for n, p in pieces if n == i), key=lambda p: p.start)
         assert [p.start for p in mine] == [w.start, *(p.end for p in mine[:-1])]
@@ -103,14 +103,14 @@ def test_shapes_that_gather_are_few_whatever_comes() -> None:
     for _ in range(2000):
         works = [work(i, 0, random.randint(257, 2048), False) for i in range(random.randint(1, 8))]
         before |= {(w.end - w.start, w.end) for w in works}
-        gathers = Counter((p.end - p.start, p.end) for _, p in cut.cut(works) if not cut.are_few(p))
+        gathers = Counter((p.end - p.start, p.end) for _, p in cut.parts(works) if not cut.are_few(p))
         shapes |= {(cut.together(n), *shape) for shape, n in gathers.items()}
     assert len(shapes) < 60 < 1500 < len(before)
 
 
 def test_where_nothing_is_planned_works_stay_whole() -> None:
     works = [work(0, 0, 300, False), work(1, 7, 100, False), work(2, 0, 3, False)]
-    assert [p for _, p in Pieces(8, planned=False).cut(works)] == [works[2], works[1], works[0]]
+    assert [p for _, p in Pieces(8, planned=False).parts(works)] == [works[2], works[1], works[0]]
     assert Pieces.of(64) == Pieces(64, planned=False)  # this machine has no GPU, or one that plans nothing
 
 

@@ -156,11 +156,12 @@ def row_step(
     """The step in the rows layout; ``last_token`` [rows] int32 holds what the host has not seen yet.
 
     With ``page_size``, groups name pages, for kernels that read the pool. All single tokens are one group then, and
-    all works of up to ``several`` tokens another. With ``windows``, the groups of windowed layers begin where the
-    window of each work's first token does: positions count from there, which is all the same to a mask.
+    all works of up to ``several`` tokens another; on CUDA works are cut (``Pieces``), and then a work's tokens need not
+    lie one after the other, unless more than its last row is asked for. With ``windows``, the groups of windowed layers
+    begin where the window of each piece's first token does: positions count from there, as a mask does too.
     """
     cut = Pieces.of(several if page_size is not None else 1)
-    pieces = cut.cut(works)
+    pieces = cut.parts(works)
     ordered = [piece for _, piece in pieces]
     lines = np.zeros((5, sum(w.end - w.start for w in works)), np.int32)
     ends = zip(pieces, lay_out(ordered, lines), strict=True)
@@ -249,7 +250,7 @@ _ALL = _Contexts()
 
 
 def _groups(works: Sequence[Work], page_size: int | None, cut: Pieces, read: _Contexts | _Tails = _ALL) -> list[Group]:
-    """Cuts works, as ``Pieces.cut`` orders them, into runs that can attend together.
+    """Cuts works, as ``Pieces.parts`` orders them, into runs that can attend together.
 
     Singles are padded to the longest of their run, at most to twice the shortest (short ones pad for free); longer
     works attend together only where both their rows and their contexts are equal, which needs no mask.

@@ -53,7 +53,7 @@ class Pieces:
             return rows <= self.several
         return rows <= self.unit or rows * work.end <= (4 * self.several) ** 2
 
-    def cut(self, works: Sequence[Work]) -> list[tuple[int, Work]]:
+    def parts(self, works: Sequence[Work]) -> list[tuple[int, Work]]:
         """The works, or their pieces, each with its work's number, as they are to lie in the step.
 
         A work of which more than the last row is asked for has its rows in order, one after the other: it is cut only
