@@ -30,7 +30,7 @@ class Source:
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""
-        known = ("FUSED", "SPLIT", "TILED", "EXPERTS", "GATED", "PACKED")
+        known = ("FUSED", "SPLIT", "TILED", "EXPERTS", "GATED", "PACKED", "ASYNC")
         macros = "".join(f"#define {m} {int(m in self.macros)}\n" for m in known)
         more = "".join(_text(f"bodies/{name}.h") for name in self.headers)
         return macros + _text(f"dialects/{dialect}.h") + _text("bodies/common.h") + more

@@ -126,6 +126,19 @@ INLINE unsigned fetch(const unsigned short* p) {
   return x;
 }
 
+// 16 bytes into shared memory, or zeros if there are not `any`: there for this thread once it has waited, for others behind
+// a barrier after that. copies_end() closes a group; copies_wait<N>() waits for all but the last N.
+INLINE void copy_later(void* to, const void* from, bool any) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(any ? 16 : 0)
+               : "memory");
+}
+INLINE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+INLINE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 // The lanes of a warp for which x holds, as bits; all of them call it.
 INLINE unsigned lanes_where(bool x) { return __ballot_sync(0xffffffffu, x); }
 INLINE int bits_in(unsigned x) { return __popc(x); }

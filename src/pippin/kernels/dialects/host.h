@@ -20,8 +20,16 @@
 
 namespace pippin {
 
-constexpr int MOST_THREADS = 1024, STACK = 1 << 17, MOST_SHARED = 32768;  // Metal's bytes of threadgroup memory
+constexpr int MOST_THREADS = 1024, STACK = 1 << 17, MOST_COPIES = 64;
+constexpr int MOST_SHARED = ASYNC ? 49152 : 32768;  // CUDA's bytes of what only it runs; Metal's of threadgroup memory
 enum State { READY, AT_SHUFFLE, AT_BARRIER, DONE };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool any;
+  int group;
+};
 
 struct Fiber {
   jmp_buf at;
@@ -32,6 +40,8 @@ struct Fiber {
   float value;
   size_t shared;
   uint32_t words[6];  // mma's fragments
+  int copies, groups;
+  Copy later[MOST_COPIES];
 };
 
 static Fiber fibers[MOST_THREADS];
@@ -179,6 +189,32 @@ INLINE void fetch(const void* p, bool any, unsigned (&x)[4]) {
 INLINE unsigned fetch(const unsigned char* p) { return *p; }
 INLINE unsigned fetch(const unsigned short* p) { return *p; }
 
+// See cuda.h. What is copied is not there before it is waited for.
+INLINE void copy_later(void* to, const void* from, bool any) {
+  Fiber& f = fibers[self];
+  if (f.copies == MOST_COPIES) return fail("copies that nobody waits for:", f.copies);
+  f.later[f.copies++] = {to, from, any, f.groups};
+}
+
+INLINE void copies_end() { fibers[self].groups++; }
+
+template <int N>
+INLINE void copies_wait() {
+  Fiber& f = fibers[self];
+  int left = 0;
+  for (int i = 0; i < f.copies; i++) {
+    const Copy& c = f.later[i];
+    if (c.group >= f.groups - N) {
+      f.later[left++] = c;
+    } else if (c.any) {
+      memcpy(c.to, c.from, 16);
+    } else {
+      memset(c.to, 0, 16);
+    }
+  }
+  f.copies = left;
+}
+
 INLINE unsigned lanes_where(bool x) {
   fibers[self].words[0] = x;
   shuffle_xor(0.0f, 0);
@@ -281,6 +317,7 @@ static void run_block(int schedule) {
     fibers[i].state = READY;
     fibers[i].started = false;
     fibers[i].shared = 0;
+    fibers[i].copies = fibers[i].groups = 0;
   }
   while (done < threads && !failure[0]) {
     bool ready = false;
