@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -146,19 +146,38 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_products_are_gates_of_products(shape: str, dtype: mx.Dtype, form: str) -> None:
-    tokens, n, k, count, each = SHAPES[shape]
-    x, top = normal(1, tokens, k, dtype=dtype), 1 if shape == "one-expert-has-all" else count
+    made = layer(form, dtype, *SHAPES[shape], one_has_all=shape == "one-expert-has-all")
+    for gates, want in made.gated:
+        got = products.gated_product(host_launcher(2), made.x, gates, made.indices, made.each)
+        assert got.dtype == dtype
+        assert distance(got, want) < TOLERANCE[dtype]
+
+
+@dataclass
+class Layer:
+    """Rows, the experts that they go to, the weights ``gate``, their ``product``, and ``gated`` layers with theirs."""
+
+    x: mx.array
+    indices: mx.array
+    each: int
+    gate: Weights
+    product: mx.array
+    gated: list[tuple[Gated, mx.array]]
+
+
+def layer(
+    form: str, dtype: mx.Dtype, tokens: int, n: int, k: int, count: int, each: int, *, one_has_all: bool
+) -> Layer:
+    x, top = normal(1, tokens, k, dtype=dtype), 1 if one_has_all else count
     indices = mx.array(np.random.default_rng(2).integers(0, top, tokens * each).astype(np.int32))
     (gate, near), (up, near_up) = (quantized(form, normal(s, count, n, k, dtype=dtype) / k**0.5) for s in (3, 4))
     biases = normal(5, count, n, dtype=dtype), normal(6, count, n, dtype=dtype)
     rows = x.astype(mx.float32)[mx.arange(tokens * each) // each]
     y, z = ((rows[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for w in (near, near_up))
-    for given_biases, kind in ((biases, CLIPPED), (None, Gate())):
-        got = products.gated_product(host_launcher(2), x, Gated(gate, up, given_biases, kind), indices, each)
-        mine, theirs = given_biases or (None, None)
-        want = reference.expert_gate(Pairs(y, indices, mine), Pairs(z, indices, theirs), kind)
-        assert got.dtype == dtype
-        assert distance(got, want) < TOLERANCE[dtype]
+    biased = reference.expert_gate(Pairs(y, indices, biases[0]), Pairs(z, indices, biases[1]), CLIPPED)
+    bare = reference.expert_gate(Pairs(y, indices), Pairs(z, indices), Gate())
+    gated = [(Gated(gate, up, biases, CLIPPED), biased), (Gated(gate, up, None, Gate()), bare)]
+    return Layer(x, indices, each, gate, y, gated)
 
 
 def quantized(form: str, w: mx.array) -> tuple[Weights, mx.array]:

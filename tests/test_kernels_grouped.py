@@ -22,7 +22,7 @@ from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Gate, Pairs
 from tests.planted import assert_found
 from tests.test_kernels_dispatch import Gpu, played
-from tests.test_kernels_experts import CLIPPED, normal, quantized
+from tests.test_kernels_experts import layer, normal
 from tests.test_kernels_rows import FORMS, TOLERANCE, distance
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
@@ -60,22 +60,14 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_by_tiles_are_those_of_the_weights(shape: str, dtype: mx.Dtype, form: str) -> None:
-    tokens, n, k, count, each = SHAPES[shape]
-    x, top = normal(1, tokens, k, dtype=dtype), 1 if shape == "one-expert-has-all" else count
-    indices = mx.array(np.random.default_rng(2).integers(0, top, tokens * each).astype(np.int32))
-    (gate, near), (up, near_up) = (quantized(form, normal(s, count, n, k, dtype=dtype) / k**0.5) for s in (3, 4))
-    biases = normal(5, count, n, dtype=dtype), normal(6, count, n, dtype=dtype)
-    wide = x.astype(mx.float32)[mx.arange(tokens * each) // each]
-    y, z = ((wide[:, None] @ w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for w in (near, near_up))
+    made = layer(form, dtype, *SHAPES[shape], one_has_all=shape == "one-expert-has-all")
     launch = host_launcher(1)
-    tiles = grouped.tiles(launch, indices, count)
-    got = grouped.product(launch, x, gate, tiles, each)
+    tiles = grouped.tiles(launch, made.indices, SHAPES[shape][3])
+    got = grouped.product(launch, made.x, made.gate, tiles, made.each)
     assert got.dtype == dtype
-    assert distance(got, y) < TOLERANCE[dtype]
-    for given_biases, kind in ((biases, CLIPPED), (None, Gate())):
-        got = grouped.gated_product(launch, x, Gated(gate, up, given_biases, kind), tiles, each)
-        mine, theirs = given_biases or (None, None)
-        want = reference.expert_gate(Pairs(y, indices, mine), Pairs(z, indices, theirs), kind)
+    assert distance(got, made.product) < TOLERANCE[dtype]
+    for gates, want in made.gated:
+        got = grouped.gated_product(launch, made.x, gates, tiles, made.each)
         assert distance(got, want) < TOLERANCE[dtype]
 
 

@@ -50,55 +50,51 @@ def check_gated(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: i
     """Seven rows by the gates of three experts and by what they gate: with biases and clipped, and without."""
     if not tuning.matrix or dtype == mx.float32:
         return True  # nobody launches it there
-    keys = mx.random.split(mx.random.key(17), 3)
-    x = mx.random.normal((7, 160), key=keys[0]).astype(dtype)
-    of_gate, of_up = (mx.random.normal((3, 40), key=key).astype(dtype) for key in keys[1:])
-    gate, up = (_experts(dtype, bits, mode, seed) for seed in (15, 16))
-    indices, pairs = mx.array(_TOLD, dtype=mx.int32), mx.arange(14) // 2
-    clipped = routed.Gate(True, 1.702, 1.0)
-    mx.eval(x, of_gate, of_up, indices)
-    layers = [(gate[1], up[1], gate[2], up[2])]
-    if bits == 4 and mode == "affine":
-        layers.append((products.Weights(gate[0]), products.Weights(up[0]), gate[0], up[0]))
-    got, want = [], []
-    for one, other, near, near_up in layers:
-        g, u = (_routed(x.astype(mx.float32)[pairs], w, indices) for w in (near, near_up))
-        plain = products.Gated(one, other, None, routed.Gate())
-        rich = products.Gated(one, other, (of_gate, of_up), clipped)
-        got += [products.gated_product(launch, x, layer, indices, 2) for layer in (rich, plain)]
-        with_biases = routed.Pairs(g, indices, of_gate), routed.Pairs(u, indices, of_up)
-        want.append(reference.expert_gate(*with_biases, clipped))
-        want.append(reference.expert_gate(routed.Pairs(g, indices), routed.Pairs(u, indices), routed.Gate()))
+    indices = mx.array(_TOLD, dtype=mx.int32)
+    x, layers, want = _gated(dtype, bits, mode, indices, 15)
+    got = [products.gated_product(launch, x, layer, indices, 2) for layer in layers]
     return all(close(a / 4, b.astype(dtype) / 4) for a, b in zip(got, want, strict=True))
 
 
 def check_tiles(launch: Launcher, dtype: mx.Dtype, tuning: paged.Tuning, bits: int = 4, mode: str = "affine") -> bool:
-    """150 pairs of three experts, one of which gets none: a product, and one with its gate."""
+    """150 pairs of three experts, one of which gets none: a product, and gates as in ``check_gated``."""
     if not tuning.matrix or dtype == mx.float32:
         return True  # nobody launches it there
-    keys = mx.random.split(mx.random.key(28), 3)
-    x = mx.random.normal((75, 160), key=keys[0]).astype(dtype)
-    of_gate, of_up = (mx.random.normal((3, 40), key=key).astype(dtype) for key in keys[1:])
-    gate, up = (_experts(dtype, bits, mode, seed) for seed in (29, 30))
-    indices, pairs = 2 * ((mx.arange(150, dtype=mx.int32) * 37 + 11) % 7 // 4), mx.arange(150) // 2
-    mx.eval(x, of_gate, of_up, indices)
-    layers = [(gate[1], up[1], gate[2], up[2])]
-    if bits == 4 and mode == "affine":
-        layers.append((products.Weights(gate[0]), products.Weights(up[0]), gate[0], up[0]))
+    indices = 2 * ((mx.arange(150, dtype=mx.int32) * 37 + 11) % 7 // 4)
+    x, layers, want = _gated(dtype, bits, mode, indices, 29)
+    w, experts, near = _experts(dtype, bits, mode, 31)
+    alone = [(experts, near), (products.Weights(w), w)] if bits == 4 and mode == "affine" else [(experts, near)]
     # Products go by the reference's tiles: wrong ones would lead out of their arrays.
     tiles, made = reference.tiles(indices, 3), grouped.tiles(launch, indices, 3)
-    got, want = [], []
-    for one, other, near, near_up in layers:
-        rich = products.Gated(one, other, (of_gate, of_up), routed.Gate(True, 1.702, 1.0))
-        plain = products.Gated(one, other, None, routed.Gate())
-        got += [grouped.gated_product(launch, x, layer, tiles, 2) for layer in (rich, plain)]
-        got.append(4 * grouped.product(launch, x, one, tiles, 2))
-        g, u = (_routed(x.astype(mx.float32)[pairs], w, indices) for w in (near, near_up))
-        with_biases = routed.Pairs(g, indices, of_gate), routed.Pairs(u, indices, of_up)
-        want.append(reference.expert_gate(*with_biases, rich.form))
-        want += [reference.expert_gate(routed.Pairs(g, indices), routed.Pairs(u, indices), plain.form), 4 * g]
+    got = [grouped.gated_product(launch, x, layer, tiles, 2) for layer in layers]
+    got += [grouped.product(launch, x, weights, tiles, 2) for weights, _ in alone]
+    want += [_routed(x[mx.arange(150) // 2].astype(mx.float32), near, indices) for _, near in alone]
     right = mx.array_equal(made.order, tiles.order).item() and mx.array_equal(made.table, tiles.table).item()
     return bool(right) and all(close(a / 4, b.astype(dtype) / 4) for a, b in zip(got, want, strict=True))
+
+
+def _gated(
+    dtype: mx.Dtype, bits: int, mode: str, indices: mx.array, seed: int
+) -> tuple[mx.array, list[products.Gated], list[mx.array]]:
+    """Rows, of which each goes to two of three experts; their gates; and what comes out of these."""
+    count = indices.shape[0] // 2
+    keys = mx.random.split(mx.random.key(seed + 2), 3)
+    x = mx.random.normal((count, 160), key=keys[0]).astype(dtype)
+    of_gate, of_up = (mx.random.normal((3, 40), key=key).astype(dtype) for key in keys[1:])
+    gate, up = (_experts(dtype, bits, mode, seed + i) for i in (0, 1))
+    mx.eval(x, of_gate, of_up, indices)
+    weights = [(gate[1], up[1], gate[2], up[2])]
+    if bits == 4 and mode == "affine":
+        weights.append((products.Weights(gate[0]), products.Weights(up[0]), gate[0], up[0]))
+    layers, want, rows = [], [], x.astype(mx.float32)[mx.arange(2 * count) // 2]
+    for one, other, near, near_up in weights:
+        g, u = (_routed(rows, w, indices) for w in (near, near_up))
+        rich = products.Gated(one, other, (of_gate, of_up), routed.Gate(True, 1.702, 1.0))
+        layers += [rich, products.Gated(one, other, None, routed.Gate())]
+        biased = routed.Pairs(g, indices, of_gate), routed.Pairs(u, indices, of_up)
+        want.append(reference.expert_gate(*biased, rich.form))
+        want.append(reference.expert_gate(routed.Pairs(g, indices), routed.Pairs(u, indices), routed.Gate()))
+    return x, layers, want
 
 
 def _routed(x: mx.array, w: mx.array, indices: mx.array) -> mx.array:
