@@ -163,34 +163,32 @@ def gated_product(launch: Launcher, x: mx.array, layer: Gated, indices: mx.array
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a product is cut: ``share`` of a block's ``warps`` compute ``columns`` (even) by ``rows``, both of 8.
+    """How a product is cut: a block's ``warps`` share K, and compute ``columns`` (even) by ``rows``, both of 8.
 
-    They load ``packs`` of 16 bytes a lane and row for a step: the next step's before this one is multiplied if
-    ``ahead``, the first ones before pairs are counted if ``early``, and all where they are written if ``ordered``.
-    ``ballots``: each warp counts an expert's pairs by itself.
+    A lane loads ``packs`` of 16 bytes of each row of weights for a step; those of the next step before this one is
+    multiplied if ``ahead``.
     """
 
     columns: int
     rows: int
     warps: int
-    share: int
     packs: int
     ahead: bool = False
-    early: bool = False
-    ordered: bool = False
-    ballots: bool = False
 
 
 def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
-    """For ``rows`` rows an expert; by what was fastest on an H200 (docs/log.md).
+    """For ``rows`` rows an expert: what an H200 found fastest for up to 16 (docs/log.md), then what leaves registers.
 
-    Four warps keep enough loads in flight, and have less to join than eight; few columns where blocks are few.
+    Four warps keep enough loads in flight, and have less to join than eight. Whole weights wait for memory: few columns
+    leave registers for the next step's. Codes wait for instructions: many columns share those for x, but where blocks
+    are few, or rows so many that sums fill the registers.
     """
     tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
+    if bits == _DENSE:
+        return Cut(4, tiles, max(1, min(4, k // 64)), 2, tiles <= 2)
     few = experts * n // 32 < _FULL
-    warps = 8 if few and bits < 16 else 4
-    warps = max(1, min(warps, k // (128 if bits == 4 else 64)))
-    return Cut(4 if few else 8, tiles, warps, warps, 2 if bits == _DENSE else 1)
+    warps = min(8 if few else 4, k // (128 if bits == 4 else 64))
+    return Cut(4 if few or tiles == 8 else 8, tiles, max(1, warps), 1)
 
 
 @lru_cache(maxsize=4096)
@@ -214,12 +212,8 @@ def _launch(
         ("NT", cut.columns),
         ("MT", cut.rows),
         ("WARPS", cut.warps),
-        ("SHARE", cut.share),
         ("PACKS", cut.packs),
         ("AHEAD", cut.ahead),
-        ("EARLY", cut.early),
-        ("ORDERED", cut.ordered),
-        ("BALLOTS", cut.ballots),
         ("KIND", kind),
         ("GROUP", group),
         ("PER", per),
@@ -228,7 +222,7 @@ def _launch(
         *(() if gated is None else (("BIASED", gated[0]), ("CLIPPED", gated[1]))),
     )
     source = _GATED if gated is not None else _EXPERTS if routed else _ROWS
-    blocks = -(-columns // (8 * cut.columns * (cut.warps // cut.share))), min(experts, pairs) if routed else 1
+    blocks = -(-columns // (8 * cut.columns)), min(experts, pairs) if routed else 1
     return Launch(source, constants, blocks, 32 * cut.warps, (((pairs, n), dtype),))
 
 

@@ -12,41 +12,68 @@ INLINE constexpr bool is_bfloat() {
 // Pairs of a pack's numbers that are 4 apart: (0, 4), (1, 5), (2, 6), (3, 7), the order in which nibbles come out.
 INLINE Words far_pairs(Words p) {
   Words x;
-  x.w[0] = (p.w[0] & 0xffffu) | (p.w[2] << 16);
-  x.w[1] = (p.w[0] >> 16) | (p.w[2] & 0xffff0000u);
-  x.w[2] = (p.w[1] & 0xffffu) | (p.w[3] << 16);
-  x.w[3] = (p.w[1] >> 16) | (p.w[3] & 0xffff0000u);
+  UNROLL
+  for (int i = 0; i < 4; i++) x.w[i] = halves(p.w[i / 2], p.w[i / 2 + 2], i % 2);
   return x;
 }
 
-// Two codes of 4 bits, each lowest in a half of a word, as the numbers that they stand for.
+// Codes of floating point numbers have their bits in T's places first, and are less by what T's exponents are more by.
+// Whoever takes them LOW has them times their scale by one multiplication instead of two, and less by a power of 2 that
+// leaves bfloat16 room for both: exact where a scale is 2^-94 to 2^33.
 template <typename T, int KIND>
-INLINE unsigned two_of_nibbles(unsigned x) {
-  if (KIND == AFFINE4) return fma_two<T>(x | Nibble<T>::BITS, Nibble<T>::ONE, Nibble<T>::MINUS);
-  // e2m1: the bits in T's places, times what T's exponents are less by. Under 1 they are a subnormal number of T.
-  const unsigned bits = (x & 0x00080008u) << 12 | (x & 0x00070007u) << (is_bfloat<T>() ? 6 : 9);
-  return fma_two<T>(bits, is_bfloat<T>() ? 0x7e807e80u : 0x74007400u, 0u);
+INLINE constexpr bool can_be_low() {
+  return is_bfloat<T>() && (KIND == NVFP4 || KIND == MXFP4 || KIND == MXFP8);
 }
 
-// The same of 8 bits; without rounding.
+// What LOW numbers are to be multiplied with.
 template <typename T, int KIND>
-INLINE unsigned two_of_codes(unsigned x) {
-  if (KIND == MXFP8) return two_of_fp8<T>(x, false, places<T, FP8>(0u));
+INLINE constexpr float low() {
+  return can_be_low<T, KIND>() ? 4294967296.0f : 1.0f;
+}
+
+// Pair i of a word of e2m1 codes: their bits in T's places. Under 1 they are a subnormal number of T. A multiplication puts
+// sign and rest where they belong at once; it keeps units busy that have less to do than those for bits.
+template <typename T>
+INLINE unsigned bits_of_e2m1(unsigned w, int i) {
+  if (is_bfloat<T>()) {
+    const unsigned x = i < 2 ? w : w >> 8;
+    return (i % 2 ? (x & 0x00f000f0u) * 0x104u : (x & 0x000f000fu) * 0x1040u) & 0x81c081c0u;
+  }
+  const unsigned x = w >> (4 * i);
+  return (x & 0x00080008u) << 12 | (x & 0x00070007u) << 9;
+}
+
+// Pair i of a word of affine codes of 4 bits, as the numbers that they are. For `zero` see Places (packed_words.h).
+template <typename T>
+INLINE unsigned two_of_nibbles(unsigned w, int i, unsigned zero) {
+  return fma_two<T>((w >> (4 * i) & (zero + 0x000f000fu)) | Nibble<T>::BITS, Nibble<T>::ONE, Nibble<T>::MINUS);
+}
+
+// Two affine codes of 8 bits, each the lower byte of a half; without rounding.
+template <typename T>
+INLINE unsigned two_of_bytes(unsigned x, unsigned zero) {
   if (!is_bfloat<T>()) return fma_two<T>(x | 0x64006400u, Nibble<T>::ONE, 0xe400e400u);  // 1024 + code - 1024
-  // 7 bits fit beside 128: from 128 + (code & 127) goes 128, or nothing where the code has its highest bit.
-  const unsigned minus = ((x >> 7 & 0x00010001u) ^ 0x00010001u) * 0xc300u;
-  return fma_two<T>((x & 0x007f007fu) | 0x43004300u, Nibble<T>::ONE, minus);
+  // 7 bits fit beside 128, from which 128 go where the highest bit is not set: 256 - 256, or 128 - 256.
+  const unsigned highest = fma_two<T>((x & (zero + 0x00800080u)) | 0x43004300u, Nibble<T>::ONE, 0xc380c380u);
+  return fma_two<T>((x & (zero + 0x007f007fu)) | 0x43004300u, Nibble<T>::ONE, highest);
 }
 
 // Numbers 8 * u … of 16 bytes of codes, scaled: nibbles in far_pairs' order, bytes as they come.
-template <typename T, int KIND>
-INLINE Words from_codes(Words packed, int u, unsigned scale, unsigned bias) {
+template <typename T, int KIND, bool LOW = false>
+INLINE Words from_codes(Words packed, int u, unsigned scale, unsigned bias, unsigned zero = 0u) {
+  constexpr bool NIBBLES = KIND % 10 == 4;
   Words x;
   UNROLL
   for (int i = 0; i < 4; i++) {
-    const unsigned q = KIND % 10 == 4 ? two_of_nibbles<T, KIND>(packed.w[u] >> (4 * i) & 0x000f000fu)
-                                      : two_of_codes<T, KIND>(spread_bytes(packed.w[2 * (u % 2) + i / 2], i % 2));
-    x.w[i] = fma_two<T>(q, scale, bias);
+    const unsigned w = NIBBLES ? packed.w[u] : spread_bytes(packed.w[2 * (u % 2) + i / 2], i % 2);
+    if (KIND == AFFINE4 || KIND == AFFINE8) {
+      x.w[i] = fma_two<T>(NIBBLES ? two_of_nibbles<T>(w, i, zero) : two_of_bytes<T>(w, zero), scale, bias);
+      continue;
+    }
+    const unsigned bits = NIBBLES ? bits_of_e2m1<T>(w, i) : bits_of_fp8<T>(w, false, places<T, FP8>(zero));
+    constexpr unsigned LIFT = NIBBLES ? (is_bfloat<T>() ? 0x7e807e80u : 0x74007400u)
+                                      : (is_bfloat<T>() ? 0x7b807b80u : 0x5c005c00u);
+    x.w[i] = fma_two<T>(LOW && can_be_low<T, KIND>() ? bits : fma_two<T>(bits, LIFT, 0u), scale, 0u);
   }
   return x;
 }
@@ -60,12 +87,16 @@ INLINE unsigned kept_scale(const DEVICE S* scales, size_t group) {
   return ORDERED ? fetch(codes) : *codes;
 }
 
-// The same in both halves of a word.
-template <typename T, int KIND>
+// The same in both halves of a word; for LOW numbers times what lifts their bits.
+template <typename T, int KIND, bool LOW = false>
 INLINE unsigned scale_of(unsigned kept) {
   if (KIND == AFFINE4 || KIND == AFFINE8) return kept * 0x10001u;
+  constexpr bool IS_LOW = LOW && can_be_low<T, KIND>();
+  // Exponents of bfloat16: 2^126 for e2m1, and 2^120 for e4m3, over low().
+  if (IS_LOW && KIND != NVFP4) return kept * 0x00800080u + (KIND == MXFP4 ? 94u : 88u) * 0x00800080u;
   const float scale = KIND == NVFP4 ? e4m3(kept) : float_of(kept > 0u ? kept << 23 : 0x00400000u);
-  return two<T>(scale, scale);
+  const float times = IS_LOW ? scale * 1.98070406285660844e28f : scale;  // 2^94
+  return two<T>(times, times);
 }
 
 template <typename T, int KIND, typename S>

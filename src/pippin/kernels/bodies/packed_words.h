@@ -25,14 +25,20 @@ INLINE Places places(unsigned zero) {
   return x;
 }
 
-// Two codes of e4m3, the lower byte of each half of x or the `upper` one, as numbers of T; without rounding.
+// Two codes of e4m3, the lower byte of each half of x or the `upper` one: their bits in T's places, which are numbers less by
+// what T's exponents are more by.
+template <typename T>
+INLINE unsigned bits_of_fp8(unsigned x, bool upper, Places at) {
+  constexpr bool BFLOAT = Nibble<T>::ONE == 0x3f803f80u;
+  const unsigned high = upper ? x : x << 8;
+  return (high & at.highest) | (high >> (BFLOAT ? 4 : 1) & at.codes);
+}
+
+// The same as numbers of T; without rounding.
 template <typename T>
 INLINE unsigned two_of_fp8(unsigned x, bool upper, Places at) {
   constexpr bool BFLOAT = Nibble<T>::ONE == 0x3f803f80u;
-  const unsigned high = upper ? x : x << 8;
-  // The bits in T's places, times what T's exponents are less by.
-  const unsigned bits = (high & at.highest) | (high >> (BFLOAT ? 4 : 1) & at.codes);
-  return fma_two<T>(bits, BFLOAT ? 0x7b807b80u : 0x5c005c00u, 0u);
+  return fma_two<T>(bits_of_fp8<T>(x, upper, at), BFLOAT ? 0x7b807b80u : 0x5c005c00u, 0u);
 }
 
 // The same of int8: two numbers of T to be added to the words of `rest`. 10 bits fit beside 1024, of which 1152 go.
