@@ -222,7 +222,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "pairs not waited for": ("sort_pairs", "  BARRIER();\n", ""),
     "the gate twice": ("gated", "t < OWN ? w : up_w", "w"),
     "the gate's scales": ("gated_mxfp4", "t < OWN ? scales : up_scales", "scales"),
-    "columns of up": ("gated_mxfp4", "NT - OWN + t", "t"),
+    "columns of up": ("gated_mxfp4", "j % WIDTH + WIDTH]", "j % WIDTH]"),
     "another expert's bias": ("gated_nvfp4", "size_t of = size_t(expert)", "size_t of = size_t(expert / 2)"),
 }
 
