@@ -182,7 +182,7 @@ PLANTED: dict[str, tuple[str, str, str]] = {
     "the second half's scale": ("product_nvfp4", "u * 8 / GROUP % SCALES", "0"),
     "the next 16 bytes": ("product_mxfp8", "w_row * (K / EACH) + at / EACH", "w_row * (K / EACH)"),
     "nibbles meet others' numbers": ("product_mxfp4", "far_pairs(b[own][m])", "b[own][m]"),
-    "the bias left out": ("product_8", "KIND < 10 ? scale_of<T, KIND>(now.bias[t + h][p]) : 0u", "0u"),
+    "the bias left out": ("product_8", "bias_of<T, KIND, true>(now.bias[t + h][p])", "0u"),
     "warps not waited for": ("product", "      BARRIER();\n      for (int j = tid", "      for (int j = tid"),
 }
 

@@ -17,12 +17,13 @@ INLINE Words far_pairs(Words p) {
   return x;
 }
 
-// Codes of floating point numbers have their bits in T's places first, and are less by what T's exponents are more by.
-// Whoever takes them LOW has them times their scale by one multiplication instead of two, and less by a power of 2 that
-// leaves bfloat16 room for both: exact where a scale is 2^-94 to 2^33.
+// Codes of floating point numbers have their bits in T's places first, and are less by what T's exponents are more by;
+// affine codes are subnormal numbers of T. Whoever takes them LOW has them times their scale by one multiplication instead
+// of two or three, and less by a power of 2 that leaves bfloat16 room for both: as exact where weights are at least 2^-94,
+// and scales at most 2^26.
 template <typename T, int KIND>
 INLINE constexpr bool can_be_low() {
-  return is_bfloat<T>() && (KIND == NVFP4 || KIND == MXFP4 || KIND == MXFP8);
+  return is_bfloat<T>() && KIND != DENSE;
 }
 
 // What LOW numbers are to be multiplied with.
@@ -61,11 +62,21 @@ INLINE unsigned two_of_bytes(unsigned x, unsigned zero) {
 // Numbers 8 * u … of 16 bytes of codes, scaled: nibbles in far_pairs' order, bytes as they come.
 template <typename T, int KIND, bool LOW = false>
 INLINE Words from_codes(Words packed, int u, unsigned scale, unsigned bias, unsigned zero = 0u) {
-  constexpr bool NIBBLES = KIND % 10 == 4;
+  constexpr bool NIBBLES = KIND % 10 == 4, IS_LOW = LOW && can_be_low<T, KIND>();
   Words x;
   UNROLL
   for (int i = 0; i < 4; i++) {
     const unsigned w = NIBBLES ? packed.w[u] : spread_bytes(packed.w[2 * (u % 2) + i / 2], i % 2);
+    if (IS_LOW && KIND == AFFINE8) {
+      x.w[i] = fma_two<T>(w, scale, bias);
+      continue;
+    }
+    if (IS_LOW && KIND == AFFINE4) {
+      // A nibble 4 bits further up is a subnormal number 16 times as large: a smaller scale spares a shift.
+      const unsigned smaller = fma_two<T>(scale, 0x3d803d80u, 0u), shifted = i < 2 ? w : w >> 8;
+      x.w[i] = fma_two<T>(shifted & (i % 2 ? 0x00f000f0u : 0x000f000fu), i % 2 ? smaller : scale, bias);
+      continue;
+    }
     if (KIND == AFFINE4 || KIND == AFFINE8) {
       x.w[i] = fma_two<T>(NIBBLES ? two_of_nibbles<T>(w, i, zero) : two_of_bytes<T>(w, zero), scale, bias);
       continue;
@@ -73,7 +84,7 @@ INLINE Words from_codes(Words packed, int u, unsigned scale, unsigned bias, unsi
     const unsigned bits = NIBBLES ? bits_of_e2m1<T>(w, i) : bits_of_fp8<T>(w, false, places<T, FP8>(zero));
     constexpr unsigned LIFT = NIBBLES ? (is_bfloat<T>() ? 0x7e807e80u : 0x74007400u)
                                       : (is_bfloat<T>() ? 0x7b807b80u : 0x5c005c00u);
-    x.w[i] = fma_two<T>(LOW && can_be_low<T, KIND>() ? bits : fma_two<T>(bits, LIFT, 0u), scale, 0u);
+    x.w[i] = fma_two<T>(IS_LOW ? bits : fma_two<T>(bits, LIFT, 0u), scale, 0u);
   }
   return x;
 }
@@ -87,16 +98,24 @@ INLINE unsigned kept_scale(const DEVICE S* scales, size_t group) {
   return ORDERED ? fetch(codes) : *codes;
 }
 
-// The same in both halves of a word; for LOW numbers times what lifts their bits.
+// A scale in both halves of a word; for LOW numbers times what lifts their bits.
 template <typename T, int KIND, bool LOW = false>
 INLINE unsigned scale_of(unsigned kept) {
-  if (KIND == AFFINE4 || KIND == AFFINE8) return kept * 0x10001u;
   constexpr bool IS_LOW = LOW && can_be_low<T, KIND>();
+  // Bits stand for numbers less by 2^133, which is over low() 2^101.
+  if (KIND == AFFINE4 || KIND == AFFINE8) return IS_LOW ? fma_two<T>(kept * 0x10001u, 0x72007200u, 0u) : kept * 0x10001u;
   // Exponents of bfloat16: 2^126 for e2m1, and 2^120 for e4m3, over low().
   if (IS_LOW && KIND != NVFP4) return kept * 0x00800080u + (KIND == MXFP4 ? 94u : 88u) * 0x00800080u;
   const float scale = KIND == NVFP4 ? e4m3(kept) : float_of(kept > 0u ? kept << 23 : 0x00400000u);
   const float times = IS_LOW ? scale * 1.98070406285660844e28f : scale;  // 2^94
   return two<T>(times, times);
+}
+
+// The same of a bias; nothing where there is none.
+template <typename T, int KIND, bool LOW = false>
+INLINE unsigned bias_of(unsigned kept) {
+  if (KIND != AFFINE4 && KIND != AFFINE8) return 0u;
+  return LOW && can_be_low<T, KIND>() ? fma_two<T>(kept * 0x10001u, 0x2f802f80u, 0u) : kept * 0x10001u;  // over low()
 }
 
 template <typename T, int KIND, typename S>

@@ -132,7 +132,7 @@
             a[h] = now.packs[t + h][p];
             if (QUANTIZED) {
               const unsigned scale = scale_of<T, KIND, true>(now.scale[t + h][p][u * 8 / GROUP % SCALES]);
-              const unsigned bias = KIND < 10 ? scale_of<T, KIND>(now.bias[t + h][p]) : 0u;
+              const unsigned bias = bias_of<T, KIND, true>(now.bias[t + h][p]);
               a[h] = from_codes<T, KIND, true>(a[h], u, scale, bias, zero);
             }
           }
