@@ -11,11 +11,11 @@ import pytest
 from pippin.kernels import paged, products, reference
 from pippin.kernels.host import compiler, host_launcher
 from pippin.kernels.product_checks import PRODUCT_CHECKS
-from pippin.kernels.products import Cut, Gated
+from pippin.kernels.products import Cut, Gated, Weights
 from pippin.kernels.routed import Pairs
 from tests.planted import assert_found
 from tests.test_kernels_experts import CLIPPED, normal, quantized
-from tests.test_kernels_rows import TOLERANCE, distance
+from tests.test_kernels_rows import FORMS, TOLERANCE, distance
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="kernels run on the host only where g++ is installed")
 
@@ -73,3 +73,29 @@ def test_planted_faults_are_found(cut: Cut, line: str, planted: str) -> None:
     with mx.stream(mx.cpu):
         assert check(host_launcher(1), mx.bfloat16, tuning)
     assert_found(line, planted, lambda launch: check(launch, mx.bfloat16, tuning))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"])
+def test_codes_are_the_numbers_that_they_stand_for(form: str, dtype: mx.Dtype) -> None:
+    """Every code, by rows of one 1 each: exactly MLX's numbers, and affine ones rounded once."""
+    bits, mode = FORMS[form]
+    n, k, random = 16, 512, np.random.default_rng(1)
+    group = products._GROUPS.get(mode, 64)
+    chosen = np.sort(random.integers(0, 256, (n, k * bits // 8)), axis=1).astype(np.uint8)
+    codes = mx.array(chosen - (form == "mxfp8") * (chosen & 127 == 127)).view(mx.uint32)  # but e4m3's two that are none
+    biases = None
+    if mode == "affine":
+        scales, biases = (mx.array(random.normal(0, 0.1, (n, k // group))).astype(dtype) for _ in range(2))
+        plain = mx.dequantize(codes, mx.ones_like(scales), mx.zeros_like(biases), group, bits)
+        q, s, b = (np.array(x.astype(mx.float32), np.float64) for x in (plain, scales, biases))
+        want = mx.array((q * s.repeat(group, 1) + b.repeat(group, 1)).astype(np.float32)).astype(dtype)
+    else:
+        near = (100, 160) if dtype == mx.bfloat16 else (122, 130)
+        low, high = (0, 0x77) if mode == "nvfp4" else near
+        scales = mx.array(random.integers(low, high, (n, k // group)).astype(np.uint8))
+        want = mx.dequantize(codes, scales, None, group, bits, mode, dtype=dtype)
+    numbers = products.product(
+        host_launcher(), mx.eye(k, dtype=dtype), Weights(codes, scales, biases, bits, group, mode)
+    ).T
+    assert mx.array_equal(numbers, want)
