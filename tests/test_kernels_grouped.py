@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from pippin import kernels
 from pippin.kernels import experts, grouped, paged, products, reference
+from pippin.kernels.build.source import cuda_source
 from pippin.kernels.contest import Contests
 from pippin.kernels.grouped import Routed
 from pippin.kernels.host import compiler, host_launcher
+from pippin.kernels.launch import Launch
 from pippin.kernels.product_checks import TILES_CHECKS
 from pippin.kernels.products import Gated, Weights
 from pippin.kernels.routed import Gate, Pairs
@@ -138,6 +140,38 @@ def test_many_pairs_go_by_tiles_which_are_made_once(gpu: Gpu, tokens: int, launc
     y, z = ((rows[:, None] @ a.w.astype(mx.float32)[indices].swapaxes(1, 2))[:, 0] for a in w[:2])
     want = reference.expert_gate(Pairs(y, indices), Pairs(z, indices), Gate())
     assert distance(inner, want) < TOLERANCE[mx.bfloat16]
+
+
+def test_gates_of_few_pairs_are_one_launch_whoever_won(
+    gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Others(Contests):
+        def known(self, key: str) -> str:
+            return "mlx"
+
+    monkeypatch.setattr(kernels, "contests", cache(lambda platform: Others(tmp_path / "fastest.json")))
+    kernels.verify(mx.bfloat16, "products")
+    w, x = Weights(normal(1, 3, 8, 32, dtype=mx.bfloat16)), normal(2, 40, 32, dtype=mx.bfloat16)
+    gpu.launched.clear()
+    for pairs in (1, products.FEW_PAIRS, products.FEW_PAIRS + 1):
+        chosen = Routed(mx.zeros(pairs, mx.int32))
+        made = experts.gated_product(x[:pairs], Gated(w, w, None, Gate()), chosen, 1)
+        assert (made is None) == (pairs > products.FEW_PAIRS)
+        assert kernels.expert_product(x[:pairs], w, chosen, 1) is None
+    assert gpu.launched == ["gated_mma"] * 2
+
+
+def test_where_we_compile_two_blocks_have_room_on_a_processor() -> None:
+    seen: list[str] = []
+
+    def record(what: Launch, inputs: Sequence[mx.array]) -> list[mx.array]:
+        seen.append(cuda_source(what, inputs).text)
+        return [mx.zeros(shape, dtype=dtype) for shape, dtype in what.outputs]
+
+    x, w = mx.zeros((8, 32), mx.bfloat16), Weights(mx.zeros((3, 8, 32), mx.bfloat16))
+    tiles = grouped.tiles(record, mx.zeros(8, mx.int32), 3)
+    grouped.product(record, x, w, tiles, 1)
+    assert ["__launch_bounds__(256, 2)" in text for text in seen] == [False, True]
 
 
 def test_tiles_that_are_wrong_leave_many_pairs_to_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

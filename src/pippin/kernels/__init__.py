@@ -204,15 +204,12 @@ def quantized_product(x: mx.array, weights: Weights) -> mx.array:
 def expert_product(x: mx.array, weights: Weights, chosen: Routed, per: int) -> mx.array | None:
     """Row i is row i // per of x [T, K] by the weights [experts, N, K] of the expert of pair i of ``chosen``: [P, N].
 
-    None where there is no kernel for it, or where MLX's own was found to be faster. The rows of one token go through
-    MLX's own product of a vector, which is faster for them.
+    None where there is no kernel for it, or where MLX's own was found to be faster.
     """
     pairs = chosen.pairs
     way = product_way(x.dtype, weights, pairs)
     if way == "mlx":
         return None
-    if products.are_vectors(weights, pairs):
-        return products.by_mlx_routed(x, weights, chosen.indices, per)
     launch = _product_launcher(x.dtype, weights, way)
     assert launch is not None
     if way == "tiles":
@@ -220,8 +217,13 @@ def expert_product(x: mx.array, weights: Weights, chosen: Routed, per: int) -> m
     return products.product(launch, x, weights, chosen.indices, per)
 
 
-def product_way(dtype: mx.Dtype, weights: Weights, pairs: int) -> str:
-    """How so many pairs of a row and its expert's weights are multiplied best: ``kernel``, ``tiles`` or ``mlx``."""
+def product_way(dtype: mx.Dtype, weights: Weights, pairs: int, gated: bool = False) -> str:
+    """How so many pairs of a row and its expert's weights are multiplied best: ``kernel``, ``tiles`` or ``mlx``.
+
+    ``gated``: by weights of a gate, and by those that it gates.
+    """
+    if gated and pairs <= products.FEW_PAIRS and _product_launcher(dtype, weights) is not None:
+        return "kernel"
     return "mlx" if backend() is None else _product_way(dtype, weights, products.size_of(pairs, products.PAIRS))
 
 

@@ -20,9 +20,13 @@ from pippin.kernels.products import Gated, Weights
 _INPUTS = ("x", "w", "scales", "biases", "order", "tiles")
 _GATED_INPUTS = (*_INPUTS, "up_w", "up_scales", "up_biases", "gate_bias", "up_bias", "params")
 _HEADERS = ("packed", "packed_words", "codes")
+# Blocks that hide each other's barriers; without a bound some variants take registers for one alone.
+_RESIDENT = 2
 TILES = Source("expert_tiles", "expert_tiles", ("indices",), ("order", "tiles"))
-GROUPED = Source("grouped_mma", "grouped_mma", _INPUTS, ("out",), ("ASYNC",), _HEADERS)
-GATED = Source("grouped_gated_mma", "grouped_mma", _GATED_INPUTS, ("out",), ("ASYNC", "GATED"), (*_HEADERS, "gates"))
+GROUPED = Source("grouped_mma", "grouped_mma", _INPUTS, ("out",), ("ASYNC",), _HEADERS, _RESIDENT)
+GATED = Source(
+    "grouped_gated_mma", "grouped_mma", _GATED_INPUTS, ("out",), ("ASYNC", "GATED"), (*_HEADERS, "gates"), _RESIDENT
+)
 
 THREADS = 256
 # An H200 was slower with tiles of 128, which leave registers for one block a processor.

@@ -19,6 +19,7 @@ class Source:
     """A body with the arrays that it names, in order.
 
     ``macros`` select its variant for the preprocessor; ``headers`` are more bodies that it needs, beside ``common``.
+    ``resident`` blocks are to have room on a processor, where we compile: 0 for as many as there happen to be.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Source:
     outputs: tuple[str, ...]
     macros: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
+    resident: int = 0
 
     def header(self, dialect: str) -> str:
         """What stands before the kernel: macros, the dialect, and what the bodies share."""

@@ -44,9 +44,8 @@ def cuda_source(what: Launch, inputs: Sequence[mx.array]) -> CudaSource:
     Raises KeyError for a dtype that no kernel takes.
     """
     outputs = tuple(dtype for _, dtype in what.outputs)
-    return _cuda_source(
-        what.source, what.constants, tuple(a.dtype for a in inputs), tuple(a.ndim for a in inputs), outputs
-    )
+    dtypes, ranks = tuple(a.dtype for a in inputs), tuple(a.ndim for a in inputs)
+    return _cuda_source(what.source, what.constants, dtypes, ranks, outputs, what.threads)
 
 
 @lru_cache(maxsize=1024)
@@ -56,6 +55,7 @@ def _cuda_source(
     inputs: tuple[mx.Dtype, ...],
     ranks: tuple[int, ...],
     outputs: tuple[mx.Dtype, ...],
+    threads: int,
 ) -> CudaSource:
     body = source.text("cuda")
     shapes = tuple(i for i, name in enumerate(source.inputs) if f"{name}_shape" in body)
@@ -68,8 +68,9 @@ def _cuda_source(
         lines.append(f"const int {source.inputs[i]}_shape[] = {{{', '.join(sizes)}}};")
     head = f"{_INCLUDES}{source.header('cuda')}\n"
     rest = f"({', '.join(parameters)}) {{\n" + "".join(f"  {line}\n" for line in lines) + body + "}\n"
-    name = f"pippin_{source.name}_{hashlib.sha256((head + rest).encode()).hexdigest()[:16]}"
-    return CudaSource(name, f'{head}extern "C" __global__ void {name}{rest}', shapes)
+    bounds = f"__launch_bounds__({threads}, {source.resident}) " if source.resident else ""
+    name = f"pippin_{source.name}_{hashlib.sha256((head + bounds + rest).encode()).hexdigest()[:16]}"
+    return CudaSource(name, f'{head}extern "C" __global__ void {bounds}{name}{rest}', shapes)
 
 
 def _constant(name: str, value: int | bool | mx.Dtype) -> str:

@@ -196,7 +196,7 @@ def _record_products(record: Launcher, shape: ModelShape) -> None:
             assert weights is not None
             indices = mx.zeros(pairs, dtype=mx.int32)
             products.product(record, x, weights, indices, per)
-            if per > 1 and not products.are_vectors(weights, pairs):
+            if per > 1:
                 products.gated_product(record, x, _gated(shape, weights), indices, per)
         if weights is not None:
             tiles = grouped.tiles(record, mx.zeros(8, dtype=mx.int32), weights.experts)
