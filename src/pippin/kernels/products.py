@@ -175,16 +175,14 @@ class Cut:
 def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
     """For ``rows`` rows an expert: what an H200 found fastest for up to 16 (docs/log.md), then what leaves registers.
 
-    Four warps keep enough loads in flight, and have less to join than eight. Whole weights wait for memory: few columns
-    leave registers for the next step's. Codes wait for instructions: many columns share those for x, but where blocks
-    are few, or rows so many that sums fill the registers.
+    Four warps keep enough loads in flight, and have less to join than eight, which are better where blocks are few. Whole
+    weights wait for memory: 32 columns leave registers for the next step's. Codes wait for instructions.
     """
     tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
     if bits == _DENSE:
         return Cut(4, tiles, max(1, min(4, k // 64)), 2, tiles <= 2)
-    few = experts * n // 32 < _FULL
-    warps = min(8 if few else 4, k // (128 if bits == 4 else 64))
-    return Cut(4 if few or tiles == 8 else 8, tiles, max(1, warps), 1)
+    most = 8 if experts * n // 32 < _FULL else 4
+    return Cut(4, tiles, max(1, min(most, k // (128 if bits == 4 else 64))), 1)
 
 
 @lru_cache(maxsize=4096)
