@@ -175,8 +175,8 @@ class Cut:
 def cut_of(rows: int, experts: int, n: int, k: int, bits: int) -> Cut:
     """For ``rows`` rows an expert: what an H200 found fastest for up to 16 (docs/log.md), then what leaves registers.
 
-    Four warps keep enough loads in flight, and have less to join than eight, which are better where blocks are few. Whole
-    weights wait for memory: 32 columns leave registers for the next step's. Codes wait for instructions.
+    Four warps keep enough loads in flight, and have less to join than eight, which are better where blocks are few.
+    Whole weights wait for memory: 32 columns leave registers for the next step's. Codes wait for instructions.
     """
     tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
     if bits == _DENSE:
