@@ -39,7 +39,7 @@ _CHECKS: dict[str, tuple[ProductCheck, GatedCheck]] = {
 MOST_ROWS = 256
 MOST_PAIRS = 2048
 # Pairs of a row and its expert for which gates always are one launch with what they gate, and never three of MLX's: on
-# an H200 it took 0.2 to 0.9 of their time in each of 13 cases (docs/log.md).
+# an H200 it took 0.2 to 0.8 of their time in each of 14 cases (docs/log.md).
 FEW_PAIRS = 16
 # Rows, or pairs of a row and its expert, for which ways are compared; what lies between goes by the next of them.
 ROWS = (1, 8, 32, 128, 512, 2048)
