@@ -279,3 +279,23 @@ def test_what_is_not_of_one_type_is_left_to_mlx(monkeypatch: pytest.MonkeyPatch,
         odd = Pairs(normal(3, 4, 63), indices)
         assert experts.weighed_sum(odd, shares) is None, "no whole packs"
         assert gpu.launched == []
+
+
+def test_experts_whose_scales_are_of_another_type_are_left_to_mlx(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for gpu in played(monkeypatch, tmp_path, Gpu()):
+        x, chosen = normal(1, 4, 64, dtype=mx.bfloat16), Routed(mx.array([0, 1, 1, 0], mx.int32))
+        weights, _ = quantized("affine-4", normal(2, 2, 32, 64, dtype=mx.bfloat16))
+        assert weights.scales is not None
+        assert weights.biases is not None
+        wide = replace(weights, scales=weights.scales.astype(mx.float32), biases=weights.biases.astype(mx.float32))
+        assert not weights.like(wide), "else up's numbers would be read as the gate's type"
+        bias = normal(3, 2, 32, dtype=mx.bfloat16)
+        assert experts.gated_product(x, Gated(weights, weights, (bias, bias), Gate()), chosen, 1) is not None
+        gpu.launched.clear()
+        assert kernels.expert_product(x, weights, chosen, 1) is not None
+        assert kernels.expert_product(x, wide, chosen, 1) is None, "though one of its shape goes by a kernel"
+        wider = bias.astype(mx.float32)
+        assert experts.gated_product(x, Gated(weights, weights, (bias, wider), Gate()), chosen, 1) is None
+        assert gpu.launched == ["expert_mma"]

@@ -93,10 +93,11 @@ def test_products_are_those_of_the_weights(shape: str, dtype: mx.Dtype, form: st
         Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 1)), None, 4, 64),
         Weights(mx.zeros((8, 12), mx.uint32), mx.zeros((8, 1)), mx.zeros((8, 1)), 6, 64),
         Weights(mx.zeros((8, 16), mx.uint32), mx.zeros((8, 1)), mx.zeros((8, 1)), 8, 64),
+        Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 1), mx.bfloat16), mx.zeros((8, 1)), 4, 64),
         Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 4), mx.uint8), None, 4, 16, "mxfp4"),
         Weights(mx.zeros((8, 8), mx.uint32), mx.zeros((8, 2)), None, 4, 32, "mxfp4"),
     ],
-    ids=["width", "rows", "no-biases", "bits", "scales", "group", "float-scales"],
+    ids=["width", "rows", "no-biases", "bits", "scales", "float-biases", "group", "float-scales"],
 )
 def test_what_the_product_does_not_take_is_left_to_mlx(weights: Weights) -> None:
     assert not products.takes(mx.bfloat16, weights)

@@ -135,6 +135,18 @@ def test_products_of_experts_are_among_them(codes: Codes | None) -> None:
     assert launch.names <= names
 
 
+@pytest.mark.parametrize(("count", "each"), [(60, 4), (128, 8), (16, 1), (64, 6), (160, 6), (512, 10)])
+def test_so_they_are_for_every_number_of_tokens(count: int, each: int) -> None:
+    names, _ = built(replace(SMALL, hidden=128, codes=None, experts=Experts(count, each, 64)))
+    launch, gate = Seen(), weights(None, 64, 128, count)
+    gated = products.Gated(gate, gate, None, routed.Gate())
+    for tokens in range(1, products.MOST_PAIRS // each + 1):
+        x, indices = mx.zeros((tokens, 128), mx.bfloat16), mx.zeros(tokens * each, mx.int32)
+        products.gated_product(launch, x, gated, indices, each)
+    assert len(launch.names) >= 6
+    assert launch.names <= names
+
+
 @pytest.mark.parametrize("platform", ["cuda", "metal"])
 def test_what_goes_on_round_experts_is_among_them(platform: str) -> None:
     """Of gpt-oss, whose experts have biases, and of Qwen3."""

@@ -282,7 +282,8 @@ _known_ways: dict[tuple[object, ...], str] = {}
 
 def _product_way(dtype: mx.Dtype, weights: Weights, size: int) -> str:
     """kernel, tiles, mlx or whole."""
-    key = (tuple(weights.w.shape), weights.bits, weights.group, weights.mode, dtype, size)
+    takes = products.takes(dtype, weights)  # matrices of one shape may have scales of different types
+    key = (tuple(weights.w.shape), weights.bits, weights.group, weights.mode, takes, dtype, size)
     if key not in _known_ways:
         won = contests(backend() or "cuda").known(products.key_of(weights, dtype, size))
         usual = _usual_way(dtype, weights, size)

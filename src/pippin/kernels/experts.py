@@ -31,8 +31,9 @@ def route(keys: mx.array, values: mx.array, choice: Choice) -> tuple[mx.array, m
 
 def gated_product(x: mx.array, layer: Gated, chosen: Routed, per: int) -> mx.array | None:
     """Row i is row i // per of x [T, K] by the gate of pair i's expert, and by what it gates, together: [P, N]."""
-    pairs = chosen.pairs
-    way = kernels.product_way(x.dtype, layer.gate, pairs, gated=True)
+    if any(bias.dtype != x.dtype for bias in layer.biases or ()):
+        return None
+    way = kernels.product_way(x.dtype, layer.gate, chosen.pairs, gated=True)
     if way == "mlx":
         return None
     if way == "tiles":

@@ -78,8 +78,11 @@ class Weights:
 
     def like(self, other: Weights) -> bool:
         """Whether only their numbers differ."""
-        mine, theirs = ((x.w.shape, x.w.dtype, x.bits, x.group, x.mode) for x in (self, other))
-        return mine == theirs
+        return self._form() == other._form()
+
+    def _form(self) -> tuple[object, ...]:
+        kept = (None if a is None else a.dtype for a in (self.scales, self.biases))
+        return self.w.shape, self.w.dtype, self.bits, self.group, self.mode, *kept
 
 
 def takes(dtype: mx.Dtype, weights: Weights) -> bool:
@@ -91,7 +94,9 @@ def takes(dtype: mx.Dtype, weights: Weights) -> bool:
     if weights.scales is None or kind_of(weights) is None:
         return False
     if weights.mode == "affine":
-        return weights.biases is not None and weights.group % 32 == 0 and weights.scales.dtype == dtype
+        if weights.biases is None or weights.group % 32:
+            return False
+        return weights.scales.dtype == weights.biases.dtype == dtype
     return weights.group == _GROUPS[weights.mode] and weights.scales.dtype == mx.uint8
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from pippin.kernels import drawing, fused, grouped, latent, paged, products, routed, select
 from pippin.kernels.build.prebuilt import Recorded
-from pippin.kernels.build.shapes import ModelShape
+from pippin.kernels.build.shapes import Experts, ModelShape
 from pippin.kernels.form import Form
 from pippin.kernels.launch import Launch, Launcher
 from pippin.kernels.packing import PackedPool, Pool, line
@@ -187,23 +187,31 @@ def _record_products(record: Launcher, shape: ModelShape) -> None:
         if weights is not None:
             for rows in _ROWS:
                 products.product(record, mx.zeros((rows, k), dtype=shape.dtype), weights)
-    for n, k, per in _experts(shape):
+    for n, k, per, is_gate in _experts(shape):
         assert shape.experts is not None
         weights = _weights(shape, n, k, shape.experts.count)
-        for tokens in (1 << i for i in range(12)) if weights is not None else ():
-            pairs = min(products.MOST_PAIRS, tokens * shape.experts.each)
+        for tokens in _tokens(shape.experts) if weights is not None else ():
+            pairs = tokens * shape.experts.each
             x = mx.zeros((-(-pairs // per), k), dtype=shape.dtype)
             assert weights is not None
             indices = mx.zeros(pairs, dtype=mx.int32)
             products.product(record, x, weights, indices, per)
-            if per > 1:
+            if is_gate:
                 products.gated_product(record, x, _gated(shape, weights), indices, per)
         if weights is not None:
             tiles = grouped.tiles(record, mx.zeros(8, dtype=mx.int32), weights.experts)
             x = mx.zeros((8, k), dtype=shape.dtype)
             grouped.product(record, x, weights, tiles, per)
-            if per > 1:
+            if is_gate:
                 grouped.gated_product(record, x, _gated(shape, weights), tiles, per)
+
+
+def _tokens(experts: Experts) -> list[int]:
+    """Each of those after which a product of experts is cut differently, and one more."""
+    pairs = [1 << i for i in range(products.MOST_PAIRS.bit_length())]
+    pairs += [experts.count - 1, *(experts.count * rows // 2 for rows in _ROWS[:-1])]
+    found = {p // experts.each + more for p in pairs for more in (0, 1)}
+    return sorted(tokens for tokens in found if 0 < tokens * experts.each <= products.MOST_PAIRS)
 
 
 def _gated(shape: ModelShape, weights: Weights) -> Gated:
@@ -221,11 +229,11 @@ def _matrices(shape: ModelShape) -> Iterator[tuple[int, int]]:
     yield shape.hidden, shape.intermediate
 
 
-def _experts(shape: ModelShape) -> Iterator[tuple[int, int, int]]:
-    """(rows, columns, pairs a row of x) of an expert's matrices."""
+def _experts(shape: ModelShape) -> Iterator[tuple[int, int, int, bool]]:
+    """(rows, columns, pairs a row of x, whether of a gate) of an expert's matrices."""
     if shape.experts is not None and shape.hidden:
-        yield shape.experts.width, shape.hidden, shape.experts.each
-        yield shape.hidden, shape.experts.width, 1
+        yield shape.experts.width, shape.hidden, shape.experts.each, True
+        yield shape.hidden, shape.experts.width, 1, False
 
 
 def _weights(shape: ModelShape, n: int, k: int, experts: int = 0) -> Weights | None:
