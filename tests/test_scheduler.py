@@ -148,6 +148,25 @@ def test_tokens_that_are_forced_are_those_that_would_be_drawn(options: dict[str,
     assert traffic.loop.scheduler.stats().forced_tokens == traffic.loop.forced
 
 
+def test_nobody_stands_on_what_another_skipped_to_in_the_same_step() -> None:
+    """Forced tokens that another computed: the newest is a decode then, which runs behind all who might read it."""
+    loop = Loop(
+        num_pages=102,
+        chunk=2,
+        max_running=2,
+        policy="lpm",
+        context_length=40,
+        states=100,
+        least_cut=4,
+        window=(20, 40),
+        forcing=Random(900447),
+    )
+    traffic = Traffic(loop, Random(900447), faults=0.05)
+    traffic.play(80)
+    loop.run()
+    traffic.judge()
+
+
 def test_a_forced_span_takes_one_step() -> None:
     loop = Loop(chunk=32)
     request = loop.add([1, 2, 3], endless(30))

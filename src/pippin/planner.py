@@ -217,7 +217,8 @@ class Planner:
             return 0
         plan.setdefault(request, begin)
         request.computed = end
-        if prefill:
+        # What skips to its newest token is a decode: it may run behind those who would read it.
+        if prefill and not (request.pooling is None and request.num_prompt <= plan[request] == request.length - 1):
             self._holdings.publish(request)
         return end - begin
 
