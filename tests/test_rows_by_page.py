@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -69,17 +70,8 @@ def alone(model: nn.Module, page_size: int) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_several_rows_of_a_sequence_attend_at_once(gpu: Gpu, family: str, page_size: int) -> None:
-    model = tiny(family)
-    choice = choose_attention(model, "rows", VOCAB, fuse=False)
-    want = alone(model, page_size)
-    gpu.launched.clear()
-    got = logits(model, choice, page_size)
-    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
-    layers = len(choice.shapes)
     # The prefixes but the first chunk's are short too: what is gathered is the last work's alone.
-    assert gpu.launched.count("paged_extend") == 2 * layers
-    assert gpu.launched.count("paged_decode") == layers
-    assert gpu.launched.count("kv_gather") == layers
+    assert_attends_at_once(gpu, family, page_size)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,14 +79,28 @@ def test_several_rows_of_a_sequence_attend_at_once(gpu: Gpu, family: str, page_s
 def test_works_that_are_cut_attend_as_whole_ones(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch, family: str, page_size: int
 ) -> None:
+    cut: list[range] = []
+
+    class Told(Pieces):
+        def parts(self, works: Sequence[Work]) -> list[tuple[int, Work]]:
+            found = super().parts(works)
+            cut.extend(range(p.start, p.end) for i, p in found if p.start != works[i].start or p.end != works[i].end)
+            return found
+
+    monkeypatch.setattr(Pieces, "of", staticmethod(lambda several: Told(4, planned=True)))
+    # Of the fourth work tokens 8 to 23 gather; 3 to 7 go with all others, 24 with the single token.
+    assert_attends_at_once(gpu, family, page_size)
+    assert {range(3, 8), range(8, 24), range(24, 25)} <= set(cut)
+
+
+def assert_attends_at_once(gpu: Gpu, family: str, page_size: int) -> None:
+    """With the right logits: two launches a layer for several rows, one for single ones, one that gathers."""
     model = tiny(family)
     choice = choose_attention(model, "rows", VOCAB, fuse=False)
     want = alone(model, page_size)
-    monkeypatch.setattr(Pieces, "of", staticmethod(lambda several: Pieces(4, planned=True)))
     gpu.launched.clear()
     got = logits(model, choice, page_size)
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
-    # Of the fourth work tokens 8 to 23 gather; 3 to 7 go with all others, 24 with the single token.
     layers = len(choice.shapes)
     assert gpu.launched.count("paged_extend") == 2 * layers
     assert gpu.launched.count("paged_decode") == layers

@@ -5,7 +5,7 @@
 // w is of the gate and up_w of what it is multiplied with: 64 columns of each, and out is the two together (gates.h).
   using namespace pippin;
   constexpr bool QUANTIZED = KIND != DENSE, FAR = KIND % 10 == 4;
-  constexpr int THREADS = 256, STEP = 32, STEPS = K / STEP, STAGES = ROWS > 64 ? 3 : 4, UNITS = STEP / 8, GROUPS = K / GROUP;
+  constexpr int THREADS = 256, STEP = 32, STEPS = K / STEP, STAGES = 4, UNITS = STEP / 8, GROUPS = K / GROUP;
   // Eight warps, two by four: each has half of the rows, and 32 of the weights' rows, which are columns of out.
   constexpr int MT = ROWS / 32, NT = 4, WEIGHTS = 128;
 #if GATED
